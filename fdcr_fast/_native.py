@@ -1,0 +1,33 @@
+"""The only loader of the compiled module; remembers why it could not be loaded."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+BACKEND = os.environ.get("FDCR_FAST_BACKEND", "auto")
+if BACKEND not in ("auto", "cpu", "reference"):
+    raise ImportError(
+        f"FDCR_FAST_BACKEND={BACKEND!r}: expected auto, cpu or reference "
+        "(this release has no triton or cuda kernels)"
+    )
+
+module: ModuleType | None = None
+reason = "loaded"
+
+if BACKEND == "reference":
+    reason = "switched off by FDCR_FAST_BACKEND=reference"
+else:
+    try:
+        # Loading it registers the CPU operators with the PyTorch dispatcher.
+        from fdcr_fast import _C  # type: ignore[attr-defined,unused-ignore]
+
+        module = _C
+    except ModuleNotFoundError:
+        reason = (
+            "the extension was not built: reinstall with a C++17 compiler and FDCR_FAST_BUILD=require to see why"
+        )
+    except ImportError as error:
+        reason = f"the extension does not load: {error}"
+    if module is None and BACKEND == "cpu":
+        raise ImportError(f"FDCR_FAST_BACKEND=cpu: {reason}")

@@ -1,0 +1,24 @@
+"""Operators: one meaning each, one implementation per backend, reached through the PyTorch dispatcher.
+
+``schemas`` defines what exists and what it accepts, ``reference`` says what it means in plain PyTorch, the compiled
+extension replaces the reference on the CPU when it loads. Call the functions exported here; ``torch.ops.fdcr_fast``
+holds the same operators for ``torch.compile`` and ``torch.library.opcheck``.
+"""
+
+from fdcr_fast.ops.schemas import (
+    discrepancy,
+    importance_range,
+    rescaled_mean,
+    squared_norm,
+    sum_squared_grads_conv,
+    sum_squared_grads_linear,
+)
+
+__all__ = [
+    "discrepancy",
+    "importance_range",
+    "rescaled_mean",
+    "squared_norm",
+    "sum_squared_grads_conv",
+    "sum_squared_grads_linear",
+]

@@ -1,0 +1,156 @@
+"""What every operator means, in plain PyTorch: the fallback on any device and the yardstick of the compiled kernels.
+
+Work is done in blocks, so that no temporary grows with ``K * P`` or with the number of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of the largest temporary: 64 MiB of float64.
+_BLOCK_ELEMENTS = 1 << 23
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """Dtype in which gradients are multiplied and summed: float64 if any input is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def sum_squared_grads_linear(grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over samples of squared per-sample gradients of a linear layer; see ``schemas``."""
+    dtype = accumulation_dtype(grad_output, input)
+    n, t, out_features = grad_output.shape
+    in_features = input.shape[2]
+    weight = torch.zeros(out_features, in_features, dtype=dtype, device=input.device)
+    bias = torch.zeros(out_features, dtype=dtype, device=input.device)
+    if t == 1:  # (g x)^2 = g^2 x^2: one matrix product for all samples
+        g2, x2 = grad_output[:, 0].to(dtype).square(), input[:, 0].to(dtype).square()
+        return g2.t() @ x2, g2.sum(0)
+    for samples in _sample_blocks(n, max(out_features * in_features, t * (out_features + in_features))):
+        g, x = grad_output[samples].to(dtype), input[samples].to(dtype)
+        weight += torch.bmm(g.transpose(1, 2), x).square_().sum(0)
+        bias += g.sum(1).square_().sum(0)
+    return weight, bias
+
+
+def sum_squared_grads_conv(
+    grad_output: Tensor,
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Sum over samples of squared per-sample gradients of a convolution; see ``schemas``."""
+    dtype = accumulation_dtype(grad_output, input)
+    n, out_channels = grad_output.shape[:2]
+    in_channels = input.shape[1]
+    positions = grad_output.shape[2:].numel()
+    columns = in_channels // groups * torch.Size(kernel_size).numel()
+    weight = torch.zeros(groups, out_channels // groups, columns, dtype=dtype, device=input.device)
+    bias = torch.zeros(out_channels, dtype=dtype, device=input.device)
+    pad = [side for p in reversed(padding) for side in (p, p)]
+    dims = len(kernel_size)
+    for samples in _sample_blocks(n, groups * columns * (positions + out_channels // groups)):
+        g = grad_output[samples].to(dtype)
+        windows = F.pad(input[samples].to(dtype), pad)
+        for d in range(dims):
+            windows = windows.unfold(2 + d, (kernel_size[d] - 1) * dilation[d] + 1, stride[d])
+            windows = windows[..., :: dilation[d]]
+        # [n, C, *output, *kernel] -> [n, group, C / groups * kernel, output]
+        order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
+        x = windows.permute(order).reshape(len(g), groups, columns, positions)
+        per_sample = g.reshape(len(g), groups, out_channels // groups, positions) @ x.transpose(2, 3)
+        weight += per_sample.square_().sum(0)
+        bias += g.flatten(2).sum(2).square_().sum(0)
+    return weight.view(out_channels, in_channels // groups, *kernel_size), bias
+
+
+def importance_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest Fisher entry per client; see ``schemas``."""
+    clients = fishers.shape[1]
+    low = fishers.new_full((clients,), torch.inf, dtype=torch.float64)
+    high = fishers.new_full((clients,), -torch.inf, dtype=torch.float64)
+    for block, _ in _column_blocks(fishers, num_params):
+        low = torch.minimum(low, block.amin(1).double())
+        high = torch.maximum(high, block.amax(1).double())
+    return low, high
+
+
+def squared_norm(updates: Tensor, num_params: int) -> Tensor:
+    """Sum of squares per client in float64; see ``schemas``."""
+    total = updates.new_zeros(updates.shape[1], dtype=torch.float64)
+    for block, _ in _column_blocks(updates, num_params):
+        total += block.double().square_().sum(1)
+    return total
+
+
+def discrepancy(
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    alpha: Tensor,
+    num_params: int,
+) -> Tensor:
+    """Sum of squared distances to the mean reweighted update; see ``schemas``."""
+    read = alpha != 0
+    total = torch.full_like(alpha, torch.nan)
+    total[read] = 0.0
+    for block, tile in _column_blocks(updates, num_params):
+        u = block[read].double()
+        if fishers is not None and fisher_min is not None and fisher_max is not None:
+            u *= _importance(fishers, tile, read, fisher_min, fisher_max)
+        total[read] += (alpha[read] @ u - u).square_().sum(1)
+    return total
+
+
+def rescaled_mean(
+    global_params: Tensor,
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    weights: Tensor,
+) -> Tensor:
+    """Weighted mean of rescaled updates, added to the global parameters; see ``schemas``."""
+    read = weights != 0
+    result = torch.empty_like(global_params, memory_format=torch.contiguous_format)
+    start = 0
+    for block, tile in _column_blocks(updates, global_params.numel()):
+        delta = block[read].double()
+        if fishers is not None and fisher_min is not None and fisher_max is not None:
+            delta *= 2 * torch.sigmoid(_importance(fishers, tile, read, fisher_min, fisher_max))
+        stop = start + block.shape[1]
+        result[start:stop] = global_params[start:stop].double() + weights[read] @ delta
+        start = stop
+    return result
+
+
+def _importance(
+    fishers: Tensor, tile: tuple[int, slice], read: Tensor, fisher_min: Tensor, fisher_max: Tensor
+) -> Tensor:
+    t, columns = tile
+    low, high = fisher_min[read, None], fisher_max[read, None]
+    return (fishers[t, :, columns][read].double() - low) / (high - low)
+
+
+def _sample_blocks(n: int, elements_per_sample: int) -> Iterator[slice]:
+    step = max(1, _BLOCK_ELEMENTS // max(1, elements_per_sample))
+    return (slice(i, i + step) for i in range(0, n, step))
+
+
+def _column_blocks(tiled: Tensor, num_params: int) -> Iterator[tuple[Tensor, tuple[int, slice]]]:
+    """Blocks [K, columns] of a tiled client matrix [T, K, L] in the order of the parameters, without the padding."""
+    tiles, clients, length = tiled.shape
+    step = max(1, _BLOCK_ELEMENTS // max(1, clients))
+    for t in range(tiles):
+        end = min(length, num_params - t * length)
+        for start in range(0, end, step):
+            columns = slice(start, min(start + step, end))
+            yield tiled[t, :, columns], (t, columns)

@@ -1,0 +1,375 @@
+"""Definitions of the operators: schema, contract, shape checks, fake kernels, and registration of the reference.
+
+Conventions. ``N`` samples, ``T`` positions (tokens, pixels), ``K`` clients, ``P`` parameters. Floating tensors may be
+float64, float32, bfloat16 or float16, with any strides. A *tiled client matrix* is a tensor ``X [T, K, L]`` where
+parameter ``p`` of client ``k`` is ``X[p // L, k, p % L]``; what lies behind parameter ``P - 1`` in the last tile is
+never read. A plain ``[K, P]`` matrix is the tiled matrix ``x.unsqueeze(0)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fdcr_fast.ops import reference
+
+_library = torch.library.Library("fdcr_fast", "FRAGMENT")
+
+
+def sum_squared_grads_linear(grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared per-sample gradients of a linear layer, summed over the samples.
+
+    ``weight[o, i] = sum_n (sum_t grad_output[n, t, o] * input[n, t, i])^2``,
+    ``bias[o] = sum_n (sum_t grad_output[n, t, o])^2``.
+
+    Args:
+        grad_output: ``[N, T, O]``, gradient of the loss at the layer's output.
+        input: ``[N, T, I]``, the layer's input.
+
+    Returns:
+        ``(weight [O, I], bias [O])``, float64 if an argument is float64, else float32.
+    """
+    return cast("tuple[Tensor, Tensor]", torch.ops.fdcr_fast.sum_squared_grads_linear(grad_output, input))
+
+
+def sum_squared_grads_conv(
+    grad_output: Tensor,
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Squared per-sample gradients of a 1-, 2- or 3-dimensional convolution, summed over the samples.
+
+    ``weight[o, c, k] = sum_n (sum_s grad_output[n, o, s] * x[n, c, stride * s + dilation * k])^2`` with ``x`` the
+    zero-padded channels of o's group, ``bias[o] = sum_n (sum_s grad_output[n, o, s])^2``.
+
+    Args:
+        grad_output: ``[N, O, *output]``, gradient of the loss at the layer's output.
+        input: ``[N, C, *size]``, the layer's input.
+        kernel_size: Its length is the number of spatial dimensions, 1 to 3.
+        stride: One number per spatial dimension; likewise ``padding`` (zeros, both sides) and ``dilation``.
+        padding: See ``stride``.
+        dilation: See ``stride``.
+        groups: Divides both channel counts.
+
+    Returns:
+        ``(weight [O, C / groups, *kernel_size], bias [O])``, float64 if an argument is float64, else float32.
+    """
+    return cast(
+        "tuple[Tensor, Tensor]",
+        torch.ops.fdcr_fast.sum_squared_grads_conv(
+            grad_output, input, kernel_size, stride, padding, dilation, groups
+        ),
+    )
+
+
+def importance_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest entry of every client's diagonal Fisher (paper eq. 6); NaN if any entry is NaN.
+
+    Args:
+        fishers: Tiled client matrix ``[T, K, L]``.
+        num_params: ``P``, at least 1.
+
+    Returns:
+        ``(min [K], max [K])``, float64.
+    """
+    return cast("tuple[Tensor, Tensor]", torch.ops.fdcr_fast.importance_range(fishers, num_params))
+
+
+def squared_norm(updates: Tensor, num_params: int) -> Tensor:
+    """Squared Euclidean norm of every client's update, summed in float64; NaN and infinity propagate.
+
+    Args:
+        updates: Tiled client matrix ``[T, K, L]``.
+        num_params: ``P``.
+
+    Returns:
+        ``[K]``, float64.
+    """
+    return cast(Tensor, torch.ops.fdcr_fast.squared_norm(updates, num_params))
+
+
+def discrepancy(
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    alpha: Tensor,
+    num_params: int,
+) -> Tensor:
+    """Sum of squared distances of the reweighted updates to their mean (paper eq. 8 and 9, times ``P``).
+
+    ``S_k = sum_v (u_v - u_{k,v})^2`` with ``u_k = I_k * updates_k``, ``u = sum_k alpha_k u_k`` and
+    ``I_k = (F_k - min F_k) / (max F_k - min F_k)``. Computed in float64.
+
+    Args:
+        updates: Tiled client matrix ``[T, K, L]``.
+        fishers: Tiled like ``updates``, or None for ``I = 1``.
+        fisher_min: ``[K]`` float64 from :func:`importance_range`, or None without ``fishers``.
+        fisher_max: Likewise.
+        alpha: ``[K]`` float64 shares of the clients. A client with share 0 is not read; its result is NaN.
+        num_params: ``P``.
+
+    Returns:
+        ``[K]``, float64.
+    """
+    return cast(
+        Tensor,
+        torch.ops.fdcr_fast.discrepancy(updates, fishers, fisher_min, fisher_max, alpha, num_params),
+    )
+
+
+def rescaled_mean(
+    global_params: Tensor,
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    weights: Tensor,
+) -> Tensor:
+    """New global parameters from weighted, rescaled updates (paper eq. 12 and Algorithm 1).
+
+    ``w + sum_k weights_k * 2 sigmoid(I_k) * updates_k``, the factor 1 without ``fishers``. Summed in float64.
+
+    Args:
+        global_params: ``w [P]``.
+        updates: Tiled client matrix ``[T, K, L]``.
+        fishers: Tiled like ``updates``, or None for no rescaling.
+        fisher_min: ``[K]`` float64 from :func:`importance_range`, or None without ``fishers``.
+        fisher_max: Likewise.
+        weights: ``[K]`` float64. A client with weight 0 is not read.
+
+    Returns:
+        ``[P]``, dtype of ``global_params``.
+    """
+    return cast(
+        Tensor,
+        torch.ops.fdcr_fast.rescaled_mean(
+            global_params, updates, fishers, fisher_min, fisher_max, weights
+        ),
+    )
+
+
+# --- what each operator accepts ---------------------------------------------------------------------------------------
+
+
+def _check(condition: bool, message: Callable[[], str]) -> None:
+    torch._check(condition, message)
+
+
+def _check_floating(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        _check(
+            tensor.is_floating_point(), lambda n=name, t=tensor: f"{n} must be floating point, got {t.dtype}"
+        )
+
+
+def _check_linear(grad_output: Tensor, input: Tensor) -> None:
+    _check_floating(grad_output=grad_output, input=input)
+    _check(
+        grad_output.dim() == 3 and input.dim() == 3 and grad_output.shape[:2] == input.shape[:2],
+        lambda: (
+            f"expected grad_output [N, T, O] and input [N, T, I], got {tuple(grad_output.shape)} and "
+            f"{tuple(input.shape)}"
+        ),
+    )
+
+
+def _check_conv(
+    grad_output: Tensor,
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    _check_floating(grad_output=grad_output, input=input)
+    dims = len(kernel_size)
+    _check(
+        1 <= dims <= 3 and len(stride) == len(padding) == len(dilation) == dims,
+        lambda: f"expected 1 to 3 spatial dimensions, got kernel_size {list(kernel_size)}",
+    )
+    _check(
+        min(*kernel_size, *stride, *dilation, groups) > 0 and min(padding) >= 0,
+        lambda: "kernel_size, stride, dilation and groups must be positive, padding not negative",
+    )
+    _check(
+        grad_output.dim() == input.dim() == dims + 2 and grad_output.shape[0] == input.shape[0],
+        lambda: (
+            f"expected grad_output [N, O, *output] and input [N, C, *size] with {dims} spatial dimensions, got "
+            f"{tuple(grad_output.shape)} and {tuple(input.shape)}"
+        ),
+    )
+    _check(
+        grad_output.shape[1] % groups == 0 and input.shape[1] % groups == 0,
+        lambda: f"groups = {groups} must divide {grad_output.shape[1]} and {input.shape[1]} channels",
+    )
+    expected = [
+        (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1
+        for d in range(dims)
+    ]
+    _check(
+        list(grad_output.shape[2:]) == expected,
+        lambda: f"expected grad_output of spatial size {expected}, got {list(grad_output.shape[2:])}",
+    )
+
+
+def _check_clients(
+    num_params: int,
+    updates: Tensor,
+    fishers: Tensor | None = None,
+    fisher_min: Tensor | None = None,
+    fisher_max: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    """The part of the contract that all operators on tiled client matrices share."""
+    _check_floating(clients=updates)
+    _check(updates.dim() == 3, lambda: f"expected a client matrix [T, K, L], got {tuple(updates.shape)}")
+    tiles, clients, length = updates.shape
+    _check(
+        num_params >= 0 and (tiles - 1) * length < max(num_params, 1) <= max(tiles * length, 1),
+        lambda: f"{tiles} tiles of {length} do not hold exactly {num_params} parameters",
+    )
+    _check(
+        (fishers is None) == (fisher_min is None) == (fisher_max is None),
+        lambda: "fishers, fisher_min and fisher_max go together",
+    )
+    if fishers is not None:
+        _check_floating(fishers=fishers)
+        _check(
+            fishers.shape == updates.shape,
+            lambda: f"fishers {tuple(fishers.shape)} differ in shape from updates {tuple(updates.shape)}",
+        )
+    for name, vector in (("fisher_min", fisher_min), ("fisher_max", fisher_max), ("weights", weights)):
+        if vector is not None:
+            _check(
+                vector.dtype == torch.float64 and vector.shape == (clients,),
+                lambda n=name, v=vector: (
+                    f"{n} must be float64 [{clients}], got {v.dtype} {tuple(v.shape)}"
+                ),
+            )
+
+
+def _check_range(fishers: Tensor, num_params: int) -> None:
+    _check(num_params >= 1, lambda: f"the range of {num_params} parameters is undefined")
+    _check_clients(num_params, fishers)
+
+
+def _check_squared_norm(updates: Tensor, num_params: int) -> None:
+    _check_clients(num_params, updates)
+
+
+def _check_discrepancy(
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    alpha: Tensor,
+    num_params: int,
+) -> None:
+    _check_clients(num_params, updates, fishers, fisher_min, fisher_max, alpha)
+
+
+def _check_rescaled_mean(
+    global_params: Tensor,
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    weights: Tensor,
+) -> None:
+    _check_floating(global_params=global_params)
+    _check(
+        global_params.dim() == 1, lambda: f"expected global_params [P], got {tuple(global_params.shape)}"
+    )
+    _check_clients(global_params.numel(), updates, fishers, fisher_min, fisher_max, weights)
+
+
+# --- fake kernels: shapes and dtypes without data ---------------------------------------------------------------------
+
+
+def _fake_linear(grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+    options = {"dtype": reference.accumulation_dtype(grad_output, input)}
+    return (
+        input.new_empty(grad_output.shape[2], input.shape[2], **options),
+        input.new_empty(grad_output.shape[2], **options),
+    )
+
+
+def _fake_conv(
+    grad_output: Tensor, input: Tensor, kernel_size: Sequence[int], *geometry: Any
+) -> tuple[Tensor, Tensor]:
+    out_channels, groups = grad_output.shape[1], geometry[-1]
+    options = {"dtype": reference.accumulation_dtype(grad_output, input)}
+    return (
+        input.new_empty(out_channels, input.shape[1] // groups, *kernel_size, **options),
+        input.new_empty(out_channels, **options),
+    )
+
+
+def _fake_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
+    return _per_client(fishers), _per_client(fishers)
+
+
+def _per_client(clients: Tensor, *_: object) -> Tensor:
+    return clients.new_empty(clients.shape[1], dtype=torch.float64)
+
+
+def _fake_rescaled_mean(global_params: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(global_params, memory_format=torch.contiguous_format)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_CLIENTS = "Tensor updates, Tensor? fishers, Tensor? fisher_min, Tensor? fisher_max"
+
+OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]] = {
+    "sum_squared_grads_linear": (
+        "(Tensor grad_output, Tensor input) -> (Tensor, Tensor)",
+        _check_linear,
+        _fake_linear,
+    ),
+    "sum_squared_grads_conv": (
+        "(Tensor grad_output, Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+        "int groups) -> (Tensor, Tensor)",
+        _check_conv,
+        _fake_conv,
+    ),
+    "importance_range": ("(Tensor fishers, int num_params) -> (Tensor, Tensor)", _check_range, _fake_range),
+    "squared_norm": ("(Tensor updates, int num_params) -> Tensor", _check_squared_norm, _per_client),
+    "discrepancy": (
+        f"({_CLIENTS}, Tensor alpha, int num_params) -> Tensor",
+        _check_discrepancy,
+        _per_client,
+    ),
+    "rescaled_mean": (
+        f"(Tensor global_params, {_CLIENTS}, Tensor weights) -> Tensor",
+        _check_rescaled_mean,
+        _fake_rescaled_mean,
+    ),
+}
+
+
+def _checked(check: Callable[..., None], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        check(*args)
+        return implementation(*args)
+
+    return call
+
+
+def _register() -> None:
+    for name, (schema, check, fake) in OPERATORS.items():
+        _library.define(name + schema)
+        _library.impl(name, _checked(check, getattr(reference, name)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fdcr_fast::{name}", _checked(check, fake), lib=_library)
+
+
+_register()
