@@ -1,0 +1,141 @@
+"""Order of the parameters in a flat vector: maps models and state dicts to ``[P]`` and back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+
+def as_tensor(values: Tensor | NDArray[Any]) -> Tensor:
+    """A detached tensor on the same memory; an array that torch cannot share is copied.
+
+    Raises:
+        TypeError: neither a tensor nor an array of a dtype that torch has.
+    """
+    if isinstance(values, Tensor):
+        return values.detach()
+    if not isinstance(values, np.ndarray):
+        raise TypeError(f"expected a torch.Tensor or numpy.ndarray, got {type(values).__name__}")
+    # torch shares neither foreign byte orders, nor negative strides, nor (without a warning) read-only
+    # memory.
+    native = values.astype(values.dtype.newbyteorder("="), copy=False)
+    shareable = native.flags.writeable and all(stride >= 0 for stride in native.strides)
+    return torch.from_numpy(native if shareable else native.copy())
+
+
+@dataclass(frozen=True)
+class ParamLayout:
+    """Names and shapes of ``P`` parameters in the order in which they lie in a flat vector.
+
+    Attributes:
+        names: Unique parameter names.
+        shapes: Shape of each parameter.
+
+    Raises:
+        ValueError: names and shapes differ in number, or a name comes twice.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
+        if len(self.names) != len(self.shapes):
+            raise ValueError(f"{len(self.names)} names but {len(self.shapes)} shapes")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"names must be unique, got {list(self.names)}")
+
+    @classmethod
+    def from_module(cls, model: nn.Module) -> ParamLayout:
+        """Layout in the order of ``model.named_parameters()``; shared parameters come once, buffers never."""
+        return cls.from_tensors(dict(model.named_parameters()))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ParamLayout:
+        """Layout of named tensors in the mapping's order."""
+        return cls(tuple(tensors), tuple(tuple(tensor.shape) for tensor in tensors.values()))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Position of each parameter's first element in the flat vector."""
+        return tuple(itertools.accumulate(self.sizes, initial=0))[:-1]
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Range of each parameter in the flat vector, by name."""
+        return {
+            name: slice(start, start + size)
+            for name, start, size in zip(self.names, self.offsets, self.sizes, strict=True)
+        }
+
+    @property
+    def numel(self) -> int:
+        """``P``, the length of the flat vector."""
+        return sum(self.sizes)
+
+    def flatten(
+        self,
+        source: nn.Module | Mapping[str, Tensor | NDArray[Any]] | Sequence[Tensor | NDArray[Any]],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Copy the parameters into one new vector ``[P]``, detached.
+
+        Args:
+            source: A module, a mapping by name such as a ``state_dict`` (entries that are not in the layout,
+                such as buffers, are ignored), or a sequence in the layout's order.
+            dtype: Of the result; by default the common type of the parameters.
+
+        Raises:
+            ValueError: parameters are missing, too many, or of another shape; the message names them.
+            TypeError: an entry is neither tensor nor array.
+        """
+        if isinstance(source, nn.Module):
+            source = dict(source.named_parameters(remove_duplicate=False))
+        if isinstance(source, Mapping):
+            missing = [name for name in self.names if name not in source]
+            if missing:
+                raise ValueError(f"missing parameters: {', '.join(missing)}")
+            entries: Iterable[Tensor | NDArray[Any]] = [source[name] for name in self.names]
+        elif len(source) != len(self.names):
+            raise ValueError(f"expected {len(self.names)} parameters, got {len(source)}")
+        else:
+            entries = source
+        tensors = [as_tensor(entry) for entry in entries]
+        wrong = [
+            f"{name} {tuple(tensor.shape)}, expected {shape}"
+            for name, shape, tensor in zip(self.names, self.shapes, tensors, strict=True)
+            if tuple(tensor.shape) != shape
+        ]
+        if wrong:
+            raise ValueError(f"parameters of the wrong shape: {'; '.join(wrong)}")
+        if not tensors:
+            return torch.empty(0, dtype=dtype)
+        return torch.cat([tensor.reshape(-1).to(dtype or tensor.dtype) for tensor in tensors])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a flat vector ``[P]`` by name, each in its parameter's shape.
+
+        Raises:
+            ValueError: the vector is not of shape ``[P]``.
+        """
+        if tuple(vector.shape) != (self.numel,):
+            raise ValueError(f"expected a vector of {self.numel} elements, got shape {tuple(vector.shape)}")
+        return {
+            name: vector[self.slices[name]].view(shape)
+            for name, shape in zip(self.names, self.shapes, strict=True)
+        }

@@ -1,0 +1,175 @@
+"""What a rule sees of one round, from matrices or from a store, and who is refused before any rule looks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdcr_fast import ops
+
+_FEWEST_SAMPLES, _MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range neither vanish nor overflow
+
+
+@dataclass(frozen=True)
+class ClientUpdates:
+    """One round of ``K`` clients in rows; tiled client matrices ``[T, K, L]`` as in :mod:`fdcr_fast.ops`.
+
+    Vectors over clients lie on the CPU, but ``fisher_min`` and ``fisher_max`` on the device of the Fishers.
+
+    Attributes:
+        updates: Tiled ``delta_k = w_k - w``.
+        fishers: Tiled diagonal Fishers ``F_k``, or None where no rule needs them.
+        num_params: ``P``.
+        num_samples: ``n_k``, float64 ``[K]``.
+        clients: ``K`` client ids.
+        squared_norm: ``||delta_k||^2``, float64 ``[K]``.
+        fisher_min: ``min F_k``, float64 ``[K]``, or None without Fishers.
+        fisher_max: ``max F_k``, likewise.
+        valid: bool ``[K]``, the rows that are not rejected.
+        rejected: Reason by client id, of rejected rows and of clients that got no row.
+    """
+
+    updates: Tensor
+    fishers: Tensor | None
+    num_params: int
+    num_samples: Tensor
+    clients: tuple[Hashable, ...]
+    squared_norm: Tensor
+    fisher_min: Tensor | None
+    fisher_max: Tensor | None
+    valid: Tensor
+    rejected: dict[Hashable, str]
+
+    @classmethod
+    def from_matrices(
+        cls,
+        updates: Tensor,
+        fishers: Tensor | None,
+        num_samples: Sequence[float] | Tensor | Any,
+        client_ids: Sequence[Hashable] | None = None,
+    ) -> ClientUpdates:
+        """View ``updates [K, P]`` and ``fishers [K, P]``, of any strides, as a round; nothing is copied.
+
+        Raises:
+            TypeError: not floating-point tensors, or sample counts that are not numbers.
+            ValueError: shapes, devices, or client ids do not fit, or there is no client.
+        """
+        check_floating("updates", updates, "[K, P]")
+        K, P = updates.shape
+        if K == 0 or P == 0:
+            raise ValueError(f"expected at least one client and one parameter, got updates [{K}, {P}]")
+        counts = _sample_counts(num_samples, K)
+        ids = tuple(range(K)) if client_ids is None else tuple(client_ids)
+        if len(ids) != K or len(set(ids)) != K:
+            raise ValueError(f"expected {K} different client ids, got {list(ids)}")
+        updates = updates.detach().unsqueeze(0)
+        low = high = None
+        if fishers is not None:
+            check_floating("fishers", fishers, "[K, P]")
+            if fishers.shape != (K, P):
+                raise ValueError(f"expected fishers [{K}, {P}] like updates, got {list(fishers.shape)}")
+            check_device("fishers", fishers, updates)
+            fishers = fishers.detach().unsqueeze(0)
+            low, high = ops.importance_range(fishers, P)
+        norm = ops.squared_norm(updates, P).cpu()
+        return cls(updates, fishers, P, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
+
+    @property
+    def alpha(self) -> Tensor:
+        """Sample shares ``alpha_k`` of the valid clients, 0 for the others; float64 ``[K]``."""
+        return sample_shares(self.num_samples, self.valid)
+
+    def screened(self, *, importance: bool, norm_bound: float | None) -> ClientUpdates:
+        """The same round after rejecting the clients whose contribution cannot be used.
+
+        Args:
+            importance: Whether the rule takes importances, which a constant Fisher leaves undefined.
+            norm_bound: Largest update norm in units of the median norm of the clients that are otherwise
+                valid (for an even number of them the lower median: of two clients the smaller sets the
+                scale); None for no bound.
+        """
+        reasons: list[str | None] = []
+        for n, norm, low, high in zip(
+            self.num_samples.tolist(), self.squared_norm.tolist(), *self._fisher_ranges(), strict=True
+        ):
+            reason = rejection_reason(n, norm, low, high)
+            if reason is None and importance and low == high:
+                reason = f"the Fisher is constant (every entry is {low:g}): importance is undefined"
+            reasons.append(reason)
+        usable = torch.tensor([reason is None for reason in reasons], dtype=torch.bool)
+        if norm_bound is not None and usable.any():
+            norms = self.squared_norm.sqrt()
+            median = norms[usable].median().item()
+            for k in torch.nonzero(usable & (norms > norm_bound * median)).flatten().tolist():
+                reasons[k] = (
+                    f"the update's norm {norms[k]:.4g} is beyond {norm_bound:g} times the median {median:.4g}"
+                )
+        rejected = {client: reason for client, reason in zip(self.clients, reasons, strict=True) if reason}
+        return replace(
+            self,
+            valid=torch.tensor([reason is None for reason in reasons], dtype=torch.bool),
+            rejected={**self.rejected, **rejected},
+        )
+
+    def _fisher_ranges(self) -> tuple[list[float] | list[None], list[float] | list[None]]:
+        if self.fisher_min is None or self.fisher_max is None:
+            return [None] * len(self.clients), [None] * len(self.clients)
+        return self.fisher_min.tolist(), self.fisher_max.tolist()
+
+
+def rejection_reason(
+    num_samples: float, squared_norm: float, fisher_min: float | None, fisher_max: float | None
+) -> str | None:
+    """Why a client's contribution cannot be used by any rule, from its statistics; None if it can."""
+    if not _FEWEST_SAMPLES < num_samples < _MOST_SAMPLES:
+        return f"the sample count must be positive and finite, got {num_samples:g}"
+    if not math.isfinite(
+        8 * squared_norm
+    ):  # squared distances between updates reach 4 times their squared norms
+        return "the update is not finite, or too large to be squared in float64"
+    if fisher_min is None or fisher_max is None:
+        return None
+    if not math.isfinite(fisher_min) or not math.isfinite(fisher_max):
+        return "the Fisher is not finite"
+    if fisher_min < 0:
+        return f"the Fisher has negative entries, the smallest is {fisher_min:g}"
+    return None
+
+
+def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:
+    """``n_k / sum n`` over the chosen clients, 0 for the others (eq. 11); float64 ``[K]``."""
+    counts = torch.where(chosen, num_samples, 0)
+    return counts / counts.sum() if chosen.any() else counts
+
+
+def check_floating(name: str, tensor: object, shape: str) -> None:
+    """Raise unless ``tensor`` is a real floating-point tensor with as many dimensions as ``shape`` names."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected {name} {shape} to be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected floating-point {name} {shape}, got {tensor.dtype}")
+    if tensor.dim() != shape.count(",") + 1:
+        raise ValueError(f"expected {name} {shape}, got shape {list(tensor.shape)}")
+
+
+def check_device(name: str, tensor: Tensor, updates: Tensor) -> None:
+    """Raise unless ``tensor`` lies where the updates lie."""
+    if tensor.device != updates.device:
+        raise ValueError(
+            f"expected {name} on the device of the updates, {updates.device}, got {tensor.device}"
+        )
+
+
+def _sample_counts(num_samples: Any, K: int) -> Tensor:
+    try:
+        counts = torch.as_tensor(num_samples, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"expected num_samples to be {K} numbers, got {num_samples!r}") from error
+    if counts.shape != (K,):
+        raise ValueError(f"expected num_samples [{K}], one per client, got shape {list(counts.shape)}")
+    return counts

@@ -1,0 +1,284 @@
+"""Aggregation rules: from one round of client updates to the new global parameters."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from fdcr_fast import ops
+from fdcr_fast.server.cluster import CLUSTERINGS, check_density, check_partition
+from fdcr_fast.server.intake import ClientUpdates, check_device, check_floating, sample_shares
+from fdcr_fast.server.scores import SCORES
+from fdcr_fast.server.store import UpdateStore
+
+
+@dataclass(frozen=True)
+class AggregationResult:
+    """New global parameters, and what became of every client.
+
+    Rows are the ``K`` clients of the matrices, or those that a store accepted. Vectors over clients lie on
+    the CPU.
+
+    Attributes:
+        params: ``[P]``, dtype and device of the global parameters.
+        weights: Weight of each client in the mean, float64 ``[K]``; 0 for those dropped or rejected.
+        discrepancy: ``V_k``, float64 ``[K]``; NaN for rejected clients and under rules that compute none.
+        kept: bool ``[K]``, who was aggregated.
+        labels: Cluster of each client by ascending mean discrepancy, int64 ``[K]``; -1 for rejected clients.
+        clients: ``K`` client ids.
+        rejected: Reason by client id of the clients whose contribution could not be used.
+    """
+
+    params: Tensor
+    weights: Tensor
+    discrepancy: Tensor
+    kept: Tensor
+    labels: Tensor
+    clients: tuple[Hashable, ...]
+    rejected: dict[Hashable, str]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a rule decides about a round; rows of rejected clients are ignored.
+
+    Attributes:
+        kept: bool ``[K]``.
+        discrepancy: ``V_k [K]``, or None where the rule has no such score.
+        labels: int64 ``[K]``, or None for 0 where kept and 1 where dropped.
+    """
+
+    kept: Tensor
+    discrepancy: Tensor | None = None
+    labels: Tensor | None = None
+
+
+class AggregationRule(ABC):
+    """A rule decides who is kept (:meth:`select`); validation, weights and weighted mean are common to all.
+
+    Attributes:
+        norm_bound: Clients with an update norm beyond this multiple of the median norm are rejected; None for
+            no bound.
+        rescale: Whether kept updates are rescaled by ``2 sigmoid(I_k)`` (eq. 12).
+        importance: Whether :meth:`select` reads importances.
+    """
+
+    norm_bound: float | None = None
+    rescale: bool = False
+    importance: bool = False
+
+    @abstractmethod
+    def select(self, clients: ClientUpdates) -> Selection:
+        """Decide who is kept, from nothing but the uploads of a round with at least one valid client."""
+
+    @overload
+    def aggregate(self, global_params: Tensor, updates: UpdateStore) -> AggregationResult: ...
+
+    @overload
+    def aggregate(
+        self,
+        global_params: Tensor,
+        updates: Tensor,
+        fishers: Tensor | None,
+        num_samples: Any,
+        *,
+        client_ids: Sequence[Hashable] | None = None,
+    ) -> AggregationResult: ...
+
+    def aggregate(
+        self,
+        global_params: Tensor,
+        updates: Tensor | UpdateStore,
+        fishers: Tensor | None = None,
+        num_samples: Any = None,
+        *,
+        client_ids: Sequence[Hashable] | None = None,
+    ) -> AggregationResult:
+        """New global parameters ``w' = w + sum_k alpha^_k c_k delta_k`` over the kept clients (Algorithm 1).
+
+        ``alpha^_k = n_k / sum n`` over the kept clients (eq. 11); ``c_k = 2 sigmoid(I_k)`` (eq. 12), or 1
+        without rescaling. Where nobody is kept, ``w' = w``.
+
+        Args:
+            global_params: ``w [P]``, any floating dtype.
+            updates: ``delta_k = w_k - w`` in the rows of ``[K, P]`` (any strides, never copied), or a store,
+                which holds all the rest as well.
+            fishers: ``F_k`` in the rows of ``[K, P]``; not read, and may be None, if the rule takes no
+                importances.
+            num_samples: ``n_k [K]``, numbers.
+            client_ids: ``K`` different ids, by default 0 to K - 1.
+
+        Raises:
+            TypeError: a matrix is not a floating-point tensor, or sample counts are not numbers.
+            ValueError: shapes or devices do not fit, the global parameters are not finite, there are no
+                clients, or Fishers are missing. What is wrong with one client alone rejects that client
+                instead.
+        """
+        clients = self._intake(updates, fishers, num_samples, client_ids)
+        _check_global(global_params, clients)
+        clients = clients.screened(importance=self._reads_fishers, norm_bound=self.norm_bound)
+        valid, rows = clients.valid, len(clients.clients)
+        selection = self.select(clients) if valid.any() else Selection(valid)
+        kept = selection.kept & valid
+        labels = (~kept).long() if selection.labels is None else selection.labels
+        scores = torch.full((rows,), torch.nan, dtype=torch.float64)
+        if selection.discrepancy is not None:
+            scores = torch.where(valid, selection.discrepancy, scores)
+        weights = sample_shares(clients.num_samples, kept)
+        return AggregationResult(
+            params=self._mean(global_params.detach(), clients, weights),
+            weights=weights,
+            discrepancy=scores,
+            kept=kept,
+            labels=torch.where(valid, labels, -1),
+            clients=clients.clients,
+            rejected=clients.rejected,
+        )
+
+    @property
+    def _reads_fishers(self) -> bool:
+        return self.importance or self.rescale
+
+    def _intake(
+        self,
+        updates: Tensor | UpdateStore,
+        fishers: Tensor | None,
+        num_samples: Any,
+        client_ids: Sequence[Hashable] | None,
+    ) -> ClientUpdates:
+        if isinstance(updates, UpdateStore):
+            if fishers is not None or num_samples is not None or client_ids is not None:
+                raise TypeError("a store holds fishers, num_samples and client ids: give the store alone")
+            clients = updates.client_updates()
+            if not clients.clients and not clients.rejected:
+                raise ValueError("expected at least one client, got an empty store")
+        else:
+            clients = ClientUpdates.from_matrices(
+                updates, fishers if self._reads_fishers else None, num_samples, client_ids
+            )
+        if self._reads_fishers and clients.fishers is None:
+            raise ValueError(f"{self!r} takes importances: fishers must be given")
+        return clients
+
+    def _mean(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
+        if not weights.any():
+            return global_params.clone()
+        weights = weights.to(clients.updates.device)
+        if not self.rescale:
+            return ops.rescaled_mean(global_params, clients.updates, None, None, None, weights)
+        return ops.rescaled_mean(
+            global_params, clients.updates, clients.fishers, clients.fisher_min, clients.fisher_max, weights
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvg(AggregationRule):
+    """The plain sample-weighted mean ``w' = w + sum_k alpha_k delta_k`` (McMahan et al., 2017).
+
+    Args:
+        norm_bound: See :class:`FDCR`; by default no bound.
+    """
+
+    norm_bound: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_norm_bound(self.norm_bound)
+
+    def select(self, clients: ClientUpdates) -> Selection:
+        """Keep everybody."""
+        return Selection(clients.valid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FDCR(AggregationRule):
+    """Fisher Discrepancy Cluster and Rescale (Huang et al., NeurIPS 2024).
+
+    Importance ``I_k`` is the client's Fisher mapped to [0, 1] (eq. 6); ``u_k = I_k delta_k`` and ``u = sum_k
+    alpha_k u_k`` (eq. 8, 9a) give the discrepancy ``V_k``, the distance of ``u_k`` from ``u`` (eq. 9b). ``V``
+    is clustered, the cluster with the largest mean is dropped (eq. 10) if there are at least two, and the
+    others' updates are rescaled (eq. 12) and averaged by sample count (eq. 11).
+
+    Args:
+        discrepancy: ``"mse"``, the paper's mean square, or ``"l2"``, the distance of the authors' code. Both
+            order clients alike, but their gaps, and with them the clusters, differ.
+        cluster: ``"finch"``, ``"kmeans"``, ``"dbscan"``, or None to drop nobody (the ablation without
+            clustering).
+        partition: Of FINCH, ``"first" | "last" | int``; see :func:`fdcr_fast.server.cluster.finch`. The paper
+            does not say which, its code takes the first, which has about K/2.5 clusters: with many clients
+            few can be dropped.
+        rescale: False for the ablation without rescaling: ``c_k = 1``. Rescaling always takes the
+            importances, also with ``importance=False``.
+        importance: False for the ablation without importance: ``u_k = delta_k``, the discrepancy is that of
+            the plain updates.
+        norm_bound: Clients with an update norm beyond this multiple of the median norm are rejected before
+            anything else, because FINCH can never isolate a single value: one absurd update drags the mean
+            until all honest clients look alike, and is kept. None for the bare paper rule.
+        learning_rate: ``eta`` of eq. 7, ``g_k = delta_k / eta``: scales the reported V by ``1/eta^2``
+            (``"mse"``) or ``1/eta`` (``"l2"``). No decision depends on it.
+        eps: Of DBSCAN; see :func:`fdcr_fast.server.cluster.dbscan`.
+        min_samples: Likewise.
+
+    Raises:
+        ValueError: an option has a value that it cannot have.
+    """
+
+    discrepancy: str = "mse"
+    cluster: str | None = "finch"
+    partition: str | int = "first"
+    rescale: bool = True
+    importance: bool = True
+    norm_bound: float | None = 100.0
+    learning_rate: float = 1.0
+    eps: float = 0.5
+    min_samples: int = 2
+
+    def __post_init__(self) -> None:
+        if self.discrepancy not in SCORES:
+            raise ValueError(f"discrepancy must be one of {sorted(SCORES)}, got {self.discrepancy!r}")
+        if self.cluster is not None and self.cluster not in CLUSTERINGS:
+            raise ValueError(f"cluster must be None or one of {sorted(CLUSTERINGS)}, got {self.cluster!r}")
+        check_partition(self.partition)
+        check_density(self.eps, self.min_samples)
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        _check_norm_bound(self.norm_bound)
+
+    def select(self, clients: ClientUpdates) -> Selection:
+        """Cluster the discrepancies and drop the cluster with the largest mean."""
+        fishers = (
+            (clients.fishers, clients.fisher_min, clients.fisher_max) if self.importance else (None,) * 3
+        )
+        alpha = clients.alpha.to(clients.updates.device)
+        distance = ops.discrepancy(clients.updates, *fishers, alpha, clients.num_params).cpu()
+        score = SCORES[self.discrepancy]
+        labels = torch.zeros(len(clients.clients), dtype=torch.int64)
+        if self.cluster is not None:
+            labels[clients.valid] = CLUSTERINGS[self.cluster](
+                score(distance[clients.valid], clients.num_params), self
+            )
+        kept = (labels < labels.max()) | (labels.max() == 0)
+        return Selection(kept, score(distance / self.learning_rate**2, clients.num_params), labels)
+
+
+def _check_norm_bound(norm_bound: float | None) -> None:
+    if norm_bound is not None and not norm_bound >= 1:
+        raise ValueError(
+            f"norm_bound must be None or at least 1 (the median client itself), got {norm_bound}"
+        )
+
+
+def _check_global(global_params: Tensor, clients: ClientUpdates) -> None:
+    check_floating("global_params", global_params, "[P]")
+    if global_params.numel() != clients.num_params:
+        raise ValueError(
+            f"expected global_params [{clients.num_params}] like the updates, got [{global_params.numel()}]"
+        )
+    check_device("global_params", global_params, clients.updates)
+    if not all(bound.isfinite() for bound in global_params.aminmax()):
+        raise ValueError("global_params are not finite")
