@@ -122,7 +122,7 @@ class AggregationRule(ABC):
         """
         clients = self._intake(updates, fishers, num_samples, client_ids)
         _check_global(global_params, clients)
-        clients = clients.screened(importance=self._reads_fishers, norm_bound=self.norm_bound)
+        clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
         valid, rows = clients.valid, len(clients.clients)
         selection = self.select(clients) if valid.any() else Selection(valid)
         kept = selection.kept & valid
@@ -142,7 +142,8 @@ class AggregationRule(ABC):
         )
 
     @property
-    def _reads_fishers(self) -> bool:
+    def needs_fishers(self) -> bool:
+        """Whether the rule takes importances anywhere."""
         return self.importance or self.rescale
 
     def _intake(
@@ -160,9 +161,9 @@ class AggregationRule(ABC):
                 raise ValueError("expected at least one client, got an empty store")
         else:
             clients = ClientUpdates.from_matrices(
-                updates, fishers if self._reads_fishers else None, num_samples, client_ids
+                updates, fishers if self.needs_fishers else None, num_samples, client_ids
             )
-        if self._reads_fishers and clients.fishers is None:
+        if self.needs_fishers and clients.fishers is None:
             raise ValueError(f"{self!r} takes importances: fishers must be given")
         return clients
 

@@ -99,7 +99,7 @@ class UpdateStore:
 
     @property
     def fishers(self) -> Tensor | None:
-        """Tiled client matrix ``[T, K, L]`` of the accepted clients' Fishers, a view; None in a store without."""
+        """Tiled client matrix ``[T, K, L]`` of the accepted clients' Fishers; None in a store without."""
         return self._data[:, : len(self), 0] if self.with_fishers else None
 
     @property
