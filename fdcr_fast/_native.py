@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from types import ModuleType
 
@@ -20,9 +21,7 @@ if BACKEND == "reference":
 else:
     try:
         # Loading it registers the CPU operators with the PyTorch dispatcher.
-        from fdcr_fast import _C  # type: ignore[attr-defined,unused-ignore]
-
-        module = _C
+        module = importlib.import_module("fdcr_fast._C")
     except ModuleNotFoundError:
         reason = (
             "the extension was not built: reinstall with a C++17 compiler and FDCR_FAST_BUILD=require to see why"

@@ -1,0 +1,75 @@
+// What the CPU kernels compute, in plain structs: no tensor and no PyTorch header is needed below this line, so the
+// same kernels link into the extension and into stand-alone sanitizer builds.
+#pragma once
+
+#include <cstdint>
+
+namespace fdcr {
+
+// Calls body(context, begin, end) on disjoint ranges that cover [0, n), possibly from several threads. The extension
+// passes PyTorch's pool. No kernel's result may depend on how the range is cut.
+using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t n, RangeBody body, void* context);
+
+enum class Element : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A strided array of floating numbers of any supported type; strides count elements.
+struct Source {
+  const void* data = nullptr;
+  Element element = Element::kFloat32;
+};
+
+constexpr int kMaxDims = 3;
+
+// Sum over n of the squares of the per-sample weight gradients of a (grouped) convolution with zero padding. A linear
+// layer over T positions is the convolution of T positions with a kernel of one. Unused dimensions have size 1.
+struct SquaredGradsProblem {
+  int64_t samples = 0, groups = 1;
+  int64_t out_channels = 0, in_channels = 0;  // of one group
+  int64_t output[kMaxDims] = {1, 1, 1}, input[kMaxDims] = {1, 1, 1}, kernel[kMaxDims] = {1, 1, 1};
+  int64_t stride[kMaxDims] = {1, 1, 1}, padding[kMaxDims] = {}, dilation[kMaxDims] = {1, 1, 1};
+  Source grad;  // [sample, group * out_channels, output...]
+  int64_t grad_sample = 0, grad_channel = 0, grad_position[kMaxDims] = {};
+  Source in;  // [sample, group * in_channels, input...]
+  int64_t in_sample = 0, in_channel = 0, in_position[kMaxDims] = {};
+  // Contiguous results, [groups * out_channels, in_channels, kernel...] and [groups * out_channels]; float64 if either
+  // source is, else float32.
+  void* weight = nullptr;
+  void* bias = nullptr;
+};
+
+// Parameter p of client k is data[(p / tile_length) * tile_stride + k * client_stride + (p % tile_length) * stride].
+struct ClientMatrix {
+  Source source;  // data == nullptr: absent
+  int64_t tile_length = 0, tile_stride = 0, client_stride = 0, stride = 0;
+};
+
+struct AggregationProblem {
+  int64_t clients = 0, params = 0;
+  ClientMatrix updates, fishers;
+  const double* fisher_min = nullptr;  // [clients], null without fishers
+  const double* fisher_max = nullptr;
+  const double* weights = nullptr;  // [clients]; a client with weight 0 is not read
+};
+
+struct Kernels {
+  const char* name;
+  void (*squared_grads)(const SquaredGradsProblem&, ParallelFor);
+  void (*range)(const ClientMatrix&, int64_t clients, int64_t params, double* low, double* high, ParallelFor);
+  void (*squared_norm)(const ClientMatrix&, int64_t clients, int64_t params, double* result, ParallelFor);
+  // result[k] = sum_v (u_v - u_{k,v})^2, NaN where weights[k] == 0.
+  void (*discrepancy)(const AggregationProblem&, double* result, ParallelFor);
+  // result[v] = global[v] + sum_k weights[k] * (1 + tanh(I / 2)) * update, contiguous, of global's type.
+  void (*rescaled_mean)(const AggregationProblem&, const Source& global, int64_t global_stride, void* result,
+                        ParallelFor);
+};
+
+// The kernels in use: the widest that the processor supports, unless FDCR_FAST_SIMD or select_kernels chose another.
+const Kernels& kernels();
+// Throws std::invalid_argument with the reason where the name is unknown or not supported here.
+void select_kernels(const char* name);
+// All that this build holds, widest first; whether the processor can run one.
+int compiled_kernels(const Kernels** table, int capacity);
+bool supported(const Kernels& candidate);
+
+}  // namespace fdcr

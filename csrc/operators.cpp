@@ -1,0 +1,232 @@
+// The CPU operators: tensors in, plain structs to the kernels, tensors out. The schemas and the documentation are in
+// fdcr_fast/ops/schemas.py; the checks here only keep the kernels inside their memory.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void torch_pool(int64_t n, fdcr::RangeBody body, void* context) {
+  torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+fdcr::Source source(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU, like the other tensors");
+  const void* data = tensor.const_data_ptr();
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return {data, fdcr::Element::kFloat32};
+    case ScalarType::Double:
+      return {data, fdcr::Element::kFloat64};
+    case ScalarType::BFloat16:
+      return {data, fdcr::Element::kBFloat16};
+    case ScalarType::Half:
+      return {data, fdcr::Element::kFloat16};
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
+  }
+}
+
+std::vector<double> numbers(const Tensor& tensor, int64_t expected, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
+                      tensor.size(0) == expected,
+                  name, " must be float64 [", expected, "] on the CPU");
+  const double* data = static_cast<const double*>(tensor.const_data_ptr());
+  std::vector<double> copy(static_cast<size_t>(expected));
+  for (size_t i = 0; i < copy.size(); ++i) copy[i] = data[static_cast<int64_t>(i) * tensor.stride(0)];
+  return copy;
+}
+
+ScalarType accumulation_type(const Tensor& a, const Tensor& b) {
+  return a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double ? ScalarType::Double
+                                                                                       : ScalarType::Float;
+}
+
+// --- per-sample squared gradients --------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> run(fdcr::SquaredGradsProblem& p, const Tensor& grad, Tensor weight, Tensor bias) {
+  p.grad_sample = grad.stride(0);
+  p.weight = weight.mutable_data_ptr();
+  p.bias = bias.mutable_data_ptr();
+  bool empty = p.samples == 0 || weight.numel() == 0;
+  for (int d = 0; d < fdcr::kMaxDims; ++d) empty = empty || p.output[d] == 0;
+  if (empty) {
+    torch::stable::zero_(weight);
+    torch::stable::zero_(bias);
+  } else {
+    fdcr::kernels().squared_grads(p, torch_pool);
+  }
+  return {std::move(weight), std::move(bias)};
+}
+
+std::tuple<Tensor, Tensor> sum_squared_grads_linear(const Tensor& grad, const Tensor& input) {
+  STD_TORCH_CHECK(grad.dim() == 3 && input.dim() == 3 && grad.size(0) == input.size(0) &&
+                      grad.size(1) == input.size(1),
+                  "expected grad_output [N, T, O] and input [N, T, I]");
+  const int64_t out = grad.size(2), in = input.size(2), positions = grad.size(1);
+  fdcr::SquaredGradsProblem p;
+  p.samples = grad.size(0);
+  p.out_channels = out;
+  p.in_channels = in;
+  p.output[2] = p.input[2] = positions;
+  p.grad = source(grad, "grad_output");
+  p.in = source(input, "input");
+  p.grad_channel = grad.stride(2);
+  p.grad_position[2] = grad.stride(1);
+  p.in_sample = input.stride(0);
+  p.in_channel = input.stride(2);
+  p.in_position[2] = input.stride(1);
+  const ScalarType type = accumulation_type(grad, input);
+  return run(p, grad, torch::stable::new_empty(grad, {out, in}, type), torch::stable::new_empty(grad, {out}, type));
+}
+
+std::tuple<Tensor, Tensor> sum_squared_grads_conv(const Tensor& grad, const Tensor& input,
+                                                  std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                                                  std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                                  int64_t groups) {
+  const int64_t dims = static_cast<int64_t>(kernel.size());
+  STD_TORCH_CHECK(dims >= 1 && dims <= fdcr::kMaxDims && stride.size() == kernel.size() &&
+                      padding.size() == kernel.size() && dilation.size() == kernel.size(),
+                  "expected 1 to 3 spatial dimensions, and a stride, padding and dilation for each");
+  STD_TORCH_CHECK(grad.dim() == dims + 2 && input.dim() == dims + 2 && grad.size(0) == input.size(0) &&
+                      groups > 0 && grad.size(1) % groups == 0 && input.size(1) % groups == 0,
+                  "expected grad_output [N, O, *output] and input [N, C, *size] with ", dims,
+                  " spatial dimensions and groups that divide O and C");
+  fdcr::SquaredGradsProblem p;
+  p.samples = grad.size(0);
+  p.groups = groups;
+  p.out_channels = grad.size(1) / groups;
+  p.in_channels = input.size(1) / groups;
+  p.grad = source(grad, "grad_output");
+  p.in = source(input, "input");
+  p.grad_channel = grad.stride(1);
+  p.in_sample = input.stride(0);
+  p.in_channel = input.stride(1);
+  std::vector<int64_t> size{grad.size(1), p.in_channels};
+  for (int64_t d = 0; d < dims; ++d) {
+    const int64_t at = fdcr::kMaxDims - dims + d, i = d;
+    p.kernel[at] = kernel[i];
+    p.stride[at] = stride[i];
+    p.padding[at] = padding[i];
+    p.dilation[at] = dilation[i];
+    p.output[at] = grad.size(2 + d);
+    p.input[at] = input.size(2 + d);
+    p.grad_position[at] = grad.stride(2 + d);
+    p.in_position[at] = input.stride(2 + d);
+    STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
+                    "kernel_size, stride and dilation must be positive, padding not negative");
+    const int64_t reach = p.input[at] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    STD_TORCH_CHECK(reach >= 0 && p.output[at] == reach / stride[i] + 1, "grad_output has spatial size ",
+                    p.output[at], " where the convolution gives ", reach / stride[i] + 1);
+    size.push_back(kernel[i]);
+  }
+  const ScalarType type = accumulation_type(grad, input);
+  return run(p, grad, torch::stable::new_empty(grad, size, type),
+             torch::stable::new_empty(grad, {grad.size(1)}, type));
+}
+
+// --- aggregation ------------------------------------------------------------------------------------------------------
+
+fdcr::ClientMatrix client_matrix(const Tensor& x, int64_t params, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 3, name, " must be a client matrix [T, K, L]");
+  const int64_t tiles = x.size(0), length = x.size(2);
+  STD_TORCH_CHECK(params >= 0 && tiles * length >= params && (tiles - 1) * length < std::max<int64_t>(params, 1),
+                  tiles, " tiles of ", length, " do not hold exactly ", params, " parameters");
+  return {source(x, name), length, x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// The tensors behind an AggregationProblem; the vectors live as long as this does.
+struct Aggregation {
+  fdcr::AggregationProblem problem{};
+  std::vector<double> low, high, weights;
+
+  Aggregation(const Tensor& updates, const std::optional<Tensor>& fishers, const std::optional<Tensor>& fisher_min,
+              const std::optional<Tensor>& fisher_max, const Tensor& weight, int64_t params) {
+    problem.updates = client_matrix(updates, params, "updates");
+    problem.clients = updates.size(1);
+    problem.params = params;
+    STD_TORCH_CHECK(fishers.has_value() == fisher_min.has_value() && fishers.has_value() == fisher_max.has_value(),
+                    "fishers, fisher_min and fisher_max go together");
+    if (fishers.has_value()) {
+      problem.fishers = client_matrix(*fishers, params, "fishers");
+      STD_TORCH_CHECK(fishers->size(0) == updates.size(0) && fishers->size(1) == updates.size(1) &&
+                          fishers->size(2) == updates.size(2),
+                      "fishers differ in shape from updates");
+      low = numbers(*fisher_min, problem.clients, "fisher_min");
+      high = numbers(*fisher_max, problem.clients, "fisher_max");
+      problem.fisher_min = low.data();
+      problem.fisher_max = high.data();
+    }
+    weights = numbers(weight, problem.clients, "weights");
+    problem.weights = weights.data();
+  }
+  Aggregation(const Aggregation&) = delete;
+  Aggregation& operator=(const Aggregation&) = delete;
+};
+
+Tensor per_client(const Tensor& x) { return torch::stable::new_empty(x, {x.size(1)}, ScalarType::Double); }
+
+double* doubles(const Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor> importance_range(const Tensor& fishers, int64_t params) {
+  STD_TORCH_CHECK(params >= 1, "the range of ", params, " parameters is undefined");
+  const fdcr::ClientMatrix matrix = client_matrix(fishers, params, "fishers");
+  Tensor low = per_client(fishers), high = per_client(fishers);
+  fdcr::kernels().range(matrix, fishers.size(1), params, doubles(low), doubles(high), torch_pool);
+  return {std::move(low), std::move(high)};
+}
+
+Tensor squared_norm(const Tensor& updates, int64_t params) {
+  const fdcr::ClientMatrix matrix = client_matrix(updates, params, "updates");
+  Tensor result = per_client(updates);
+  fdcr::kernels().squared_norm(matrix, updates.size(1), params, doubles(result), torch_pool);
+  return result;
+}
+
+Tensor discrepancy(const Tensor& updates, const std::optional<Tensor>& fishers,
+                   const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
+                   const Tensor& alpha, int64_t params) {
+  const Aggregation aggregation(updates, fishers, fisher_min, fisher_max, alpha, params);
+  Tensor result = per_client(updates);
+  fdcr::kernels().discrepancy(aggregation.problem, doubles(result), torch_pool);
+  return result;
+}
+
+Tensor rescaled_mean(const Tensor& global, const Tensor& updates, const std::optional<Tensor>& fishers,
+                     const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
+                     const Tensor& weights) {
+  STD_TORCH_CHECK(global.dim() == 1, "expected global_params [P]");
+  const int64_t params = global.size(0);
+  const Aggregation aggregation(updates, fishers, fisher_min, fisher_max, weights, params);
+  const fdcr::Source base = source(global, "global_params");
+  const ScalarType type = base.element == fdcr::Element::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  Tensor result = torch::stable::new_empty(global, {params}, type);
+  fdcr::kernels().rescaled_mean(aggregation.problem, base, global.stride(0), result.mutable_data_ptr(), torch_pool);
+  if (type == global.scalar_type()) return result;
+  Tensor narrow = torch::stable::new_empty(global, {params});
+  torch::stable::copy_(narrow, result);
+  return narrow;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
+  library.impl("sum_squared_grads_linear", TORCH_BOX(&sum_squared_grads_linear));
+  library.impl("sum_squared_grads_conv", TORCH_BOX(&sum_squared_grads_conv));
+  library.impl("importance_range", TORCH_BOX(&importance_range));
+  library.impl("squared_norm", TORCH_BOX(&squared_norm));
+  library.impl("discrepancy", TORCH_BOX(&discrepancy));
+  library.impl("rescaled_mean", TORCH_BOX(&rescaled_mean));
+}
+
+}  // namespace
