@@ -1,0 +1,30 @@
+"""Entry point of ``fdcr-fast`` and ``python -m fdcr_fast``; the command ``info`` needs no extra."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+SIM_PACKAGES = ("click", "matplotlib", "pydantic", "rich", "sklearn", "torchvision", "yaml")
+
+
+def main() -> None:
+    """Run the command line."""
+    missing = [package for package in SIM_PACKAGES if find_spec(package) is None]
+    if not missing:
+        from fdcr_fast.cli import cli
+
+        cli(prog_name="fdcr-fast")
+    elif sys.argv[1:] in ([], ["info"]):
+        import fdcr_fast
+
+        print(fdcr_fast.info())
+    else:
+        sys.exit(
+            f"fdcr-fast {sys.argv[1]} needs {', '.join(missing)}; install them with: "
+            'pip install "fdcr_fast[sim]"'
+        )
+
+
+if __name__ == "__main__":
+    main()

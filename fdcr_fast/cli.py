@@ -1,0 +1,166 @@
+"""The command line. Flags of ``simulate`` are the fields of :class:`fdcr_fast.sim.SimulationConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import click
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from rich.console import Console
+
+import fdcr_fast
+from fdcr_fast.sim.attacks import PAPER_TRIGGER
+from fdcr_fast.sim.checkpoint import RunFolder
+from fdcr_fast.sim.config import OneOf, SimulationConfig
+from fdcr_fast.sim.federation import Progress, resume, simulate
+from fdcr_fast.sim.figures import accuracy_figure
+from fdcr_fast.sim.report import comparison_table, cost_line, progress_bar
+
+DEMO = SimulationConfig(rounds=20, local_epochs=5, lr=0.05, seed=1)
+DEMO_RUNS = {
+    "fedavg": DEMO.model_copy(update={"server": "fedavg"}),
+    "fdcr": DEMO,
+    "fdcr-random-fisher": DEMO.model_copy(update={"attacker_fisher": "random"}),
+    "oracle": DEMO.model_copy(update={"server": "oracle"}),
+}
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The names among a type's values."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def config_option(name: str, field: FieldInfo) -> click.Option:
+    """The flag of one field. Values stay text: the configuration alone decides what is valid."""
+    flag = f"--{name.replace('_', '-')}"
+    default = "paper" if field.default == PAPER_TRIGGER else field.default
+    text = f"{field.description} [default: {default}]" if default is not None else field.description
+    if isinstance(default, bool):
+        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
+    names = [choice for item in field.metadata if isinstance(item, OneOf) for choice in item.choices]
+    names += _choices(field.annotation)
+    return click.Option([flag], help=text, metavar="|".join(names) or "VALUE")
+
+
+def explain(error: ValidationError) -> str:
+    """One line for each field that is wrong, named as its flag."""
+    lines: dict[str, list[str]] = {}
+    for item in error.errors():
+        where = f"--{str(item['loc'][0]).replace('_', '-')}: " if item["loc"] else ""
+        if item["type"] == "extra_forbidden":
+            where, reason = "", f"unknown setting {item['loc'][0]!r}"
+        else:
+            reason = item["msg"].removeprefix("Value error, ")
+            reason += f" (got {item['input']!r})" if item["loc"] else ""
+        lines.setdefault(where, []).append(reason)
+    return "\n".join(where + "; or ".join(reasons) for where, reasons in lines.items())
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Bad input ends in a message, not in a traceback."""
+    try:
+        yield
+    except ValidationError as error:
+        raise click.ClickException(explain(error)) from error
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@click.group(invoke_without_command=True)
+@click.version_option(fdcr_fast.__version__)
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """FDCR backdoor defence for federated learning."""
+    if context.invoked_subcommand is None:
+        click.echo(fdcr_fast.info())
+        click.echo("\nfdcr-fast --help lists the commands.")
+
+
+@cli.command()
+def info() -> None:
+    """Show version, PyTorch, threads, and which backends are usable or why not."""
+    click.echo(fdcr_fast.info())
+
+
+def _progress(name: str, config: SimulationConfig) -> AbstractContextManager[Progress]:
+    return progress_bar(Console(stderr=True), name, config.rounds, config.clients)
+
+
+@cli.command("simulate")
+@click.option(
+    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file of settings."
+)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="New folder for results and figures."
+)
+@click.option(
+    "--resume",
+    "resumed",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Continue the run in this folder, as its config.yaml says.",
+)
+def simulate_command(
+    config: Path | None, out: Path | None, resumed: Path | None, **flags: str | bool | None
+) -> None:
+    """Run a federation with malicious clients and report how well the server defends it.
+
+    A YAML file given by --config holds any of the settings below, with underscores; flags override it.
+    """
+    overrides = {name: value for name, value in flags.items() if value is not None}
+    with _clear_errors():
+        if resumed is not None:
+            if config or out or overrides:
+                raise click.UsageError(
+                    "--resume takes every setting from its folder and goes with no other flag"
+                )
+            settings = RunFolder(resumed).config()
+            with _progress(settings.server, settings) as progress:
+                result = resume(resumed, progress)
+        else:
+            settings = SimulationConfig.from_yaml(config.read_text() if config else "", overrides)
+            with _progress(settings.server, settings) as progress:
+                result = simulate(settings, out, progress)
+    console = Console()
+    console.print(comparison_table({settings.server: result.summary}))
+    console.print(cost_line(result.summary))
+    if out or resumed:
+        console.print(f"Results and figures are in {out or resumed}")
+
+
+simulate_command.params += [
+    config_option(name, field) for name, field in SimulationConfig.model_fields.items()
+]
+
+
+@cli.command()
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("fdcr-demo"),
+    show_default=True,
+    help="New folder for results and figures.",
+)
+def demo(out: Path) -> None:
+    """Compare FedAvg, FDCR and an oracle against a backdoor on the digits data; takes about a minute."""
+    results = {}
+    with _clear_errors():
+        for name, config in DEMO_RUNS.items():
+            with _progress(name, config) as progress:
+                results[name] = simulate(config, out / name, progress)
+    accuracy_figure({name: result.rounds for name, result in results.items()}).savefig(out / "comparison.png")
+    console = Console()
+    console.print(comparison_table({name: result.summary for name, result in results.items()}))
+    console.print(
+        "fdcr: malicious clients upload the honest Fisher of their poisoned data.\n"
+        "fdcr-random-fisher: they upload noise, as in the paper's published code.\n"
+        "oracle: a baseline that is told who is malicious.\n"
+        f"Figures: {out / 'comparison.png'}, and accuracy.png, clients.png, similarity.png in each of\n"
+        + "\n".join(f"  {out / name}" for name in results)
+    )

@@ -1,0 +1,149 @@
+"""The folder of a run: config.yaml, rounds.csv, clients.csv and a checkpoint after every round."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from fdcr_fast.sim.config import SimulationConfig
+from fdcr_fast.sim.metrics import ClientRecord, RoundRecord
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: after a crash at any moment it holds the old content or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def append_records(path: Path, records: Sequence[BaseModel]) -> int:
+    """Add rows to a CSV file that begins with a header and return its new size; None is an empty cell."""
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(type(records[0]).model_fields), lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(record.model_dump() for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def read_records(path: Path, record_type: type[Record]) -> list[Record]:
+    """Rows of a CSV file that :func:`append_records` wrote."""
+    with path.open(newline="") as file:
+        return [record_type.model_validate(row) for row in csv.DictReader(file)]
+
+
+@dataclass
+class RunState:
+    """Where a run stands between two rounds.
+
+    Attributes:
+        params: Global parameters ``[P]``.
+        rounds: Of every finished round.
+        clients: Of every client in every finished round.
+        similarity: Of the clients' importances, ``[K, K]``; after the last round only.
+    """
+
+    params: Tensor
+    rounds: list[RoundRecord]
+    clients: list[ClientRecord]
+    similarity: Tensor | None = None
+
+
+class RunFolder:
+    """Files of one run.
+
+    The CSV files only grow, and a checkpoint remembers how long they were. Resuming cuts them back to that,
+    so a kill at any moment loses at most the round under way.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_path = path / "config.yaml"
+        self.rounds_path = path / "rounds.csv"
+        self.clients_path = path / "clients.csv"
+        self.checkpoint_path = path / "checkpoint.npz"
+
+    def create(self, config: SimulationConfig) -> None:
+        """Begin a run.
+
+        Raises:
+            FileExistsError: the folder holds a run already.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.config_path.exists():
+            raise FileExistsError(
+                f"{self.path} already holds a run; continue it with --resume, or choose another folder"
+            )
+        write_atomically(self.config_path, config.to_yaml().encode())
+
+    def config(self) -> SimulationConfig:
+        """The run's configuration.
+
+        Raises:
+            FileNotFoundError: the folder holds no run.
+            ValueError: its configuration is not valid.
+        """
+        if not self.config_path.is_file():
+            raise FileNotFoundError(f"{self.path} holds no run to resume: there is no config.yaml")
+        return SimulationConfig.from_yaml(self.config_path.read_text())
+
+    def save(self, state: RunState, new_clients: Sequence[ClientRecord]) -> None:
+        """Append the last round's records, then replace the checkpoint."""
+        sizes = [
+            append_records(self.rounds_path, state.rounds[-1:]),
+            append_records(self.clients_path, new_clients),
+        ]
+        similarity = np.empty((0, 0)) if state.similarity is None else state.similarity.numpy()
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            params=state.params.numpy(),
+            csv_sizes=np.array(sizes, dtype=np.int64),
+            similarity=similarity,
+        )
+        write_atomically(self.checkpoint_path, buffer.getvalue())
+
+    def load(self) -> RunState | None:
+        """The state after the last checkpoint, None before the first; removes rows of an unfinished round.
+
+        Raises:
+            ValueError: the CSV files are shorter than when the checkpoint was made.
+        """
+        files = (self.rounds_path, self.clients_path)
+        if not self.checkpoint_path.exists():
+            for path in files:
+                path.unlink(missing_ok=True)
+            return None
+        with np.load(self.checkpoint_path, allow_pickle=False) as arrays:
+            params, similarity = torch.from_numpy(arrays["params"]), torch.from_numpy(arrays["similarity"])
+            sizes = arrays["csv_sizes"].tolist()
+        for path, size in zip(files, sizes, strict=True):
+            found = path.stat().st_size if path.exists() else 0
+            if found < size:
+                raise ValueError(
+                    f"{path} has {found} bytes, its checkpoint expects at least {size}: cannot resume"
+                )
+            os.truncate(path, size)
+        return RunState(
+            params,
+            read_records(self.rounds_path, RoundRecord),
+            read_records(self.clients_path, ClientRecord),
+            similarity if similarity.numel() else None,
+        )

@@ -1,0 +1,214 @@
+"""One immutable, validated description of a simulation: the command line, YAML files and Python share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from fdcr_fast.sim.attacks import ATTACKER_FISHERS, ATTACKS, PAPER_TRIGGER, Pixels
+from fdcr_fast.sim.data import DATASETS
+from fdcr_fast.sim.models import MODELS
+from fdcr_fast.sim.partition import PARTITIONS
+from fdcr_fast.sim.seeding import torch_generator
+from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS
+
+
+class OneOf(AfterValidator):
+    """Validator that a name is in a table; the command line reads ``choices`` for its help."""
+
+    choices: tuple[str, ...]
+
+    def __init__(self, *choices: str) -> None:
+        def check(name: str) -> str:
+            if name not in choices:
+                raise ValueError(f"expected one of {', '.join(choices)}")
+            return name
+
+        super().__init__(check)
+        object.__setattr__(self, "choices", choices)
+
+
+def _none(value: object) -> object:
+    return None if value == "none" else value
+
+
+def _parse_malicious(value: object) -> object:
+    """``"0.3"`` is a share, text with a comma lists clients: ``"0,3,7"``, and ``"2,"`` for client 2 alone."""
+    if isinstance(value, str) and "," in value:
+        return [index.strip() for index in value.split(",") if index.strip()]
+    return value
+
+
+def _parse_trigger(value: object) -> object:
+    """``"paper"``, or pixels written ``"row:column,row:column"``."""
+    if value == "paper":
+        return PAPER_TRIGGER
+    if isinstance(value, str):
+        pixels = [pixel.split(":") for pixel in value.split(",")]
+        if any(len(pixel) != 2 for pixel in pixels):
+            raise ValueError("expected 'paper' or pixels as row:column,row:column")
+        return pixels
+    return value
+
+
+def _check_dataset(name: str) -> str:
+    if name in DATASETS:
+        return name
+    if name.endswith(".npz"):
+        return str(Path(name).expanduser().resolve())
+    raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz")
+
+
+class SimulationConfig(BaseModel):
+    """Everything a run depends on; the defaults are the paper's setting on the digits data.
+
+    Each field is the flag of ``fdcr-fast simulate`` of the same name and a key of its YAML file.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) an unknown field or an impossible value, naming all of them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    dataset: Annotated[str, AfterValidator(_check_dataset)] = Field(
+        default="digits",
+        description=f"{', '.join(DATASETS)}, or FILE.npz with x_train y_train x_test y_test.",
+    )
+    data_dir: Path | None = Field(
+        default=None, description="Folder with the data set's files; nothing is downloaded."
+    )
+    max_train_samples: PositiveInt | None = Field(
+        default=None, description="Use at most so many training images."
+    )
+    max_test_samples: PositiveInt | None = Field(default=None, description="Use at most so many test images.")
+
+    clients: PositiveInt = Field(default=10, description="Number of clients; all take part in every round.")
+    split: Annotated[str, OneOf(*PARTITIONS)] = Field(
+        default="dirichlet", description="How images are dealt to clients."
+    )
+    beta: PositiveFloat = Field(
+        default=0.5, description="Dirichlet concentration; smaller is more heterogeneous."
+    )
+    min_samples: PositiveInt = Field(default=10, description="Every client gets at least so many images.")
+
+    malicious: Annotated[float | tuple[NonNegativeInt, ...], BeforeValidator(_parse_malicious)] = Field(
+        default=0.3,
+        description="Share of malicious clients, drawn by the seed (0.3), or client indices with a comma "
+        "(0,3,7 or, for client 2 alone, 2,).",
+    )
+    attack: Annotated[str, OneOf(*ATTACKS)] = Field(
+        default="badnets", description="What malicious clients do."
+    )
+    attacker_fisher: Annotated[str, OneOf(*ATTACKER_FISHERS)] = Field(
+        default="honest",
+        description="The Fisher that malicious clients upload; random is the published code's setting.",
+    )
+    target: NonNegativeInt = Field(default=2, description="Class that the backdoor calls for.")
+    poison_share: float = Field(
+        default=0.5, ge=0, le=1, description="Share of a malicious client's images poisoned."
+    )
+    trigger: Annotated[Pixels, BeforeValidator(_parse_trigger)] = Field(
+        default=PAPER_TRIGGER, description="The trigger's pixels: paper, or row:column,row:column,..."
+    )
+    trigger_value: float = Field(
+        default=1.0, ge=-1, le=1, description="The trigger's value; images span -1 to 1."
+    )
+
+    server: Annotated[str, OneOf(*SERVERS, *INFORMED_BASELINES)] = Field(
+        default="fdcr", description="Aggregation rule; oracle is a baseline that is told who is malicious."
+    )
+    discrepancy: Literal["mse", "l2"] = Field(default="mse", description="FDCR: distance to the mean update.")
+    cluster: Annotated[Literal["finch", "kmeans", "dbscan"] | None, BeforeValidator(_none)] = Field(
+        default="finch", description="FDCR: clustering of the discrepancies; none drops nobody."
+    )
+    partition: Literal["first", "last"] | NonNegativeInt = Field(
+        default="first",
+        description="FDCR: FINCH partition, first (finest), last (coarsest of two or more) or an index.",
+    )
+    rescale: bool = Field(default=True, description="FDCR: rescale the kept updates by their importance.")
+    importance: bool = Field(default=True, description="FDCR: weight the discrepancy by importance.")
+    norm_bound: Annotated[PositiveFloat | None, BeforeValidator(_none)] = Field(
+        default=100.0,
+        description="FDCR: reject updates beyond so many times the median norm; none is the bare paper rule.",
+    )
+
+    rounds: PositiveInt = Field(default=50, description="Communication rounds.")
+    model: Annotated[str, OneOf(*MODELS)] = Field(
+        default="auto", description="auto is the paper's cnn for images of 16 pixels or more, else mlp."
+    )
+    local_epochs: PositiveInt = Field(default=10, description="Epochs of local training per round.")
+    batch_size: PositiveInt = Field(default=64, description="Batch size of local training.")
+    lr: PositiveFloat = Field(default=0.01, description="Learning rate of local SGD.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of local SGD.")
+    weight_decay: float = Field(default=1e-5, ge=0, description="Weight decay of local SGD.")
+    seed: NonNegativeInt = Field(default=0, description="Seed of every random draw.")
+    threads: PositiveInt | None = Field(default=None, description="Threads per operator; default: PyTorch's.")
+
+    @field_validator("malicious")
+    @classmethod
+    def _check_malicious(cls, value: float | tuple[int, ...]) -> float | tuple[int, ...]:
+        if isinstance(value, tuple):
+            if len(set(value)) != len(value):
+                raise ValueError("the list names a client twice")
+        elif not 0 <= value < 1:
+            raise ValueError(
+                "a share must be at least 0 and below 1; client indices have a comma, '2,' is client 2 alone"
+            )
+        return value
+
+    @field_validator("trigger")
+    @classmethod
+    def _check_trigger(cls, value: Pixels) -> Pixels:
+        if not value or min(min(pixel) for pixel in value) < 0:
+            raise ValueError("expected at least one pixel, rows and columns counted from 0")
+        return value
+
+    @model_validator(mode="after")
+    def _check_clients(self) -> SimulationConfig:
+        listed = self.malicious if isinstance(self.malicious, tuple) else ()
+        unknown = [index for index in listed if index >= self.clients]
+        if unknown:
+            raise ValueError(f"malicious: no clients {unknown}, the clients are 0..{self.clients - 1}")
+        return self
+
+    def attackers(self) -> frozenset[int]:
+        """The malicious clients: those listed, or ``round(share * clients)`` drawn by the seed."""
+        if isinstance(self.malicious, tuple):
+            return frozenset(self.malicious)
+        order = torch.randperm(self.clients, generator=torch_generator(self.seed, "attackers"))
+        return frozenset(order[: round(self.malicious * self.clients)].tolist())
+
+    def to_yaml(self) -> str:
+        """All fields as YAML that :meth:`from_yaml` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str, overrides: Mapping[str, Any] | None = None) -> SimulationConfig:
+        """Read fields from YAML; ``overrides`` win.
+
+        Raises:
+            ValueError: not a YAML mapping, or invalid fields.
+        """
+        try:
+            fields = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"not valid YAML: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected a mapping of settings, got {type(fields).__name__}")
+        return cls(**{**fields, **(overrides or {})})

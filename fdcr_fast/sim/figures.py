@@ -1,0 +1,120 @@
+"""Figures of a run, drawn without any global state of matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from fdcr_fast.sim.federation import SimulationResult
+from fdcr_fast.sim.metrics import RoundRecord
+
+BENIGN, MALICIOUS = "tab:blue", "tab:red"
+MAX_LINES = 40
+MAX_ANNOTATED = 15
+
+
+def _new(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _rounds_axis(axes: Axes, rounds: int) -> None:
+    axes.set_xlabel("round")
+    axes.set_xlim(0.5, rounds + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+
+
+def _column(rounds: Sequence[RoundRecord], name: str) -> list[float]:
+    values = [getattr(record, name) for record in rounds]
+    return [float("nan") if value is None else 100 * value for value in values]
+
+
+def accuracy_figure(runs: Mapping[str, Sequence[RoundRecord]]) -> Figure:
+    """Accuracy and attack success rate over the rounds, one line per run."""
+    figure, panels = _new(2, 10, 4)
+    names = {"accuracy": "accuracy A (%)", "attack_success_rate": "attack success rate (%)"}
+    for axes, (name, label) in zip(panels, names.items(), strict=True):
+        for index, (run, rounds) in enumerate(runs.items()):
+            steps = [record.round for record in rounds]
+            axes.plot(steps, _column(rounds, name), f"{'os^Dvx'[index % 6]}-", markersize=3.5, label=run)
+        axes.set_ylabel(label)
+        axes.set_ylim(-3, 103)
+        _rounds_axis(axes, max(len(rounds) for rounds in runs.values()))
+    panels[0].legend(loc="best")
+    return figure
+
+
+def clients_figure(result: SimulationResult) -> Figure:
+    """Discrepancy ``V_k`` and weight of every client over the rounds, by kind (the paper's figure 2)."""
+    config, attackers = result.config, sorted(result.config.attackers())
+    rounds = np.arange(1, len(result.rounds) + 1)
+    figure, panels = _new(2, 10, 4)
+
+    def table(name: str) -> NDArray[np.float64]:
+        values = [getattr(record, name) for record in result.clients]
+        return np.array(values, dtype=np.float64).reshape(len(rounds), config.clients)
+
+    benign = [client for client in range(config.clients) if client not in attackers]
+    for axes, values in zip(panels, (table("discrepancy"), table("weight")), strict=True):
+        for kind, members, colour in (("benign", benign, BENIGN), ("malicious", attackers, MALICIOUS)):
+            lines = values[:, members]
+            defined = lines[~np.isnan(lines).all(axis=1)]
+            if not defined.size:
+                continue
+            axes.plot(rounds, lines[:, :MAX_LINES], color=colour, linewidth=0.8, alpha=0.4)
+            counts = (~np.isnan(lines)).sum(axis=1)
+            mean = np.divide(
+                np.nansum(lines, axis=1), counts, where=counts > 0, out=np.full(len(rounds), np.nan)
+            )
+            axes.plot(
+                rounds, mean, "o-", color=colour, markersize=3.5, label=f"{kind}, mean of {len(members)}"
+            )
+        _rounds_axis(axes, len(rounds))
+    discrepancy, weight = panels
+    discrepancy.set_ylabel("discrepancy $V_k$")
+    weight.set_ylabel("weight in the new model")
+    weight.set_ylim(bottom=0)
+    weight.legend(loc="best")
+    if discrepancy.lines:
+        discrepancy.set_yscale("log")
+    else:
+        message = f"server {config.server} computes no discrepancy"
+        discrepancy.text(0.5, 0.5, message, ha="center", transform=discrepancy.transAxes)
+        discrepancy.set_yticks([])
+    return figure
+
+
+def similarity_figure(result: SimulationResult) -> Figure:
+    """Similarity of the clients' importances in the last round (figure 1); malicious clients come last."""
+    attackers = result.config.attackers()
+    order = sorted(range(result.config.clients), key=lambda client: (client in attackers, client))
+    matrix = result.similarity.numpy()[np.ix_(order, order)]
+    figure, (axes,) = _new(1, 6, 5)
+    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(image, ax=axes, label="cosine similarity of importance")
+    axes.set_xlabel("client (malicious in red)")
+    if len(order) > MAX_LINES:
+        return figure
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(range(len(order)), labels=[str(client) for client in order])
+        for client, label in zip(order, axis.get_ticklabels(), strict=True):
+            label.set_color(MALICIOUS if client in attackers else "black")
+    if len(order) <= MAX_ANNOTATED:
+        for (row, column), value in np.ndenumerate(matrix):
+            colour = "black" if value > 0.6 else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
+def write_figures(result: SimulationResult, folder: Path) -> None:
+    """Write accuracy.png, clients.png and similarity.png."""
+    accuracy_figure({result.config.server: result.rounds}).savefig(folder / "accuracy.png")
+    clients_figure(result).savefig(folder / "clients.png")
+    similarity_figure(result).savefig(folder / "similarity.png")

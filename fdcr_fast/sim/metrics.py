@@ -1,0 +1,184 @@
+"""What is measured: records per round and client, their summary, and the similarity of importances."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Literal, get_args
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+from torch import Tensor
+
+from fdcr_fast import UpdateStore
+
+Phase = Literal["training", "fisher", "aggregation", "evaluation"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+FINAL_ROUNDS = 5
+
+
+def _undefined(value: object) -> object:
+    return None if value == "" else value
+
+
+OptionalFloat = Annotated[float | None, BeforeValidator(_undefined)]
+
+
+class RoundRecord(BaseModel):
+    """One row of rounds.csv. Shares are in [0, 1]; None (empty) means undefined.
+
+    Attributes:
+        round: Counted from 1.
+        accuracy: ``A``, of the new global model on the clean test images.
+        attack_success_rate: Share of the test images of other classes that the trigger turns into the target.
+        backdoor_failure_rate: ``R = 1 - attack_success_rate``.
+        tradeoff: ``(A + R) / 2``.
+        true_positive_rate: Share of the malicious clients that were excluded or rejected.
+        false_positive_rate: Share of the benign clients that were excluded or rejected.
+        peak_rss_bytes: Largest resident memory of the process so far.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    round: int
+    accuracy: float
+    attack_success_rate: OptionalFloat
+    backdoor_failure_rate: OptionalFloat
+    tradeoff: OptionalFloat
+    true_positive_rate: OptionalFloat
+    false_positive_rate: OptionalFloat
+    kept: int
+    rejected: int
+    training_seconds: float
+    fisher_seconds: float
+    aggregation_seconds: float
+    evaluation_seconds: float
+    peak_rss_bytes: int
+
+
+class ClientRecord(BaseModel):
+    """One row of clients.csv: what became of one client in one round.
+
+    Attributes:
+        discrepancy: ``V_k``; None if the rule computes none or the client was rejected.
+        weight: Of its update in the new global model.
+        reason: Why it was rejected, else empty. A client can be valid and yet not kept.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    round: int
+    client: int
+    malicious: bool
+    num_samples: int
+    discrepancy: OptionalFloat
+    weight: float
+    kept: bool
+    reason: str
+
+
+class Summary(BaseModel):
+    """Contents of summary.json: means over the last five rounds (fewer if fewer ran), seconds in total."""
+
+    model_config = ConfigDict(frozen=True)
+
+    accuracy: float
+    attack_success_rate: float | None
+    backdoor_failure_rate: float | None
+    tradeoff: float | None
+    true_positive_rate: float | None
+    false_positive_rate: float | None
+    seconds: dict[Phase, float]
+    peak_rss_bytes: int
+    rounds: int
+    averaged_rounds: int
+    rejected: int
+
+
+def share(chosen: Collection[int], among: Collection[int]) -> float | None:
+    """Share of ``among`` that is in ``chosen``; None if there is nobody."""
+    return len(set(chosen) & set(among)) / len(among) if among else None
+
+
+def match_rate(predicted: Tensor, expected: Tensor | int) -> float:
+    """Share of one or more predictions that equal what is expected."""
+    return (predicted == expected).double().mean().item()
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
+
+
+def summarize(rounds: Sequence[RoundRecord]) -> Summary:
+    """Final figures of a run.
+
+    Raises:
+        ValueError: no round.
+    """
+    if not rounds:
+        raise ValueError("a summary needs at least one round")
+    last = rounds[-FINAL_ROUNDS:]
+    return Summary(
+        accuracy=sum(record.accuracy for record in last) / len(last),
+        attack_success_rate=_mean([record.attack_success_rate for record in last]),
+        backdoor_failure_rate=_mean([record.backdoor_failure_rate for record in last]),
+        tradeoff=_mean([record.tradeoff for record in last]),
+        true_positive_rate=_mean([record.true_positive_rate for record in last]),
+        false_positive_rate=_mean([record.false_positive_rate for record in last]),
+        seconds={phase: sum(getattr(record, f"{phase}_seconds") for record in rounds) for phase in PHASES},
+        peak_rss_bytes=max(record.peak_rss_bytes for record in rounds),
+        rounds=len(rounds),
+        averaged_rounds=len(last),
+        rejected=sum(record.rejected for record in rounds),
+    )
+
+
+def importance_similarity(store: UpdateStore, clients: int) -> Tensor:
+    """Cosine similarity of the clients' importance vectors (figure 1), float64 ``[clients, clients]``.
+
+    Client ids must be ``0..clients-1``; those without a row in the store have NaN.
+
+    Raises:
+        ValueError: the store holds no Fishers.
+    """
+    uploads = store.client_updates()
+    if uploads.fishers is None or uploads.fisher_min is None or uploads.fisher_max is None:
+        raise ValueError("the store holds no Fishers")
+    low, spread = uploads.fisher_min[:, None], (uploads.fisher_max - uploads.fisher_min)[:, None]
+    num_tiles, rows, tile = uploads.fishers.shape
+    gram = torch.zeros(rows, rows, dtype=torch.float64)
+    for index in range(num_tiles):
+        block = uploads.fishers[index, :, : min(tile, uploads.num_params - index * tile)].double()
+        importance = (block - low) / spread
+        gram += importance @ importance.T
+    norms = gram.diagonal().sqrt()
+    similarity = torch.full((clients, clients), float("nan"), dtype=torch.float64)
+    ids = torch.tensor(uploads.clients, dtype=torch.int64)
+    similarity[ids[:, None], ids] = gram / (norms[:, None] * norms)
+    return similarity
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Stopwatch:
+    """Seconds spent by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Add the time spent in the block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
