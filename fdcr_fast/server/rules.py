@@ -17,6 +17,8 @@ from fdcr_fast.server.intake import ClientUpdates, check_device, check_floating,
 from fdcr_fast.server.scores import SCORES
 from fdcr_fast.server.store import UpdateStore
 
+_ROUNDING = 1e-9  # scores that differ by less, such as those of two clients of equal size, are the same score
+
 
 @dataclass(frozen=True)
 class AggregationResult:
@@ -258,11 +260,10 @@ class FDCR(AggregationRule):
         alpha = clients.alpha.to(clients.updates.device)
         distance = ops.discrepancy(clients.updates, *fishers, alpha, clients.num_params).cpu()
         score = SCORES[self.discrepancy]
+        scores = score(distance[clients.valid], clients.num_params)
         labels = torch.zeros(len(clients.clients), dtype=torch.int64)
-        if self.cluster is not None:
-            labels[clients.valid] = CLUSTERINGS[self.cluster](
-                score(distance[clients.valid], clients.num_params), self
-            )
+        if self.cluster is not None and scores.max() - scores.min() > _ROUNDING * scores.max():
+            labels[clients.valid] = CLUSTERINGS[self.cluster](scores, self)
         kept = (labels < labels.max()) | (labels.max() == 0)
         return Selection(kept, score(distance / self.learning_rate**2, clients.num_params), labels)
 

@@ -120,12 +120,14 @@ def aggregate_state_dicts(
     result = rule.aggregate(vector, store)
 
     params = layout.unflatten(result.params)
+    fresh = {
+        name: params[name].to(global_state[name].device, global_state[name].dtype, copy=True)
+        for name in layout.names
+    }
     state: dict[str, Any] = {}
     for name, value in global_state.items():
-        if name in owners and owners[name] in state:
-            state[name] = state[owners[name]]
-        elif name in owners:
-            state[name] = params[owners[name]].to(value.device, value.dtype, copy=True)
+        if name in owners:
+            state[name] = fresh[owners[name]]
         elif name in buffers:
             state[name] = _weighted_mean(name, value, states, result)
         else:
@@ -150,7 +152,8 @@ def _client_ids(client_states: PerClient, client_ids: Sequence[Hashable] | None)
 def _per_client(name: str, values: PerClient | Tensor, ids: list[Hashable]) -> list[Any]:
     """One value per client in the order of ``ids``; None where a mapping has none."""
     if isinstance(values, Mapping):
-        unknown = [client for client in values if client not in ids]
+        known = set(ids)
+        unknown = [client for client in values if client not in known]
         if unknown:
             raise ValueError(f"{name} of clients without a state: {unknown}")
         return [values.get(client) for client in ids]

@@ -32,7 +32,6 @@ class UpdateStore:
         with_fishers: False for a store without Fishers, for rules that need none; half the memory.
 
     Attributes:
-        clients: Ids of the accepted clients in order of arrival, the rows of everything else.
         rejected: Reason by client id of those that were not accepted.
     """
 
@@ -58,7 +57,8 @@ class UpdateStore:
         self.num_params = num_params
         self.capacity = capacity
         self.with_fishers = with_fishers
-        self.clients: list[Hashable] = []
+        self.tile = tile
+        self._rows: dict[Hashable, int] = {}
         self.rejected: dict[Hashable, str] = {}
         self._arrived = 0
         tiles = -(-num_params // tile)
@@ -69,13 +69,18 @@ class UpdateStore:
         self._fisher_max = torch.empty(capacity, dtype=torch.float64, device=device)
 
     def __len__(self) -> int:
-        return len(self.clients)
+        return len(self._rows)
 
     def __repr__(self) -> str:
         return (
             f"UpdateStore(num_params={self.num_params}, capacity={self.capacity}, dtype={self.dtype}): "
             f"{len(self)} clients, {len(self.rejected)} rejected"
         )
+
+    @property
+    def clients(self) -> tuple[Hashable, ...]:
+        """Ids of the accepted clients in order of arrival: the rows of everything else."""
+        return tuple(self._rows)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,13 +114,13 @@ class UpdateStore:
 
     def clear(self) -> None:
         """Forget everything for the next round; the memory is kept."""
-        self.clients = []
+        self._rows = {}
         self.rejected = {}
         self._arrived = 0
 
     def reject(self, client_id: Hashable, reason: str) -> None:
         """Record that a client has no usable contribution this round, such as one that sent nothing."""
-        if client_id in self.clients:
+        if client_id in self._rows:
             raise ValueError(f"client {client_id!r} is already accepted")
         self.rejected[client_id] = reason
 
@@ -143,7 +148,7 @@ class UpdateStore:
         """
         client = self._arrived if client_id is None else client_id
         self._arrived += 1
-        if client in self.clients:
+        if client in self._rows:
             self.rejected[client] = "sent a second contribution, which was ignored; the first one counts"
             return False
         if len(self) == self.capacity:
@@ -153,7 +158,7 @@ class UpdateStore:
             self.rejected[client] = reason
             return False
         self.rejected.pop(client, None)
-        self.clients.append(client)
+        self._rows[client] = len(self)
         return True
 
     def client_updates(self) -> ClientUpdates:
@@ -164,7 +169,7 @@ class UpdateStore:
             fishers=self.fishers,
             num_params=self.num_params,
             num_samples=self.num_samples,
-            clients=tuple(self.clients),
+            clients=self.clients,
             squared_norm=self._squared_norm[:K],
             fisher_min=self._fisher_min[:K] if self.with_fishers else None,
             fisher_max=self._fisher_max[:K] if self.with_fishers else None,
@@ -173,41 +178,48 @@ class UpdateStore:
         )
 
     def _fill_next_row(self, update: Any, fisher: Any, num_samples: Any) -> str | None:
-        """Write row ``K`` and its statistics; the reason if it must not count."""
+        """Write row ``K``, which is nobody's until its client is accepted; the reason if it cannot be."""
         K, P = len(self), self.num_params
-        row = self._data[:, K]
-        matrices = {"update": (update, row[:, -1])}
-        if self.with_fishers:
-            matrices["Fisher"] = (fisher, row[:, 0])
-        for name, (vector, tiles) in matrices.items():
-            reason = _copy_into_tiles(name, vector, tiles, P)
-            if reason is not None:
-                return reason
         try:
-            self._num_samples[K] = float(num_samples)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            return f"the sample count must be a number, got {num_samples!r}"
-        self._squared_norm[K] = ops.squared_norm(row[:, None, -1], P)[0]
+            count = _number(num_samples)
+            vectors = {-1: self._vector("update", update)}
+            if self.with_fishers:
+                vectors[0] = self._vector("Fisher", fisher)
+        except (TypeError, ValueError) as error:
+            return str(error)
+        norm = ops.squared_norm(vectors[-1].view(1, 1, P), P).item()
         low = high = None
         if self.with_fishers:
-            lows, highs = ops.importance_range(row[:, None, 0], P)
-            self._fisher_min[K], self._fisher_max[K] = lows[0], highs[0]
-            low, high = lows.item(), highs.item()
-        return rejection_reason(self._num_samples[K].item(), self._squared_norm[K].item(), low, high)
+            low, high = (bound.item() for bound in ops.importance_range(vectors[0].view(1, 1, P), P))
+            self._fisher_min[K], self._fisher_max[K] = low, high
+        reason = rejection_reason(count, norm, low, high)
+        if reason is not None:
+            return reason
+        self._num_samples[K], self._squared_norm[K] = count, norm
+        full = P // self.tile
+        for matrix, vector in vectors.items():
+            tiles = self._data[:, K, matrix]
+            tiles[:full].copy_(vector[: full * self.tile].view(full, self.tile))
+            tiles[-1, : P - full * self.tile].copy_(vector[full * self.tile :])
+        return None
+
+    def _vector(self, name: str, values: Any) -> Tensor:
+        """The values as they will be kept, contiguous; a copy only where dtype, device or strides differ."""
+        try:
+            vector = as_tensor(values)
+        except TypeError as error:
+            raise TypeError(f"the {name} is no vector: {error}") from None
+        if not vector.is_floating_point():
+            raise TypeError(f"the {name} must be floating point, got {vector.dtype}")
+        if tuple(vector.shape) != (self.num_params,):
+            raise ValueError(
+                f"the {name} must be a vector of {self.num_params} parameters, got {list(vector.shape)}"
+            )
+        return vector.to(self.device, self.dtype).contiguous()
 
 
-def _copy_into_tiles(name: str, vector: Any, tiles: Tensor, num_params: int) -> str | None:
-    """Copy a vector ``[P]`` into ``tiles [T, L]``; the reason if it is not such a vector."""
+def _number(value: Any) -> float:
     try:
-        source = as_tensor(vector)
-    except TypeError as error:
-        return f"the {name} is no vector: {error}"
-    if not source.is_floating_point():
-        return f"the {name} must be floating point, got {source.dtype}"
-    if tuple(source.shape) != (num_params,):
-        return f"the {name} must be a vector of {num_params} parameters, got shape {list(source.shape)}"
-    length = tiles.shape[1]
-    full = num_params // length
-    tiles[:full].copy_(source[: full * length].reshape(full, length))
-    tiles[-1, : num_params - full * length].copy_(source[full * length :])
-    return None
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"the sample count must be a number, got {value!r}") from None
