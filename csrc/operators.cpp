@@ -60,14 +60,9 @@ std::tuple<Tensor, Tensor> run(fdcr::SquaredGradsProblem& p, const Tensor& grad,
   p.grad_sample = grad.stride(0);
   p.weight = weight.mutable_data_ptr();
   p.bias = bias.mutable_data_ptr();
-  bool empty = p.samples == 0 || weight.numel() == 0;
-  for (int d = 0; d < fdcr::kMaxDims; ++d) empty = empty || p.output[d] == 0;
-  if (empty) {
-    torch::stable::zero_(weight);
-    torch::stable::zero_(bias);
-  } else {
-    fdcr::kernels().squared_grads(p, torch_pool);
-  }
+  torch::stable::zero_(weight);
+  torch::stable::zero_(bias);
+  if (grad.numel() != 0 && weight.numel() != 0) fdcr::kernels().squared_grads(p, torch_pool);
   return {std::move(weight), std::move(bias)};
 }
 
