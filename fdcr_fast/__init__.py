@@ -2,11 +2,26 @@
 
 from fdcr_fast import ops
 from fdcr_fast._version import __version__
-from fdcr_fast.ops.backends import backends, info
+from fdcr_fast.importance.fisher import diagonal_fisher
+from fdcr_fast.layout import ParamLayout
+from fdcr_fast.ops.backends import BackendStatus, backends, info
+from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule, FedAvg, Selection
+from fdcr_fast.server.state_dicts import aggregate_state_dicts
+from fdcr_fast.server.store import UpdateStore
 
 __all__ = [
+    "FDCR",
+    "AggregationResult",
+    "AggregationRule",
+    "BackendStatus",
+    "FedAvg",
+    "ParamLayout",
+    "Selection",
+    "UpdateStore",
     "__version__",
+    "aggregate_state_dicts",
     "backends",
+    "diagonal_fisher",
     "info",
     "ops",
 ]

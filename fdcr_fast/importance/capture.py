@@ -1,0 +1,87 @@
+"""Records, in one forward pass, what the layer rules need, and finds out where a rule may be used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from fdcr_fast.importance.rules import RULES
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer: its input, and the place in the autograd graph where its output's gradient arrives."""
+
+    module: nn.Module
+    input: Tensor
+    version: int
+    output_shape: torch.Size
+    edge: GradientEdge | None
+
+    @property
+    def intact(self) -> bool:
+        """Whether the input still holds what the layer saw."""
+        return self.input._version == self.version
+
+
+class Capture:
+    """Context manager: while it is open, calls of the layers that have a rule are recorded by module name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: dict[str, list[Call]] = {}
+        self._modules = [(name, m) for name, m in model.named_modules() if _has_rule(m)]
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Capture:
+        for name, module in self._modules:
+            # Before the user's hooks: one that changes the output must not hide the layer's own.
+            handle = module.register_forward_hook(self._record(name), with_kwargs=True, prepend=True)
+            self._handles.append(handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _record(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            input = args[0] if args else kwargs["input"]
+            edge = get_gradient_edge(output) if output.requires_grad else None
+            call = Call(module, input.detach(), input._version, output.shape, edge)
+            self.calls.setdefault(name, []).append(call)
+
+        return hook
+
+
+def _has_rule(module: nn.Module) -> bool:
+    """Exactly a known type, with exactly its own parameters (a parametrisation adds or replaces some)."""
+    return type(module) in RULES and set(module._parameters) <= {"weight", "bias"} and "weight" in module._parameters
+
+
+def uses_in_graph(losses: Tensor, params: Mapping[str, Tensor]) -> Counter[str]:
+    """How often each parameter enters the graph of the losses."""
+    names = {id(param): name for name, param in params.items()}
+    uses: Counter[str] = Counter()
+    seen = set()
+    stack = [losses.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            variable = getattr(following, "variable", None)
+            if variable is None:
+                stack.append(following)
+            elif id(variable) in names:
+                uses[names[id(variable)]] += 1
+    return uses
