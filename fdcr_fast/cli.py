@@ -20,7 +20,7 @@ from fdcr_fast.sim.federation import Progress, resume, simulate
 from fdcr_fast.sim.figures import accuracy_figure
 from fdcr_fast.sim.report import comparison_table, cost_line, progress_bar
 
-DEMO = SimulationConfig(rounds=20, local_epochs=5, lr=0.05, seed=1)
+DEMO = SimulationConfig(rounds=20)
 DEMO_RUNS = {
     "fedavg": DEMO.model_copy(update={"server": "fedavg"}),
     "fdcr": DEMO,

@@ -206,9 +206,9 @@ class SimulationConfig(BaseModel):
             ValueError: not a YAML mapping, or invalid fields.
         """
         try:
-            fields = yaml.safe_load(text) or {}
+            fields = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"not valid YAML: {error}") from error
-        if not isinstance(fields, dict):
+        if not isinstance(fields, dict | None):
             raise ValueError(f"expected a mapping of settings, got {type(fields).__name__}")
-        return cls(**{**fields, **(overrides or {})})
+        return cls.model_validate({**(fields or {}), **(overrides or {})})

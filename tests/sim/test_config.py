@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fdcr_fast.sim import SimulationConfig
+from fdcr_fast.sim.attacks import PAPER_TRIGGER
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_defaults_are_the_papers_setting() -> None:
+    config = SimulationConfig()
+    expected = {
+        "dataset": "digits",
+        "clients": 10,
+        "beta": 0.5,
+        "malicious": 0.3,
+        "attack": "badnets",
+        "attacker_fisher": "honest",
+        "target": 2,
+        "poison_share": 0.5,
+        "trigger": PAPER_TRIGGER,
+        "server": "fdcr",
+        "discrepancy": "mse",
+        "cluster": "finch",
+        "partition": "first",
+        "rounds": 50,
+        "local_epochs": 10,
+        "batch_size": 64,
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 1e-5,
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+    with pytest.raises(ValidationError, match="frozen"):
+        config.rounds = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dataset": "imagenet"}, "expected one of digits, .* or a file FILE.npz"),
+        ({"colour": 1}, "colour"),
+        ({"clients": 0}, "clients"),
+        ({"clients": 3, "malicious": "1,3"}, r"no clients \[3\], the clients are 0\.\.2"),
+        ({"malicious": "1,1"}, "twice"),
+        ({"malicious": "1,x"}, "integer"),
+        ({"malicious": "-1,"}, "greater than or equal to 0"),
+        ({"malicious": "2"}, "'2,' is client 2 alone"),
+        ({"malicious": 1.0}, "below 1"),
+        ({"malicious": -0.1}, "at least 0"),
+        ({"malicious": "some"}, "number"),
+        ({"attack": "none"}, "expected one of badnets"),
+        ({"attacker_fisher": "true"}, "expected one of honest, random"),
+        ({"server": "krum"}, "expected one of fedavg, fdcr, oracle"),
+        ({"model": "resnet"}, "expected one of auto, cnn, mlp"),
+        ({"split": "iid"}, "expected one of dirichlet, writer"),
+        ({"cluster": "gmm"}, "cluster"),
+        ({"discrepancy": "l1"}, "discrepancy"),
+        ({"partition": "-1"}, "partition"),
+        ({"norm_bound": 0}, "norm_bound"),
+        ({"beta": 0}, "beta"),
+        ({"lr": "nan"}, "lr"),
+        ({"lr": float("inf")}, "lr"),
+        ({"momentum": 1}, "momentum"),
+        ({"rounds": 2.5}, "rounds"),
+        ({"poison_share": 1.1}, "poison_share"),
+        ({"trigger": "1:2:3"}, "row:column"),
+        ({"trigger": "1:x"}, "integer"),
+        ({"trigger": []}, "at least one pixel"),
+        ({"trigger": [[-1, 0]]}, "counted from 0"),
+        ({"trigger_value": 2}, "trigger_value"),
+        ({"threads": 0}, "threads"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_values_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SimulationConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("0,3,7", {0, 3, 7}), ("2,", {2}), ([4, 5], {4, 5}), ("0", set()), (0, set()), ("0,", {0})],
+)
+def test_listed_attackers(value: Any, expected: set[int]) -> None:
+    assert SimulationConfig(malicious=value).attackers() == expected
+
+
+@pytest.mark.parametrize(
+    ("share", "clients", "count"), [("0.3", 10, 3), (0.25, 10, 2), (0.5, 9, 4), (0.9, 1, 1)]
+)
+def test_a_share_of_attackers_is_drawn_by_seed(share: Any, clients: int, count: int) -> None:
+    draws = {
+        SimulationConfig(malicious=share, clients=clients, seed=seed).attackers()
+        for seed in range(10)
+        for _ in "ab"
+    }
+    assert {len(draw) for draw in draws} == {count}
+    assert all(draw <= set(range(clients)) for draw in draws)
+    assert len(draws) > 1 or clients == 1
+
+
+def test_yaml_round_trip() -> None:
+    config = SimulationConfig(
+        dataset="some.npz",
+        data_dir="/data",
+        malicious="1,4",
+        trigger="0:1,2:3",
+        cluster="none",
+        norm_bound="none",
+        partition="1",
+        rescale=False,
+    )
+    assert Path(config.dataset).is_absolute()
+    assert config.trigger == ((0, 1), (2, 3))
+    assert (config.cluster, config.norm_bound, config.partition) == (None, None, 1)
+    assert SimulationConfig.from_yaml(config.to_yaml()) == config
+    assert SimulationConfig.from_yaml(SimulationConfig().to_yaml()) == SimulationConfig()
+
+
+def test_overrides_win_over_yaml() -> None:
+    config = SimulationConfig.from_yaml("rounds: 3\nlr: 0.5\n", {"lr": "0.1"})
+    assert (config.rounds, config.lr) == (3, 0.1)
+    assert SimulationConfig.from_yaml("") == SimulationConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n- 2", "expected a mapping"),
+        ("a: [", "not valid YAML"),
+        ("round: 3", "round"),
+        ("1: 2", "Keys should be strings"),
+    ],
+)
+def test_bad_yaml_is_named(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SimulationConfig.from_yaml(text)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_are_valid(path: Path) -> None:
+    SimulationConfig.from_yaml(path.read_text())

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fdcr_fast.sim.data import Dataset, load_dataset
+from fdcr_fast.sim.partition import PARTITIONS, PartitionOptions, partition
+
+
+def dataset_of(labels: list[int]) -> Dataset:
+    images = torch.zeros(len(labels), 1, 2, 2)
+    targets = torch.tensor(labels, dtype=torch.int64)
+    return Dataset(images, targets, images, targets, max(labels) + 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=120),
+    clients=st.integers(1, 12),
+    min_samples=st.integers(1, 10),
+    beta=st.sampled_from([1e-3, 0.1, 0.5, 100.0]),
+    seed=st.integers(0, 3),
+)
+def test_every_image_goes_to_one_client_and_all_have_enough(
+    labels: list[int], clients: int, min_samples: int, beta: float, seed: int
+) -> None:
+    options = PartitionOptions(clients, min_samples, beta, seed)
+    dataset = dataset_of(labels)
+    if len(labels) < clients * min_samples:
+        with pytest.raises(ValueError, match=f"need {clients * min_samples} training images"):
+            partition("dirichlet", dataset, options)
+        return
+    parts = partition("dirichlet", dataset, options)
+    assert len(parts) == clients
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
+    assert min(map(len, parts)) >= min_samples
+    assert all(part.tolist() == sorted(part.tolist()) for part in parts)
+    again = partition("dirichlet", dataset, options)
+    assert all(torch.equal(one, other) for one, other in zip(parts, again, strict=True))
+
+
+def test_beta_sets_the_heterogeneity() -> None:
+    dataset = dataset_of([index % 10 for index in range(5000)])
+
+    def largest_class_share(beta: float) -> float:
+        parts = partition("dirichlet", dataset, PartitionOptions(10, 10, beta, 0))
+        counts = [torch.bincount(dataset.train_labels[part]).max().item() / len(part) for part in parts]
+        return sum(counts) / len(counts)
+
+    assert largest_class_share(1000.0) < 0.15 < 0.25 < largest_class_share(0.5) < largest_class_share(0.05)
+
+
+def test_seeds_differ() -> None:
+    dataset = dataset_of([index % 10 for index in range(500)])
+    first, second = (partition("dirichlet", dataset, PartitionOptions(5, 10, 0.5, seed)) for seed in (0, 1))
+    assert [part.tolist() for part in first] != [part.tolist() for part in second]
+
+
+@pytest.mark.parametrize("clients", [3, 14])
+def test_no_writer_is_spread_over_two_clients(clients: int) -> None:
+    digits = load_dataset("digits")
+    parts = partition("writer", digits, PartitionOptions(clients, 10, 0.5, 0))
+    assert digits.writers is not None
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(digits.train_labels)))
+    writers = [set(digits.writers[part].tolist()) for part in parts]
+    assert sum(map(len, writers)) == 14
+    assert set.union(*writers) == set(range(14))
+
+
+def test_writer_partition_says_what_it_cannot_do() -> None:
+    digits = load_dataset("digits")
+    with pytest.raises(ValueError, match="14 writers are too few for 15 clients"):
+        partition("writer", digits, PartitionOptions(15, 10, 0.5, 0))
+    with pytest.raises(ValueError, match="only the digits"):
+        partition("writer", dataset_of([0] * 100), PartitionOptions(5, 10, 0.5, 0))
+    with pytest.raises(ValueError, match="client . has .* expected at least 102"):
+        partition("writer", digits, PartitionOptions(14, 102, 0.5, 0))
+
+
+def test_all_partitions_are_tested() -> None:
+    assert set(PARTITIONS) == {"dirichlet", "writer"}

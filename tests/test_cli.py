@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+import fdcr_fast
+from fdcr_fast import __main__, cli
+from fdcr_fast.sim import SimulationConfig
+
+TINY = "--max-train-samples 240 --max-test-samples 60 --clients 4 --rounds 2 --local-epochs 1".split()
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.cli, arguments, catch_exceptions=False)
+
+
+def test_every_setting_has_its_flag_and_every_flag_its_setting() -> None:
+    options = {name: option for option in cli.simulate_command.params for name in option.opts}
+    own = {"--config", "--out", "--resume"}
+    assert set(options) == own | {f"--{name.replace('_', '-')}" for name in SimulationConfig.model_fields}
+    for name, field in SimulationConfig.model_fields.items():
+        option = options[f"--{name.replace('_', '-')}"]
+        assert isinstance(option, click.Option)
+        assert option.help
+        assert field.description
+        assert field.description in option.help
+        assert bool(option.secondary_opts) == (field.annotation is bool)
+    named = (
+        "--dataset --data-dir --clients --beta --malicious --attack --attacker-fisher --server --rounds --local-epochs "
+        "--batch-size --lr --seed --max-train-samples --max-test-samples --out --resume --momentum --weight-decay "
+        "--model --split --min-samples --target --poison-share --trigger --discrepancy --cluster --partition --rescale "
+        "--importance --norm-bound --threads"
+    )
+    assert set(named.split()) <= set(options)
+
+
+def test_help_shows_choices_and_defaults() -> None:
+    text = " ".join(invoke("simulate", "--help").output.split())
+    for part in (
+        "--server fedavg|fdcr|oracle",
+        "first|last",
+        "[default: paper]",
+        "--rescale / --no-rescale",
+        "0.01",
+    ):
+        assert part in text
+
+
+def test_info() -> None:
+    assert invoke("info").output.strip() == fdcr_fast.info().strip()
+    assert invoke().output.startswith(fdcr_fast.info())
+    assert fdcr_fast.__version__ in invoke("--version").output
+
+
+def test_simulate_writes_reports_and_resumes(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = invoke("simulate", *TINY, "--no-rescale", "--malicious", "1,", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    summary = json.loads((out / "summary.json").read_text())
+    assert f"{100 * summary['accuracy']:.1f}" in result.stdout
+    assert str(out) in result.stdout.replace("\n", "")
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    assert (settings["rescale"], settings["malicious"], settings["clients"]) == (False, [1], 4)
+    again = invoke("simulate", *TINY, "--out", str(out))
+    assert again.exit_code == 1
+    assert "already holds a run" in again.output
+    assert invoke("simulate", "--resume", str(out)).exit_code == 0
+    both = invoke("simulate", "--resume", str(out), "--rounds", "3")
+    assert both.exit_code == 2
+    assert "goes with no other flag" in both.output
+
+
+def test_flags_override_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("rounds: 7\nlr: 0.5\nserver: fedavg\n")
+    out = tmp_path / "run"
+    result = invoke("simulate", "--config", str(file), *TINY, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    config = SimulationConfig.from_yaml((out / "config.yaml").read_text())
+    assert (config.rounds, config.lr, config.server) == (2, 0.5, "fedavg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--server", "krum"], "--server: expected one of fedavg, fdcr, oracle (got 'krum')"),
+        (["--dataset", "imagenet"], "--dataset: expected one of digits"),
+        (["--clients", "3", "--malicious", "4,"], "malicious: no clients [4]"),
+        (["--malicious", "5"], "'5'"),
+        (["--trigger", "9:0"], "outside the 8x8 image"),
+        (["--dataset", "mnist"], "--data-dir"),
+        (["--lr", "fast", "--rounds", "0"], "--rounds: "),
+        (["--lr", "fast", "--rounds", "0"], "--lr: "),
+        (["--colour", "red"], "No such option"),
+    ],
+)
+def test_bad_input_ends_in_a_message(arguments: list[str], message: str) -> None:
+    result = invoke("simulate", *arguments)
+    assert result.exit_code in (1, 2)
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_unknown_settings_of_a_file_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("learning_rate: 0.1\n")
+    result = invoke("simulate", "--config", str(file))
+    assert result.exit_code == 1
+    assert "unknown setting 'learning_rate'" in result.output
+
+
+def test_demo_compares_the_four_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"max_train_samples": 240, "max_test_samples": 60, "clients": 4, "rounds": 2, "local_epochs": 1}
+    runs = {name: config.model_copy(update=small) for name, config in cli.DEMO_RUNS.items()}
+    assert {(c.server, c.attacker_fisher) for c in runs.values()} == {
+        ("fedavg", "honest"),
+        ("fdcr", "honest"),
+        ("fdcr", "random"),
+        ("oracle", "honest"),
+    }
+    assert (
+        len({c.model_copy(update={"server": "", "attacker_fisher": ""}).to_yaml() for c in runs.values()})
+        == 1
+    )
+    monkeypatch.setattr(cli, "DEMO_RUNS", runs)
+    result = invoke("demo", "--out", str(tmp_path / "demo"))
+    assert result.exit_code == 0, result.output
+    for name in runs:
+        assert name in result.stdout
+        assert (tmp_path / "demo" / name / "similarity.png").exists()
+    assert (tmp_path / "demo" / "comparison.png").exists()
+
+
+def test_info_needs_no_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(__main__, "find_spec", lambda package: None if package == "pydantic" else object())
+    monkeypatch.setattr(sys, "argv", ["fdcr-fast", "info"])
+    __main__.main()
+    assert capsys.readouterr().out.strip() == fdcr_fast.info().strip()
+    monkeypatch.setattr(sys, "argv", ["fdcr-fast", "simulate"])
+    with pytest.raises(SystemExit, match=r'simulate needs pydantic; .* pip install "fdcr_fast\[sim\]"'):
+        __main__.main()
+
+
+def test_importing_the_library_does_not_import_the_simulator() -> None:
+    script = "import sys, fdcr_fast; print([m for m in sys.modules if m.startswith(('fdcr_fast.sim', 'pydantic'))])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_python_m_runs_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fdcr_fast", "info"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == fdcr_fast.info().strip()
