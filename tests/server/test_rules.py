@@ -35,10 +35,12 @@ class Round:
 def random_round(seed, K, P, dtype=torch.float32):
     rng = np.random.default_rng(seed)
     scale = rng.lognormal(0, 0.7, (K, 1))  # norms differ, but not beyond the norm bound
+    fishers = rng.lognormal(0, 2, (K, P))
+    fishers[:, 0] = 0  # so that none is constant in bfloat16
     return Round(
         torch.from_numpy(rng.normal(size=P)).to(dtype),
         torch.from_numpy(rng.normal(size=(K, P)) * scale).to(dtype),
-        torch.from_numpy(rng.lognormal(0, 2, (K, P))).to(dtype),
+        torch.from_numpy(fishers).to(dtype),
         rng.integers(1, 1000, K).tolist(),
     )
 
