@@ -85,7 +85,7 @@ def test_bad_archives_are_named(tmp_path: Path, arrays: dict[str, object], messa
 
 
 def test_files_that_are_no_archives_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere.npz"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.npz"):
         load_dataset(str(tmp_path / "nowhere.npz"))
     (tmp_path / "text.npz").write_text("not an archive")
     with pytest.raises(ValueError, match=r"text\.npz"):
@@ -134,7 +134,7 @@ def test_the_systems_fashion_mnist_is_found(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_missing_idx_files_say_what_was_looked_for_and_where(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte or .*MNIST/raw"):
+    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte or .*MNIST/raw"):
         load_dataset("mnist", tmp_path)
     with pytest.raises(FileNotFoundError, match="--data-dir"):
         load_dataset("mnist")

@@ -75,7 +75,7 @@ def test_writer_partition_says_what_it_cannot_do() -> None:
         partition("writer", digits, PartitionOptions(15, 10, 0.5, 0))
     with pytest.raises(ValueError, match="only the digits"):
         partition("writer", dataset_of([0] * 100), PartitionOptions(5, 10, 0.5, 0))
-    with pytest.raises(ValueError, match="client . has .* expected at least 102"):
+    with pytest.raises(ValueError, match=r"client . has .* expected at least 102"):
         partition("writer", digits, PartitionOptions(14, 102, 0.5, 0))
 
 

@@ -84,5 +84,5 @@ def test_prediction_is_the_most_probable_class() -> None:
 
 
 def test_models_with_buffers_are_refused() -> None:
-    with pytest.raises(ValueError, match="1.running_mean"):
+    with pytest.raises(ValueError, match=r"1\.running_mean"):
         Worker(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)))
