@@ -35,7 +35,6 @@ std::string compiler() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fdcr_fast: build and CPU information. Use fdcr_fast.info() and fdcr_fast.ops.";
-  fdcr::kernels();  // an FDCR_FAST_SIMD that cannot be honoured fails here, at import
   m.def(
       "build_info",
       [] {

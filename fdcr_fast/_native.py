@@ -30,3 +30,9 @@ else:
         reason = f"the extension does not load: {error}"
     if module is None and BACKEND == "cpu":
         raise ImportError(f"FDCR_FAST_BACKEND=cpu: {reason}")
+
+if module is not None:
+    try:
+        module.simd_level()
+    except ValueError as error:
+        raise ImportError(f"FDCR_FAST_SIMD: {error}") from None

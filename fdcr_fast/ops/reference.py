@@ -86,7 +86,7 @@ def squared_norm(updates: Tensor, num_params: int) -> Tensor:
     """Sum of squares per client in float64; see ``schemas``."""
     total = updates.new_zeros(updates.shape[1], dtype=torch.float64)
     for block, _ in _column_blocks(updates, num_params):
-        total += block.double().square_().sum(1)
+        total += block.double().square().sum(1)
     return total
 
 

@@ -1,0 +1,47 @@
+import os
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import settings
+
+from fdcr_fast import _native
+from fdcr_fast.ops import reference
+
+# The same examples on every CI run: a red run can be repeated. Elsewhere every run looks at new ones.
+settings.register_profile("default", deadline=None, max_examples=60, print_blob=True)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+SIMD_LEVELS = ("avx512", "avx2", "baseline")
+
+
+@contextmanager
+def operators(level):
+    """The operators as compiled for one instruction set: a function name -> function."""
+    if _native.module is None:
+        pytest.skip(_native.reason)
+    before = _native.module.simd_level()
+    try:
+        _native.module.set_simd_level(level)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield lambda name: getattr(torch.ops.fdcr_fast, name)
+    _native.module.set_simd_level(before)
+
+
+@pytest.fixture(scope="module", params=SIMD_LEVELS)
+def compiled(request):
+    """The compiled operators in every instruction set that this machine can run, in turn."""
+    with operators(request.param) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=[*SIMD_LEVELS, "reference"])
+def implementation(request):
+    """Every implementation of the operators that this machine can run, in turn."""
+    if request.param == "reference":
+        yield lambda name: getattr(reference, name)
+    else:
+        with operators(request.param) as found:
+            yield found

@@ -1,0 +1,96 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fdcr_fast
+from fdcr_fast import _native, ops
+from fdcr_fast.ops.schemas import OPERATORS
+
+
+def clients(K=3, P=10, dtype=torch.float32):
+    updates, fishers = torch.randn(1, K, P, dtype=dtype), torch.rand(1, K, P, dtype=dtype)
+    return updates, fishers, *ops.importance_range(fishers, P), torch.full((K,), 1 / K, dtype=torch.float64)
+
+
+def samples():
+    updates, fishers, low, high, alpha = clients()
+    conv = (torch.randn(2, 4, 3, 3), torch.randn(2, 2, 5, 5), [3, 3], [1, 1], [0, 0], [1, 1], 2)
+    return {
+        "sum_squared_grads_linear": [
+            (torch.randn(2, 3, 4), torch.randn(2, 3, 5)),
+            (torch.randn(2, 1, 4, dtype=torch.float64), torch.randn(2, 1, 5)),
+        ],
+        "sum_squared_grads_conv": [conv],
+        "importance_range": [(fishers, 10)],
+        "squared_norm": [(updates, 10)],
+        "discrepancy": [(updates, fishers, low, high, alpha, 10), (updates, None, None, None, alpha, 10)],
+        "rescaled_mean": [
+            (torch.randn(10), updates, fishers, low, high, alpha),
+            (torch.randn(10, dtype=torch.bfloat16), updates, None, None, None, alpha),
+        ],
+    }
+
+
+def test_every_operator_has_a_sample():
+    assert set(samples()) == set(OPERATORS) == set(ops.__all__)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    for args in samples()[name]:
+        torch.library.opcheck(getattr(torch.ops.fdcr_fast, name).default, args)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_under_torch_compile(name):
+    function = getattr(ops, name)
+    for args in samples()[name]:
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*args), function(*args), rtol=0, atol=0)
+
+
+def run(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+
+
+def test_reference_can_be_forced():
+    code = "import fdcr_fast; print(fdcr_fast.backends()['cpu'].usable)"
+    assert run(code, FDCR_FAST_BACKEND="reference").stdout == "False\n"
+
+
+@pytest.mark.parametrize("variable", ["FDCR_FAST_BACKEND", "FDCR_FAST_SIMD"])
+def test_a_choice_that_cannot_be_honoured_raises(variable):
+    if variable == "FDCR_FAST_SIMD" and _native.module is None:
+        pytest.skip(_native.reason)
+    result = run("import fdcr_fast", **{variable: "abacus"})
+    assert result.returncode != 0
+    assert "abacus" in result.stderr
+    assert "expected" in result.stderr
+
+
+def test_backends_and_info_say_what_is_used():
+    backends = fdcr_fast.backends()
+    assert list(backends) == ["reference", "cpu", "triton", "cuda"]
+    assert backends["reference"].usable
+    assert backends["cpu"].usable == (_native.module is not None)
+    assert all(status.reason for status in backends.values())
+    text = fdcr_fast.info()
+    assert all(name in text for name in (*backends, fdcr_fast.__version__, torch.__version__))
+
+
+def test_import_initialises_nothing():
+    code = (
+        "import sys, torch, fdcr_fast\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = {'torchvision', 'sklearn', 'matplotlib', 'pydantic', 'click', 'triton', 'fdcr_fast.sim'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    baseline = "import sys, torch\nprint(' '.join(m for m in ('triton', 'click') if m in sys.modules))"
+    assert run(baseline).stdout.split() == []
+    result = run(code)
+    assert result.returncode == 0, result.stderr
