@@ -83,7 +83,8 @@ class _Estimate:
         )
         views = self._vector.split([p.numel() for p in parts])
         self._sums = {name: v.view(p.shape) for (name, p), v in zip(self._leaves.items(), views, strict=True)}
-        self._fallback = PerSampleGradients(self._sample_loss, randomness="different")
+        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        self._fallback = PerSampleGradients(self._sample_loss, randomness="different", recurrent=recurrent)
         self._not_sample_first: set[str] | None = None
         self._n = 0
 

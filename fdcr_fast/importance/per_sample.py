@@ -24,10 +24,15 @@ SampleLoss = Callable[[Mapping[str, Tensor], Any, Any], Tensor]
 
 
 class PerSampleGradients:
-    """Sums squared gradients of ``sample_loss`` over samples, without storing more than a chunk of them."""
+    """Sums squared gradients of ``sample_loss`` over samples, without storing more than a chunk of them.
 
-    def __init__(self, sample_loss: SampleLoss, randomness: str) -> None:
+    ``recurrent`` says that the model has recurrent layers: under ``vmap`` oneDNN's give wrong bias gradients (seen
+    with torch 2.14), so PyTorch's own are used for them.
+    """
+
+    def __init__(self, sample_loss: SampleLoss, randomness: str, recurrent: bool) -> None:
         self._loss = sample_loss
+        self._onednn = torch.backends.mkldnn.enabled and not recurrent
         self._grads = vmap(grad(sample_loss), in_dims=(None, 0, 0), randomness=randomness)
         self._vectorised = True
 
@@ -46,7 +51,8 @@ class PerSampleGradients:
     def _of_samples(self, params: dict[str, Tensor], inputs: Any, targets: Any) -> dict[str, Tensor]:
         if self._vectorised:
             try:
-                with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+                # The fused attention kernels have no batching rule.
+                with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=self._onednn):
                     grads: dict[str, Tensor] = self._grads(params, inputs, targets)
                 return grads
             except Exception as error:  # what vmap cannot do, it says in many ways; the loop finds real errors

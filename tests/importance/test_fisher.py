@@ -1,0 +1,371 @@
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from one_by_one import fisher_one_by_one
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fdcr_fast import ParamLayout, diagonal_fisher
+from fdcr_fast.importance.per_sample import PerSampleGradients
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def assert_fisher(fisher, expected, tolerance=1e-5):
+    assert fisher.shape == expected.shape
+    assert (fisher - expected).norm() < tolerance * expected.norm()
+
+
+def small_cnn():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)
+    )
+
+
+def images(n=7):
+    return torch.randn(n, 1, 8, 8), torch.randint(0, 5, (n,))
+
+
+class Transformer(nn.Module):
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.position = nn.Parameter(torch.randn(12, 16))
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 5)
+        self.batch_first = batch_first
+
+    def forward(self, tokens):
+        h = self.embed(tokens) + self.position[: tokens.shape[1]]
+        h = h if self.batch_first else h.transpose(0, 1)
+        return self.head(self.encoder(h).mean(1 if self.batch_first else 0))
+
+
+def test_resnet18_in_eval_mode():
+    model = torchvision.models.resnet18(num_classes=5).eval()
+    x, y = torch.randn(3, 3, 32, 32), torch.randint(0, 5, (3,))
+    assert_fisher(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y))
+
+
+# With 6 samples of 6 or 12 tokens and the tokens first, shapes alone do not tell samples from positions.
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("length", [5, 6, 12])
+def test_transformer(batch_first, length):
+    model = Transformer(batch_first)
+    x, y = torch.randint(0, 20, (6, length)), torch.randint(0, 5, (6,))
+    assert_fisher(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(4, 6, batch_first=True)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Reuse(nn.Module):
+    """One layer called twice, a weight used directly as well, two layers that share a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice = nn.Linear(6, 6)
+        self.direct = nn.Linear(6, 6)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x):
+        h = torch.tanh(self.twice(torch.tanh(self.twice(x))))
+        h = torch.tanh(self.direct(h)) @ self.direct.weight
+        return self.out(torch.tanh(self.b(torch.tanh(self.a(h)))))
+
+
+class MergedSamples(nn.Module):
+    """Layers that see the samples' parts as a larger batch, and one that sees no sample dimension first."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Linear(2, 4)
+        self.across = nn.Linear(4, 4)
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, x):
+        h = torch.tanh(self.part(x.reshape(-1, 2))).reshape(len(x), 3, 4)
+        h = torch.tanh(self.across(h.transpose(0, 1))).transpose(0, 1)
+        return self.out(h.flatten(1))
+
+
+class Parametrised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.layer(x)))
+
+
+class WithControlFlow(nn.Module):
+    """What vmap cannot do: branch on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x):
+        h = x * self.scale if x.sum().item() > 0 else x / self.scale
+        return self.out(h)
+
+
+@pytest.mark.parametrize("n", [1, 3, 6])
+@pytest.mark.parametrize("model_type", [Reuse, MergedSamples, Parametrised, WithControlFlow])
+def test_models_that_rules_alone_get_wrong(model_type, n):
+    model = model_type()
+    x, y = torch.randn(n, 6), torch.randint(0, 5, (n,))
+    if model_type is WithControlFlow and n > 1:
+        x = x.abs()  # the batch as a whole must take the branch of each sample
+    assert_fisher(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y))
+
+
+def test_lstm():
+    model = Recurrent()
+    x, y = torch.randn(4, 3, 4), torch.randint(0, 5, (4,))
+    assert_fisher(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y))
+
+
+def test_hooks_that_change_inputs_and_outputs():
+    model = small_cnn()
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model[0].register_forward_hook(lambda module, args, output: output * 3)
+    x, y = images()
+    assert_fisher(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y))
+
+
+def test_batches_are_one_data_set():
+    model = small_cnn()
+    x, y = images(11)
+    whole = diagonal_fisher(model, (x, y))
+    assert_fisher(diagonal_fisher(model, (x, y), batch_size=3), whole)
+    assert_fisher(diagonal_fisher(model, [(x[:5], y[:5]), (x[5:], y[5:])]), whole)
+    assert_fisher(diagonal_fisher(model, DataLoader(TensorDataset(x, y), batch_size=4)), whole)
+    assert_fisher(diagonal_fisher(model, [(x, y), (x[:0], y[:0])]), whole)
+
+
+def test_order_and_subset_of_parameters():
+    model = small_cnn()
+    data = images()
+    layout = ParamLayout.from_module(model)
+    whole = layout.unflatten(diagonal_fisher(model, data))
+    assert layout.numel == sum(f.numel() for f in whole.values())
+    for names in (["4.bias"], ["4.weight", "0.bias"], layout.names):
+        part = diagonal_fisher(model, data, params=names)
+        expected = torch.cat([whole[name].flatten() for name in layout.names if name in names])
+        torch.testing.assert_close(part, expected)
+
+
+def test_frozen_parameters_have_a_fisher_like_all_others():
+    model = small_cnn()
+    data = images()
+    expected = diagonal_fisher(model, data)
+    model.requires_grad_(False)
+    torch.testing.assert_close(diagonal_fisher(model, data), expected)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(4, 5)
+
+    def forward(self, left, right):
+        return self.a(left) + self.b(right)
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping"])
+def test_several_inputs(form):
+    model = TwoInputs()
+    left, right, y = torch.randn(6, 3), torch.randn(6, 4), torch.randint(0, 5, (6,))
+    inputs = (left, right) if form == "tuple" else {"right": right, "left": left}
+    assert_fisher(diagonal_fisher(model, (inputs, y)), fisher_one_by_one(model, inputs, y))
+
+
+LOSS_CASES = {
+    "cross_entropy": (torch.randint(0, 5, (6,)), lambda o, t: F.cross_entropy(o, t, reduction="sum")),
+    "nll": (torch.randint(0, 5, (6,)), lambda o, t: F.nll_loss(o, t, reduction="sum")),
+    "mse": (torch.randn(6, 5), lambda o, t: ((o - t) ** 2).sum()),
+    "bce_with_logits": (
+        torch.rand(6, 5),
+        lambda o, t: F.binary_cross_entropy_with_logits(o, t, reduction="sum"),
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOSS_CASES)
+def test_losses_by_name(loss):
+    model = nn.Linear(4, 5)
+    targets, summed = LOSS_CASES[loss]
+    x = torch.randn(6, 4)
+    assert_fisher(
+        diagonal_fisher(model, (x, targets), loss), fisher_one_by_one(model, x, targets, summed)
+    )
+
+
+def test_every_loss_has_a_case():
+    from fdcr_fast.importance.losses import LOSSES
+
+    assert set(LOSS_CASES) == set(LOSSES)
+
+
+def test_dense_cross_entropy_sums_over_positions():
+    model = nn.Conv2d(2, 5, 1)
+    x, y = torch.randn(3, 2, 4, 4), torch.randint(0, 5, (3, 4, 4))
+    assert_fisher(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y))
+
+
+def test_callable_loss():
+    model = nn.Linear(4, 5)
+    x, y = torch.randn(6, 4), torch.randn(6, 5)
+    fisher = diagonal_fisher(model, (x, y), lambda o, t: (o - t).abs().sum(1))
+    assert_fisher(fisher, fisher_one_by_one(model, x, y, lambda o, t: (o - t).abs().sum()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_model_dtypes(dtype):
+    model = small_cnn().to(dtype)
+    x, y = images()
+    fisher = diagonal_fisher(model, (x.to(dtype), y))
+    assert fisher.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_fisher(fisher.double(), fisher_one_by_one(model, x, y), 1e-12 if dtype == torch.float64 else 5e-2)
+
+
+def test_float64_is_exact_beyond_float32():
+    model = Transformer().double()
+    x, y = torch.randint(0, 20, (4, 7)), torch.randint(0, 5, (4,))
+    assert_fisher(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y), 1e-12)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_inside_contexts_without_gradients(context):
+    model = small_cnn()
+    data = images()
+    expected = diagonal_fisher(model, data)
+    with context():
+        torch.testing.assert_close(diagonal_fisher(model, data), expected)
+
+
+def test_compiled_model():
+    model = small_cnn()
+    data = images()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(diagonal_fisher(compiled, data), diagonal_fisher(model, data))
+
+
+def test_fallback_in_chunks(monkeypatch):
+    model = Transformer()
+    x, y = torch.randint(0, 20, (5, 7)), torch.randint(0, 5, (5,))
+    monkeypatch.setattr("fdcr_fast.importance.per_sample._MAX_BYTES", 2 * 4 * 5000)
+    assert_fisher(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y))
+
+
+def state(model):
+    return (
+        [m.training for m in model.modules()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        [(p.grad, p.requires_grad, p._version) for p in model.parameters()],
+    )
+
+
+def test_leaves_the_model_as_it_was():
+    model = Transformer().train()
+    model.encoder.layers[0].eval()
+    x, y = torch.randint(0, 20, (4, 7)), torch.randint(0, 5, (4,))
+    before, rng = state(model), torch.get_rng_state()
+    diagonal_fisher(model, (x, y))
+    assert state(model) == before
+    assert torch.equal(torch.get_rng_state(), rng)
+    with pytest.raises(IndexError):
+        diagonal_fisher(model, [(x, y), (x + 1000, y)])
+    assert state(model) == before
+
+
+def test_dropout_only_where_asked_for():
+    model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 5)).train()
+    data = torch.randn(8, 4), torch.randint(0, 5, (8,))
+    torch.testing.assert_close(diagonal_fisher(model, data), diagonal_fisher(model, data))
+    noisy = [diagonal_fisher(model, data, eval_mode=False) for _ in range(2)]
+    assert not torch.allclose(*noisy)
+
+
+def test_parameter_without_gradient_path_is_named():
+    class Forgotten(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.forgotten = nn.Linear(3, 5), nn.Linear(3, 5)
+            self.blocked = nn.Linear(3, 5)
+
+        def forward(self, x):
+            with torch.no_grad():
+                offset = self.blocked(x)
+            return self.used(x) + offset
+
+    data = torch.randn(4, 3), torch.randint(0, 5, (4,))
+    with pytest.raises(ValueError, match=r"forgotten\.weight, forgotten\.bias, blocked\.weight, blocked\.bias"):
+        diagonal_fisher(Forgotten(), data)
+    assert diagonal_fisher(Forgotten(), data, params=["used.bias"]).shape == (5,)
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_batch_statistics_are_refused(track):
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5, track_running_stats=track))
+    data = torch.randn(4, 3), torch.randint(0, 5, (4,))
+    with pytest.raises(ValueError, match="1 normalises with the statistics of the batch"):
+        diagonal_fisher(model, data, eval_mode=not track)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x, y: diagonal_fisher(m, (x[:0], y[:0])), "no samples"),
+        (lambda m, x, y: diagonal_fisher(m, []), "no samples"),
+        (lambda m, x, y: diagonal_fisher(m, (x, y), "hinge"), "unknown loss 'hinge'"),
+        (lambda m, x, y: diagonal_fisher(m, (x, y), lambda o, t: o.sum()), r"one value per sample, \[6\], got \(\)"),
+        (lambda m, x, y: diagonal_fisher(m, (x, y), params=["weigth"]), "no parameter weigth; it has weight, bias"),
+        (lambda m, x, y: diagonal_fisher(m, (x, y), params=[]), "no parameters"),
+        (lambda m, x, y: diagonal_fisher(nn.ReLU(), (x, y)), "no parameters"),
+        (lambda m, x, y: diagonal_fisher(m, [x, x, x]), "expected batches"),
+        (lambda m, x, y: diagonal_fisher(m, (x, y), batch_size=0), "batch_size"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(nn.Linear(4, 5), torch.randn(6, 4), torch.randint(0, 5, (6,)))
+
+
+def test_the_models_own_errors_come_through():
+    with pytest.raises(RuntimeError, match="shapes"):
+        diagonal_fisher(nn.Linear(4, 5), (torch.randn(6, 3), torch.randint(0, 5, (6,))))
+
+
+def test_one_sample_at_a_time_where_vmap_fails(caplog):
+    caplog.set_level("INFO", logger="fdcr_fast")
+    x, y = torch.randn(3, 6).abs(), torch.randint(0, 5, (3,))
+    model = WithControlFlow()
+    assert_fisher(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y))
+    assert caplog.text.count("one sample at a time") == 1
+
+
+def test_rules_are_used_where_they_can_be(monkeypatch):
+    monkeypatch.setattr(PerSampleGradients, "sum_squares", None)
+    model = small_cnn()
+    data = images()
+    assert diagonal_fisher(model, data).shape == (ParamLayout.from_module(model).numel,)
