@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class PerSampleGradients:
 
     def __init__(self, sample_loss: SampleLoss, randomness: str, recurrent: bool) -> None:
         self._loss = sample_loss
-        self._onednn = torch.backends.mkldnn.enabled and not recurrent
+        self._recurrent = recurrent
         self._grads = vmap(grad(sample_loss), in_dims=(None, 0, 0), randomness=randomness)
         self._vectorised = True
 
@@ -51,8 +52,8 @@ class PerSampleGradients:
     def _of_samples(self, params: dict[str, Tensor], inputs: Any, targets: Any) -> dict[str, Tensor]:
         if self._vectorised:
             try:
-                # The fused attention kernels have no batching rule.
-                with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=self._onednn):
+                onednn = torch.backends.mkldnn.flags(enabled=False) if self._recurrent else nullcontext()
+                with onednn, sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
                     grads: dict[str, Tensor] = self._grads(params, inputs, targets)
                 return grads
             except Exception as error:  # what vmap cannot do, it says in many ways; the loop finds real errors
