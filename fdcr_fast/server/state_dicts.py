@@ -131,7 +131,7 @@ def aggregate_state_dicts(
         elif name in buffers:
             state[name] = _weighted_mean(name, value, states, result)
         else:
-            state[name] = copy.deepcopy(value.detach() if isinstance(value, Tensor) else value)
+            state[name] = copy.deepcopy(value)
     return (state, result) if return_result else state
 
 

@@ -283,7 +283,7 @@ BAD_CLIENTS = {
     "NaN samples": (lambda r: r.n.__setitem__(2, float("nan")), "got nan"),
     "infinite samples": (lambda r: r.n.__setitem__(2, float("inf")), "got inf"),
     "huge update": (lambda r: r.updates[2].mul_(1e30), "beyond 100 times the median"),
-    "overflowing norm": (lambda r: r.updates[2].fill_(1e160), "too large to be squared"),
+    "overflowing norm": (lambda r: r.updates[2].fill_(1.5e153), "too large to be squared"),
 }
 
 

@@ -115,6 +115,14 @@ def test_models_without_buffers_need_no_layout():
     assert result.rejected == {}
 
 
+def test_fishers_of_all_entries_make_all_entries_parameters():
+    state = {"a": torch.zeros(2), "b.running_mean": torch.zeros(2)}
+    clients = [{name: value + k + 1 for name, value in state.items()} for k in range(2)]
+    fishers = [torch.arange(4.0)] * 2
+    result = aggregate_state_dicts(state, clients, fishers, [1, 1])
+    assert (result["b.running_mean"] > 1.5 * 1.3).all()  # rescaled, unlike a mean
+
+
 def test_fedavg_needs_neither_fishers_nor_layout():
     federation = Federation()
     state, _ = federation.aggregate(fishers=None, rule=FedAvg())
