@@ -31,12 +31,13 @@ def paper_cnn(image_shape: Shape, num_classes: int) -> nn.Module:
         return ((pixels - 4) // 2 - 4) // 2
 
     return nn.Sequential(
+        # ReLU and max-pooling commute; pooling first leaves ReLU a quarter of the work.
         nn.Conv2d(channels, 6, 5),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Flatten(),
         nn.Linear(16 * after_two_stages(height) * after_two_stages(width), 120),
         nn.ReLU(),
