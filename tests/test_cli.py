@@ -36,8 +36,8 @@ def test_every_setting_has_its_flag_and_every_flag_its_setting() -> None:
     named = """
         --dataset --data-dir --clients --beta --malicious --attack --attacker-fisher --server --rounds
         --local-epochs --batch-size --lr --seed --max-train-samples --max-test-samples --out --resume
-        --momentum --weight-decay --model --split --min-samples --target --poison-share --trigger --discrepancy --cluster
-        --partition --rescale --importance --norm-bound --threads
+        --momentum --weight-decay --model --split --min-samples --target --poison-share --trigger
+        --discrepancy --cluster --partition --rescale --importance --norm-bound --threads
     """
     assert set(named.split()) <= set(options)
 

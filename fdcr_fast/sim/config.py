@@ -158,7 +158,7 @@ class SimulationConfig(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of local SGD.")
     weight_decay: float = Field(default=1e-5, ge=0, description="Weight decay of local SGD.")
     seed: NonNegativeInt = Field(default=0, description="Seed of every random draw.")
-    threads: PositiveInt | None = Field(default=None, description="Threads per operator; default: PyTorch's.")
+    threads: PositiveInt = Field(default=1, description="Threads per operator; 1 suits small models best.")
 
     @field_validator("malicious")
     @classmethod

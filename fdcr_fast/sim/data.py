@@ -49,7 +49,9 @@ class Dataset:
     def subset(self, max_train: int | None, max_test: int | None, seed: int) -> Dataset:
         """At most so many images, drawn at random without replacement and kept in their order."""
 
-        def draw(available: int, wanted: int | None, purpose: str) -> Tensor:
+        def draw(available: int, wanted: int | None, purpose: str) -> Tensor | slice:
+            if wanted is None or wanted >= available:
+                return slice(None)
             order = torch.randperm(available, generator=torch_generator(seed, purpose))
             return order[:wanted].sort().values
 

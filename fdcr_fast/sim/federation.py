@@ -212,9 +212,9 @@ class Federation:
 
 
 @contextmanager
-def _num_threads(threads: int | None) -> Iterator[None]:
+def _num_threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

@@ -51,6 +51,28 @@ def test_clients_do_not_depend_on_their_order() -> None:
     assert all(torch.equal(forward[client], backward[client]) for client in range(4))
 
 
+def test_only_malicious_clients_forge_their_fisher() -> None:
+    fishers = {}
+    for kind in ("honest", "random"):
+        federation = Federation(tiny_config(attacker_fisher=kind))
+        for client in range(4):
+            federation.train_client(1, client, federation.initial_params, Stopwatch())
+        padded = federation.store.fishers.permute(1, 0, 2).flatten(1)
+        fishers[kind] = padded[:, : federation.store.num_params]
+    same = [torch.equal(*pair) for pair in zip(fishers["honest"], fishers["random"], strict=True)]
+    assert same == [True, False, True, True]
+
+
+def test_rounds_draw_anew() -> None:
+    def upload(round: int) -> tuple[torch.Tensor, torch.Tensor]:
+        federation = Federation(tiny_config(attacker_fisher="random"))
+        federation.train_client(round, 1, federation.initial_params, Stopwatch())
+        return federation.store.updates[:, 0], federation.store.fishers[:, 0]
+
+    for first, second in zip(upload(1), upload(2), strict=True):
+        assert not torch.equal(first, second)
+
+
 def test_a_round_of_fedavg_is_the_weighted_mean_of_local_models() -> None:
     config = tiny_config(server="fedavg", rounds=1)
     federation = Federation(config)
@@ -65,9 +87,11 @@ def test_a_round_of_fedavg_is_the_weighted_mean_of_local_models() -> None:
 
 
 def test_figures_are_what_a_naive_count_gives() -> None:
-    config = tiny_config(max_test_samples=60)
+    config = tiny_config(max_test_samples=60, local_epochs=8)
     federation = Federation(config)
     params, record, clients = federation.run_round(1, federation.initial_params, None)
+    assert 0 < record.accuracy < 1
+    assert record.attack_success_rate not in (0, 1)
     federation.worker.load(params)
     correct = hits = others = 0
     for image, label in zip(federation.test_images, federation.test_labels.tolist(), strict=True):

@@ -17,28 +17,31 @@ def dataset_of(labels: list[int]) -> Dataset:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    labels=st.lists(st.integers(0, 4), min_size=1, max_size=120),
+    classes=st.integers(1, 5),
     clients=st.integers(1, 12),
     min_samples=st.integers(1, 10),
+    spare=st.integers(0, 30),
     beta=st.sampled_from([1e-3, 0.1, 0.5, 100.0]),
     seed=st.integers(0, 3),
 )
 def test_every_image_goes_to_one_client_and_all_have_enough(
-    labels: list[int], clients: int, min_samples: int, beta: float, seed: int
+    classes: int, clients: int, min_samples: int, spare: int, beta: float, seed: int
 ) -> None:
+    count = clients * min_samples + spare
+    dataset = dataset_of([index % classes for index in range(count)])
     options = PartitionOptions(clients, min_samples, beta, seed)
-    dataset = dataset_of(labels)
-    if len(labels) < clients * min_samples:
-        with pytest.raises(ValueError, match=f"need {clients * min_samples} training images"):
-            partition("dirichlet", dataset, options)
-        return
     parts = partition("dirichlet", dataset, options)
     assert len(parts) == clients
-    assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
+    assert sorted(torch.cat(parts).tolist()) == list(range(count))
     assert min(map(len, parts)) >= min_samples
     assert all(part.tolist() == sorted(part.tolist()) for part in parts)
     again = partition("dirichlet", dataset, options)
     assert all(torch.equal(one, other) for one, other in zip(parts, again, strict=True))
+
+
+def test_too_few_images_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"5 clients with at least 10 samples each need 50 .* there are 49"):
+        partition("dirichlet", dataset_of([0] * 49), PartitionOptions(5, 10, 0.5, 0))
 
 
 def test_beta_sets_the_heterogeneity() -> None:
