@@ -107,6 +107,8 @@ def test_figures_are_what_a_naive_count_gives() -> None:
     assert record.attack_success_rate == pytest.approx(hits / others)
     assert record.backdoor_failure_rate == pytest.approx(1 - hits / others)
     assert record.tradeoff == pytest.approx((correct / 60 + 1 - hits / others) / 2)
+    assert [client.client for client in clients if client.malicious] == [1]
+    assert [client.num_samples for client in clients] == [len(rows) for rows in federation.rows]
     dropped = [client.client for client in clients if not client.kept]
     assert record.true_positive_rate == float(1 in dropped)
     assert record.false_positive_rate == pytest.approx(len(set(dropped) - {1}) / 3)
