@@ -1,0 +1,230 @@
+// Runs the CPU kernels on random problems, with threads of its own and buffers that are exactly as large as they must
+// be, and compares them with naive float64 loops. Meant for the sanitizers: it needs neither Python nor PyTorch.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+int threads = 3;
+
+void pool(int64_t n, fdcr::RangeBody body, void* context) {
+  std::vector<std::thread> workers;
+  for (int64_t i = 0; i < threads; ++i)
+    workers.emplace_back([=] { body(context, i * n / threads, (i + 1) * n / threads); });
+  for (std::thread& worker : workers) worker.join();
+}
+
+std::mt19937_64 generator(0);
+
+int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+
+template <class T>
+std::vector<T> numbers(int64_t n) {
+  std::vector<T> x(static_cast<size_t>(n));
+  std::normal_distribution<double> normal;
+  for (T& value : x) value = static_cast<T>(normal(generator));
+  return x;
+}
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "wrong: %s\n", what);
+  std::exit(1);
+}
+
+template <class T, class U>
+void require_close(const std::vector<T>& got, const std::vector<U>& expected, double tolerance, const char* what) {
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    error += std::pow(static_cast<double>(got[i]) - static_cast<double>(expected[i]), 2);
+    norm += std::pow(static_cast<double>(expected[i]), 2);
+  }
+  if (std::sqrt(error) > tolerance * std::sqrt(norm) + 1e-300)
+    std::fprintf(stderr, "relative error %g of %g\n", std::sqrt(error / norm), std::sqrt(norm));
+  require(std::sqrt(error) <= tolerance * std::sqrt(norm) + 1e-300, what);
+}
+
+template <class T>
+fdcr::Source source(const std::vector<T>& x) {
+  return {x.data(), sizeof(T) == 4 ? fdcr::Element::kFloat32 : fdcr::Element::kFloat64};
+}
+
+// Contiguous [n, channels, size...], or with the channels last.
+void strides(bool last, int64_t channels, const int64_t* size, int64_t* sample, int64_t* channel, int64_t* position) {
+  const int64_t inner = last ? channels : 1;
+  position[2] = inner;
+  position[1] = inner * size[2];
+  position[0] = inner * size[2] * size[1];
+  *channel = last ? 1 : size[0] * size[1] * size[2];
+  *sample = channels * size[0] * size[1] * size[2];
+}
+
+template <class T>
+void check_squared_grads(const fdcr::Kernels& kernels, bool large) {
+  fdcr::SquaredGradsProblem p;
+  const bool one_position = !large && draw(0, 5) == 0;
+  p.samples = one_position ? draw(1, 600) : draw(1, 5);
+  p.groups = large || one_position ? 1 : draw(1, 3);
+  p.out_channels = large ? draw(60, 140) : draw(1, 20);
+  p.in_channels = large ? draw(90, 110) : draw(1, 7);
+  const bool last = draw(0, 1) == 1;
+  for (int d = one_position ? fdcr::kMaxDims : static_cast<int>(draw(0, 2)); d < fdcr::kMaxDims; ++d) {
+    p.kernel[d] = draw(1, 3);
+    p.stride[d] = draw(1, 2);
+    p.padding[d] = draw(0, 2);
+    p.dilation[d] = draw(1, 2);
+    const int64_t reach = p.dilation[d] * (p.kernel[d] - 1) + 1;
+    p.input[d] = std::max<int64_t>(1, reach - 2 * p.padding[d]) + draw(0, 6);
+    p.output[d] = (p.input[d] + 2 * p.padding[d] - reach) / p.stride[d] + 1;
+  }
+  const int64_t O = p.groups * p.out_channels, C = p.groups * p.in_channels;
+  const int64_t positions = p.output[0] * p.output[1] * p.output[2];
+  const int64_t volume = p.kernel[0] * p.kernel[1] * p.kernel[2];
+  strides(last, O, p.output, &p.grad_sample, &p.grad_channel, p.grad_position);
+  strides(last, C, p.input, &p.in_sample, &p.in_channel, p.in_position);
+  const std::vector<T> grad = numbers<T>(p.samples * O * positions);
+  const std::vector<T> in = numbers<T>(p.samples * C * p.input[0] * p.input[1] * p.input[2]);
+  p.grad = source(grad);
+  p.in = source(in);
+  std::vector<T> weight(static_cast<size_t>(O * p.in_channels * volume)), bias(static_cast<size_t>(O));
+  p.weight = weight.data();
+  p.bias = bias.data();
+  kernels.squared_grads(p, pool);
+
+  std::vector<double> expected_weight(weight.size()), expected_bias(bias.size());
+  for (int64_t n = 0; n < p.samples; ++n)
+    for (int64_t o = 0; o < O; ++o) {
+      std::vector<double> w(static_cast<size_t>(p.in_channels * volume));
+      double b = 0;
+      for (int64_t s = 0; s < positions; ++s) {
+        const int64_t at[3] = {s / (p.output[1] * p.output[2]), s / p.output[2] % p.output[1], s % p.output[2]};
+        int64_t g_index = n * p.grad_sample + o * p.grad_channel;
+        for (int d = 0; d < 3; ++d) g_index += at[d] * p.grad_position[d];
+        const double g = static_cast<double>(grad[static_cast<size_t>(g_index)]);
+        b += g;
+        for (int64_t column = 0; column < p.in_channels * volume; ++column) {
+          int64_t rest = column % volume;
+          const int64_t k[3] = {rest / (p.kernel[1] * p.kernel[2]), rest / p.kernel[2] % p.kernel[1],
+                                rest % p.kernel[2]};
+          const int64_t channel = o / p.out_channels * p.in_channels + column / volume;
+          int64_t index = n * p.in_sample + channel * p.in_channel;
+          bool inside = true;
+          for (int d = 0; d < 3; ++d) {
+            const int64_t x = at[d] * p.stride[d] + k[d] * p.dilation[d] - p.padding[d];
+            inside = inside && x >= 0 && x < p.input[d];
+            index += x * p.in_position[d];
+          }
+          if (inside) w[static_cast<size_t>(column)] += g * static_cast<double>(in[static_cast<size_t>(index)]);
+        }
+      }
+      for (size_t i = 0; i < w.size(); ++i)
+        expected_weight[static_cast<size_t>(o * p.in_channels * volume) + i] += w[i] * w[i];
+      expected_bias[static_cast<size_t>(o)] += b * b;
+    }
+  const double tolerance = sizeof(T) == 4 ? 1e-5 : 1e-13;
+  require_close(weight, expected_weight, tolerance, "squared weight gradients");
+  require_close(bias, expected_bias, tolerance, "squared bias gradients");
+}
+
+template <class T>
+void check_aggregation(const fdcr::Kernels& kernels) {
+  const int64_t K = draw(1, 9), P = draw(1, 9000), L = draw(1, 3) * P / 2 + 1, tiles = (P + L - 1) / L;
+  std::vector<T> updates = numbers<T>(tiles * K * L), fishers = numbers<T>(tiles * K * L);
+  for (T& f : fishers) f = f * f;
+  fdcr::AggregationProblem p;
+  p.clients = K;
+  p.params = P;
+  p.updates = {source(updates), L, K * L, L, 1};
+  p.fishers = {source(fishers), L, K * L, L, 1};
+  const size_t k = static_cast<size_t>(K);
+  std::vector<double> low(k), high(k), norm(k), score(k), weights(k, 1.0 / static_cast<double>(K));
+  kernels.range(p.fishers, K, P, low.data(), high.data(), pool);
+  kernels.squared_norm(p.updates, K, P, norm.data(), pool);
+  if (K > 2) weights[1] = 0;
+  p.weights = weights.data();
+  const bool reweighted = P > 1 && draw(0, 1) == 1;
+  if (reweighted) {
+    p.fisher_min = low.data();
+    p.fisher_max = high.data();
+  } else {
+    p.fishers = {};
+  }
+  kernels.discrepancy(p, score.data(), pool);
+  const std::vector<T> global = numbers<T>(P);
+  std::vector<T> result(static_cast<size_t>(P));
+  kernels.rescaled_mean(p, source(global), 1, result.data(), pool);
+
+  std::vector<double> e_low(k, INFINITY), e_high(k, -INFINITY), e_norm(k), e_score(k), e_result;
+  const auto at = [&](int64_t client, int64_t v) { return static_cast<size_t>((v / L * K + client) * L + v % L); };
+  for (int64_t v = 0; v < P; ++v)
+    for (int64_t c = 0; c < K; ++c) {
+      const size_t i = static_cast<size_t>(c);
+      const double f = static_cast<double>(fishers[at(c, v)]), d = static_cast<double>(updates[at(c, v)]);
+      e_low[i] = std::min(e_low[i], f);
+      e_high[i] = std::max(e_high[i], f);
+      e_norm[i] += d * d;
+    }
+  for (int64_t v = 0; v < P; ++v) {
+    double mean = 0, sum = static_cast<double>(global[static_cast<size_t>(v)]);
+    std::vector<double> u(k);
+    for (int64_t c = 0; c < K; ++c) {
+      const size_t i = static_cast<size_t>(c);
+      const double d = static_cast<double>(updates[at(c, v)]);
+      const double importance =
+          reweighted ? (static_cast<double>(fishers[at(c, v)]) - e_low[i]) / (e_high[i] - e_low[i]) : 1.0;
+      u[i] = importance * d;
+      mean += weights[i] * u[i];
+      sum += weights[i] * d * (reweighted ? 2 / (1 + std::exp(-importance)) : 1.0);
+    }
+    for (size_t i = 0; i < k; ++i) e_score[i] += (mean - u[i]) * (mean - u[i]);
+    e_result.push_back(sum);
+  }
+  if (K > 2) {
+    require(std::isnan(score[1]), "the score of a client that is not read");
+    score[1] = e_score[1] = 0;
+  }
+  require(low == e_low && high == e_high, "range");
+  require_close(norm, e_norm, 1e-12, "squared norm");
+  require_close(score, e_score, 1e-12, "discrepancy");
+  require_close(result, e_result, sizeof(T) == 4 ? 1e-6 : 1e-13, "rescaled mean");
+}
+
+#ifdef FDCR_PLANT_RACE
+// Two threads add to one number: a detector that finds nothing here finds nothing anywhere.
+void plant_race() {
+  volatile int shared = 0;
+  std::thread other([&] { shared = shared + 1; });
+  shared = shared + 1;
+  other.join();
+}
+#endif
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
+#ifdef FDCR_PLANT_RACE
+  plant_race();
+#endif
+  const fdcr::Kernels* table[8];
+  const int count = fdcr::compiled_kernels(table, 8);
+  for (int i = 0; i < count; ++i) {
+    if (!fdcr::supported(*table[i])) continue;
+    for (int round = 0; round < rounds; ++round) {
+      threads = 1 + round % 4;
+      check_squared_grads<float>(*table[i], round % 25 == 0);
+      check_squared_grads<double>(*table[i], round % 25 == 0);
+      check_aggregation<float>(*table[i]);
+      check_aggregation<double>(*table[i]);
+    }
+    std::printf("%s: %d rounds right\n", table[i]->name, rounds);
+  }
+  return 0;
+}

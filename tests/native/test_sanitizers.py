@@ -1,0 +1,73 @@
+"""The CPU kernels as a program of their own, built with the sanitizers: reads and writes out of bounds, undefined
+behaviour, races between threads."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+COMPILER = os.environ.get("CXX", "g++")
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"]
+FLAGS = {"kernels_avx2": AVX2, "kernels_avx512": AVX512}
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no compiler {COMPILER}"),
+    pytest.mark.skipif(not CSRC.exists(), reason="no sources: not a checkout"),
+]
+
+
+def build(folder, sanitizers, *defines):
+    common = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", f"-I{CSRC}"]
+    common += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-ffp-contract=fast"]
+    sources = [*sorted((CSRC / "cpu").glob("*.cpp")), Path(__file__).with_name("check_kernels.cpp")]
+    jobs = []
+    for source in sources:
+        command = [COMPILER, *common, *FLAGS.get(source.stem, []), "-c", source, "-o", folder / f"{source.stem}.o"]
+        command += [f"-D{define}" for define in defines]
+        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for job in jobs:
+        _, errors = job.communicate()
+        if "unrecognized" in errors or "cannot find" in errors:
+            pytest.skip(f"{COMPILER} has no {sanitizers} sanitizer")
+        assert job.returncode == 0, errors
+    program = folder / "check_kernels"
+    link = [COMPILER, f"-fsanitize={sanitizers}", *folder.glob("*.o"), "-o", program, "-lpthread"]
+    linked = subprocess.run(link, capture_output=True, text=True, check=False)
+    if linked.returncode != 0 and "cannot find" in linked.stderr:
+        pytest.skip(f"{COMPILER} has no {sanitizers} runtime")
+    assert linked.returncode == 0, linked.stderr
+    return program
+
+
+def run(program, rounds):
+    return subprocess.run([program, str(rounds)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("sanitizers", "rounds"), [("address,undefined", 150), ("thread", 60)])
+def test_kernels_under_sanitizers(tmp_path, sanitizers, rounds):
+    result = run(build(tmp_path, sanitizers), rounds)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "rounds right" in result.stdout
+
+
+def test_the_race_detector_detects_races(tmp_path):
+    result = run(build(tmp_path, "thread", "FDCR_PLANT_RACE"), 0)
+    assert result.returncode != 0
+    assert "data race" in result.stderr
+
+
+def test_instruction_sets_share_no_code(tmp_path):
+    """A function linked once for all would run with the instructions of one: every kernel file keeps its own."""
+    for name, flags in FLAGS.items():
+        source, compiled = CSRC / "cpu" / f"{name}.cpp", tmp_path / f"{name}.o"
+        command = [COMPILER, "-std=c++17", "-O2", "-Wno-psabi", *flags, "-c", source, "-o", compiled]
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip(f"{COMPILER} does not compile {name}")
+        symbols = subprocess.run(["nm", "--defined-only", compiled], capture_output=True, text=True, check=True)
+        shared = [line for line in symbols.stdout.splitlines() if line.split()[-2] in "WVu"]
+        assert [line for line in shared if "__gxx_personality" not in line] == []
