@@ -1,5 +1,5 @@
-// The Python module: what was built, what the processor supports, which kernels are in use. Loading it registers the
-// operators of operators.cpp with the PyTorch dispatcher.
+// The Python module: what was built, what the processor supports, which kernels are in use. Loading it
+// registers the operators of operators.cpp with the PyTorch dispatcher.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -34,7 +34,8 @@ std::string compiler() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of fdcr_fast: build and CPU information. Use fdcr_fast.info() and fdcr_fast.ops.";
+  m.doc() =
+      "Compiled kernels of fdcr_fast: build and CPU information. Use fdcr_fast.info() and fdcr_fast.ops.";
   m.def(
       "build_info",
       [] {
@@ -45,9 +46,12 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "Compiler, the torch built against, and the instruction sets compiled.");
-  m.def("cpu_features", [] { return simd_levels(true); }, "The compiled instruction sets that this processor runs.");
+  m.def(
+      "cpu_features", [] { return simd_levels(true); },
+      "The compiled instruction sets that this processor runs.");
   m.def("simd_level", [] { return std::string(fdcr::kernels().name); }, "The instruction set in use.");
   m.def(
-      "set_simd_level", [](const std::string& name) { fdcr::select_kernels(name.c_str()); }, pybind11::arg("name"),
+      "set_simd_level", [](const std::string& name) { fdcr::select_kernels(name.c_str()); },
+      pybind11::arg("name"),
       "Use another instruction set from now on; raises ValueError where it is unknown or not supported.");
 }

@@ -1,5 +1,5 @@
-// The CPU operators: tensors in, plain structs to the kernels, tensors out. The schemas and the documentation are in
-// fdcr_fast/ops/schemas.py; the checks here only keep the kernels inside their memory.
+// The CPU operators: tensors in, plain structs to the kernels, tensors out. The schemas and the documentation
+// are in fdcr_fast/ops/schemas.py; the checks here only keep the kernels inside their memory.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -51,10 +51,11 @@ std::vector<double> numbers(const Tensor& tensor, int64_t expected, const char* 
 
 ScalarType accumulation_type(const Tensor& a, const Tensor& b) {
   return a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double ? ScalarType::Double
-                                                                                       : ScalarType::Float;
+                                                                                        : ScalarType::Float;
 }
 
-// --- per-sample squared gradients --------------------------------------------------------------------------------------
+// --- per-sample squared gradients
+// --------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> run(fdcr::SquaredGradsProblem& p, const Tensor& grad, Tensor weight, Tensor bias) {
   p.grad_sample = grad.stride(0);
@@ -67,9 +68,9 @@ std::tuple<Tensor, Tensor> run(fdcr::SquaredGradsProblem& p, const Tensor& grad,
 }
 
 std::tuple<Tensor, Tensor> sum_squared_grads_linear(const Tensor& grad, const Tensor& input) {
-  STD_TORCH_CHECK(grad.dim() == 3 && input.dim() == 3 && grad.size(0) == input.size(0) &&
-                      grad.size(1) == input.size(1),
-                  "expected grad_output [N, T, O] and input [N, T, I]");
+  STD_TORCH_CHECK(
+      grad.dim() == 3 && input.dim() == 3 && grad.size(0) == input.size(0) && grad.size(1) == input.size(1),
+      "expected grad_output [N, T, O] and input [N, T, I]");
   const int64_t out = grad.size(2), in = input.size(2), positions = grad.size(1);
   fdcr::SquaredGradsProblem p;
   p.samples = grad.size(0);
@@ -84,7 +85,8 @@ std::tuple<Tensor, Tensor> sum_squared_grads_linear(const Tensor& grad, const Te
   p.in_channel = input.stride(2);
   p.in_position[2] = input.stride(1);
   const ScalarType type = accumulation_type(grad, input);
-  return run(p, grad, torch::stable::new_empty(grad, {out, in}, type), torch::stable::new_empty(grad, {out}, type));
+  return run(p, grad, torch::stable::new_empty(grad, {out, in}, type),
+             torch::stable::new_empty(grad, {out}, type));
 }
 
 std::tuple<Tensor, Tensor> sum_squared_grads_conv(const Tensor& grad, const Tensor& input,
@@ -132,13 +134,15 @@ std::tuple<Tensor, Tensor> sum_squared_grads_conv(const Tensor& grad, const Tens
              torch::stable::new_empty(grad, {grad.size(1)}, type));
 }
 
-// --- aggregation ------------------------------------------------------------------------------------------------------
+// --- aggregation
+// ------------------------------------------------------------------------------------------------------
 
 fdcr::ClientMatrix client_matrix(const Tensor& x, int64_t params, const char* name) {
   STD_TORCH_CHECK(x.dim() == 3, name, " must be a client matrix [T, K, L]");
   const int64_t tiles = x.size(0), length = x.size(2);
-  STD_TORCH_CHECK(params >= 0 && tiles * length >= params && (tiles - 1) * length < std::max<int64_t>(params, 1),
-                  tiles, " tiles of ", length, " do not hold exactly ", params, " parameters");
+  STD_TORCH_CHECK(
+      params >= 0 && tiles * length >= params && (tiles - 1) * length < std::max<int64_t>(params, 1), tiles,
+      " tiles of ", length, " do not hold exactly ", params, " parameters");
   return {source(x, name), length, x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -147,13 +151,15 @@ struct Aggregation {
   fdcr::AggregationProblem problem{};
   std::vector<double> low, high, weights;
 
-  Aggregation(const Tensor& updates, const std::optional<Tensor>& fishers, const std::optional<Tensor>& fisher_min,
-              const std::optional<Tensor>& fisher_max, const Tensor& weight, int64_t params) {
+  Aggregation(const Tensor& updates, const std::optional<Tensor>& fishers,
+              const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
+              const Tensor& weight, int64_t params) {
     problem.updates = client_matrix(updates, params, "updates");
     problem.clients = updates.size(1);
     problem.params = params;
-    STD_TORCH_CHECK(fishers.has_value() == fisher_min.has_value() && fishers.has_value() == fisher_max.has_value(),
-                    "fishers, fisher_min and fisher_max go together");
+    STD_TORCH_CHECK(
+        fishers.has_value() == fisher_min.has_value() && fishers.has_value() == fisher_max.has_value(),
+        "fishers, fisher_min and fisher_max go together");
     if (fishers.has_value()) {
       problem.fishers = client_matrix(*fishers, params, "fishers");
       STD_TORCH_CHECK(fishers->size(0) == updates.size(0) && fishers->size(1) == updates.size(1) &&
@@ -208,7 +214,8 @@ Tensor rescaled_mean(const Tensor& global, const Tensor& updates, const std::opt
   const fdcr::Source base = source(global, "global_params");
   const ScalarType type = base.element == fdcr::Element::kFloat64 ? ScalarType::Double : ScalarType::Float;
   Tensor result = torch::stable::new_empty(global, {params}, type);
-  fdcr::kernels().rescaled_mean(aggregation.problem, base, global.stride(0), result.mutable_data_ptr(), torch_pool);
+  fdcr::kernels().rescaled_mean(aggregation.problem, base, global.stride(0), result.mutable_data_ptr(),
+                                torch_pool);
   if (type == global.scalar_type()) return result;
   Tensor narrow = torch::stable::new_empty(global, {params});
   torch::stable::copy_(narrow, result);

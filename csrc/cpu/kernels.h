@@ -1,13 +1,13 @@
-// What the CPU kernels compute, in plain structs: no tensor and no PyTorch header is needed below this line, so the
-// same kernels link into the extension and into stand-alone sanitizer builds.
+// What the CPU kernels compute, in plain structs: no tensor and no PyTorch header is needed below this line,
+// so the same kernels link into the extension and into stand-alone sanitizer builds.
 #pragma once
 
 #include <cstdint>
 
 namespace fdcr {
 
-// Calls body(context, begin, end) on disjoint ranges that cover [0, n), possibly from several threads. The extension
-// passes PyTorch's pool. No kernel's result may depend on how the range is cut.
+// Calls body(context, begin, end) on disjoint ranges that cover [0, n), possibly from several threads. The
+// extension passes PyTorch's pool. No kernel's result may depend on how the range is cut.
 using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t n, RangeBody body, void* context);
 
@@ -21,8 +21,9 @@ struct Source {
 
 constexpr int kMaxDims = 3;
 
-// Sum over n of the squares of the per-sample weight gradients of a (grouped) convolution with zero padding. A linear
-// layer over T positions is the convolution of T positions with a kernel of one. Unused dimensions have size 1.
+// Sum over n of the squares of the per-sample weight gradients of a (grouped) convolution with zero padding.
+// A linear layer over T positions is the convolution of T positions with a kernel of one. Unused dimensions
+// have size 1.
 struct SquaredGradsProblem {
   int64_t samples = 0, groups = 1;
   int64_t out_channels = 0, in_channels = 0;  // of one group
@@ -32,13 +33,14 @@ struct SquaredGradsProblem {
   int64_t grad_sample = 0, grad_channel = 0, grad_position[kMaxDims] = {};
   Source in;  // [sample, group * in_channels, input...]
   int64_t in_sample = 0, in_channel = 0, in_position[kMaxDims] = {};
-  // Contiguous results, zero on entry: [groups * out_channels, in_channels, kernel...] and [groups * out_channels];
-  // float64 if either source is, else float32.
+  // Contiguous results, zero on entry: [groups * out_channels, in_channels, kernel...] and [groups *
+  // out_channels]; float64 if either source is, else float32.
   void* weight = nullptr;
   void* bias = nullptr;
 };
 
-// Parameter p of client k is data[(p / tile_length) * tile_stride + k * client_stride + (p % tile_length) * stride].
+// Parameter p of client k is data[(p / tile_length) * tile_stride + k * client_stride + (p % tile_length) *
+// stride].
 struct ClientMatrix {
   Source source;  // data == nullptr: absent
   int64_t tile_length = 0, tile_stride = 0, client_stride = 0, stride = 0;
@@ -64,7 +66,8 @@ struct Kernels {
                         ParallelFor);
 };
 
-// The kernels in use: the widest that the processor supports, unless FDCR_FAST_SIMD or select_kernels chose another.
+// The kernels in use: the widest that the processor supports, unless FDCR_FAST_SIMD or select_kernels chose
+// another.
 const Kernels& kernels();
 // Throws std::invalid_argument with the reason where the name is unknown or not supported here.
 void select_kernels(const char* name);

@@ -1,5 +1,6 @@
-// Runs the CPU kernels on random problems, with threads of its own and buffers that are exactly as large as they must
-// be, and compares them with naive float64 loops. Meant for the sanitizers: it needs neither Python nor PyTorch.
+// Runs the CPU kernels on random problems, with threads of its own and buffers that are exactly as large as
+// they must be, and compares them with naive float64 loops. Meant for the sanitizers: it needs neither Python
+// nor PyTorch.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -23,7 +24,9 @@ void pool(int64_t n, fdcr::RangeBody body, void* context) {
 
 std::mt19937_64 generator(0);
 
-int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+int64_t draw(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
 
 template <class T>
 std::vector<T> numbers(int64_t n) {
@@ -40,7 +43,8 @@ void require(bool condition, const char* what) {
 }
 
 template <class T, class U>
-void require_close(const std::vector<T>& got, const std::vector<U>& expected, double tolerance, const char* what) {
+void require_close(const std::vector<T>& got, const std::vector<U>& expected, double tolerance,
+                   const char* what) {
   double error = 0, norm = 0;
   for (size_t i = 0; i < got.size(); ++i) {
     error += std::pow(static_cast<double>(got[i]) - static_cast<double>(expected[i]), 2);
@@ -57,7 +61,8 @@ fdcr::Source source(const std::vector<T>& x) {
 }
 
 // Contiguous [n, channels, size...], or with the channels last.
-void strides(bool last, int64_t channels, const int64_t* size, int64_t* sample, int64_t* channel, int64_t* position) {
+void strides(bool last, int64_t channels, const int64_t* size, int64_t* sample, int64_t* channel,
+             int64_t* position) {
   const int64_t inner = last ? channels : 1;
   position[2] = inner;
   position[1] = inner * size[2];
@@ -104,7 +109,8 @@ void check_squared_grads(const fdcr::Kernels& kernels, bool large) {
       std::vector<double> w(static_cast<size_t>(p.in_channels * volume));
       double b = 0;
       for (int64_t s = 0; s < positions; ++s) {
-        const int64_t at[3] = {s / (p.output[1] * p.output[2]), s / p.output[2] % p.output[1], s % p.output[2]};
+        const int64_t at[3] = {s / (p.output[1] * p.output[2]), s / p.output[2] % p.output[1],
+                               s % p.output[2]};
         int64_t g_index = n * p.grad_sample + o * p.grad_channel;
         for (int d = 0; d < 3; ++d) g_index += at[d] * p.grad_position[d];
         const double g = static_cast<double>(grad[static_cast<size_t>(g_index)]);
@@ -121,7 +127,8 @@ void check_squared_grads(const fdcr::Kernels& kernels, bool large) {
             inside = inside && x >= 0 && x < p.input[d];
             index += x * p.in_position[d];
           }
-          if (inside) w[static_cast<size_t>(column)] += g * static_cast<double>(in[static_cast<size_t>(index)]);
+          if (inside)
+            w[static_cast<size_t>(column)] += g * static_cast<double>(in[static_cast<size_t>(index)]);
         }
       }
       for (size_t i = 0; i < w.size(); ++i)
@@ -162,7 +169,9 @@ void check_aggregation(const fdcr::Kernels& kernels) {
   kernels.rescaled_mean(p, source(global), 1, result.data(), pool);
 
   std::vector<double> e_low(k, INFINITY), e_high(k, -INFINITY), e_norm(k), e_score(k), e_result;
-  const auto at = [&](int64_t client, int64_t v) { return static_cast<size_t>((v / L * K + client) * L + v % L); };
+  const auto at = [&](int64_t client, int64_t v) {
+    return static_cast<size_t>((v / L * K + client) * L + v % L);
+  };
   for (int64_t v = 0; v < P; ++v)
     for (int64_t c = 0; c < K; ++c) {
       const size_t i = static_cast<size_t>(c);
