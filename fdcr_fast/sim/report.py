@@ -64,10 +64,11 @@ def progress_bar(console: Console, name: str, rounds: int, clients: int) -> Iter
         TextColumn("{task.fields[figures]}"),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(name, total=rounds * clients, figures="")
+        # Hidden until something happens, so that a configuration error shows no bar.
+        task = bar.add_task(name, total=rounds * clients, figures="", visible=False)
 
         def update(event: ProgressEvent) -> None:
-            bar.update(task, completed=(event.round - 1) * clients + event.clients_done)
+            bar.update(task, completed=(event.round - 1) * clients + event.clients_done, visible=True)
             if event.record is not None:
                 accuracy, success = event.record.accuracy, event.record.attack_success_rate
                 bar.update(task, figures=f"round {event.round}: A {percent(accuracy)} ASR {percent(success)}")
