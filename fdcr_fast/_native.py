@@ -9,8 +9,7 @@ from types import ModuleType
 BACKEND = os.environ.get("FDCR_FAST_BACKEND", "auto")
 if BACKEND not in ("auto", "cpu", "reference"):
     raise ImportError(
-        f"FDCR_FAST_BACKEND={BACKEND!r}: expected auto, cpu or reference "
-        "(this release has no triton or cuda kernels)"
+        f"FDCR_FAST_BACKEND={BACKEND!r}: expected auto, cpu or reference (this release has no triton or cuda kernels)"
     )
 
 module: ModuleType | None = None
@@ -23,9 +22,7 @@ else:
         # Loading it registers the CPU operators with the PyTorch dispatcher.
         module = importlib.import_module("fdcr_fast._C")
     except ModuleNotFoundError:
-        reason = (
-            "the extension was not built: reinstall with a C++17 compiler and FDCR_FAST_BUILD=require to see why"
-        )
+        reason = "the extension was not built: reinstall with a C++17 compiler and FDCR_FAST_BUILD=require to see why"
     except ImportError as error:
         reason = f"the extension does not load: {error}"
     if module is None and BACKEND == "cpu":

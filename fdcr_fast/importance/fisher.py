@@ -182,10 +182,7 @@ def _gradients(losses: Tensor, calls: Sequence[Call]) -> Sequence[Tensor]:
 
 def _select(model: nn.Module, params: Iterable[str] | None) -> list[str]:
     known = [name for name, _ in model.named_parameters()]
-    if params is None:
-        wanted = set(known)
-    else:
-        wanted = {params} if isinstance(params, str) else set(params)
+    wanted = set(known if params is None else [params] if isinstance(params, str) else params)
     if unknown := wanted - set(known):
         raise ValueError(f"the model has no parameter {', '.join(sorted(unknown))}; it has {', '.join(known)}")
     if not wanted:

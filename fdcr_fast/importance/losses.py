@@ -1,4 +1,4 @@
-"""Per-sample losses by name: negative log-likelihoods, summed over whatever a sample has besides its batch dimension."""
+"""Per-sample losses by name: negative log-likelihoods, summed over whatever a sample has besides dimension 0."""
 
 from __future__ import annotations
 

@@ -60,8 +60,7 @@ class PerSampleGradients:
                 _log.info("vmap failed, one sample at a time instead: %s", error)
                 self._vectorised = False
         one_by_one = [
-            self._of_one(params, *tree_map(lambda x, i=i: x[i], (inputs, targets)))
-            for i in range(num_samples(targets))
+            self._of_one(params, *tree_map(lambda x, i=i: x[i], (inputs, targets))) for i in range(num_samples(targets))
         ]
         return {name: torch.stack([g[name] for g in one_by_one]) for name in params}
 

@@ -48,8 +48,7 @@ def info() -> str:
     if _native.module is not None:
         build = _native.module.build_info()
         lines += [
-            f"extension: {build['compiler']}, built with torch {build['torch']}, "
-            f"for {', '.join(build['simd_levels'])}",
+            f"extension: {build['compiler']}, built with torch {build['torch']}, for {', '.join(build['simd_levels'])}",
             f"CPU supports: {', '.join(_native.module.cpu_features()) or 'baseline only'}; "
             f"in use: {_native.module.simd_level()}",
         ]

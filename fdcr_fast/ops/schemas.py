@@ -9,6 +9,7 @@ never read. A plain ``[K, P]`` matrix is the tiled matrix ``x.unsqueeze(0)``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -63,9 +64,7 @@ def sum_squared_grads_conv(
     """
     return cast(
         "tuple[Tensor, Tensor]",
-        torch.ops.fdcr_fast.sum_squared_grads_conv(
-            grad_output, input, kernel_size, stride, padding, dilation, groups
-        ),
+        torch.ops.fdcr_fast.sum_squared_grads_conv(grad_output, input, kernel_size, stride, padding, dilation, groups),
     )
 
 
@@ -150,29 +149,22 @@ def rescaled_mean(
     """
     return cast(
         Tensor,
-        torch.ops.fdcr_fast.rescaled_mean(
-            global_params, updates, fishers, fisher_min, fisher_max, weights
-        ),
+        torch.ops.fdcr_fast.rescaled_mean(global_params, updates, fishers, fisher_min, fisher_max, weights),
     )
 
 
 # --- what each operator accepts ---------------------------------------------------------------------------------------
 
 
-def _check(condition: bool, message: Callable[[], str]) -> None:
-    torch._check(condition, message)
-
-
 def _check_floating(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        _check(
-            tensor.is_floating_point(), lambda n=name, t=tensor: f"{n} must be floating point, got {t.dtype}"
-        )
+        message = f"{name} must be floating point, got {tensor.dtype}"
+        torch._check(tensor.is_floating_point(), partial(str, message))
 
 
 def _check_linear(grad_output: Tensor, input: Tensor) -> None:
     _check_floating(grad_output=grad_output, input=input)
-    _check(
+    torch._check(
         grad_output.dim() == 3 and input.dim() == 3 and grad_output.shape[:2] == input.shape[:2],
         lambda: (
             f"expected grad_output [N, T, O] and input [N, T, I], got {tuple(grad_output.shape)} and "
@@ -192,22 +184,22 @@ def _check_conv(
 ) -> None:
     _check_floating(grad_output=grad_output, input=input)
     dims = len(kernel_size)
-    _check(
+    torch._check(
         1 <= dims <= 3 and len(stride) == len(padding) == len(dilation) == dims,
         lambda: f"expected 1 to 3 spatial dimensions, got kernel_size {list(kernel_size)}",
     )
-    _check(
+    torch._check(
         min(*kernel_size, *stride, *dilation, groups) > 0 and min(padding) >= 0,
         lambda: "kernel_size, stride, dilation and groups must be positive, padding not negative",
     )
-    _check(
+    torch._check(
         grad_output.dim() == input.dim() == dims + 2 and grad_output.shape[0] == input.shape[0],
         lambda: (
             f"expected grad_output [N, O, *output] and input [N, C, *size] with {dims} spatial dimensions, got "
             f"{tuple(grad_output.shape)} and {tuple(input.shape)}"
         ),
     )
-    _check(
+    torch._check(
         grad_output.shape[1] % groups == 0 and input.shape[1] % groups == 0,
         lambda: f"groups = {groups} must divide {grad_output.shape[1]} and {input.shape[1]} channels",
     )
@@ -215,7 +207,7 @@ def _check_conv(
         (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1
         for d in range(dims)
     ]
-    _check(
+    torch._check(
         list(grad_output.shape[2:]) == expected,
         lambda: f"expected grad_output of spatial size {expected}, got {list(grad_output.shape[2:])}",
     )
@@ -231,34 +223,30 @@ def _check_clients(
 ) -> None:
     """The part of the contract that all operators on tiled client matrices share."""
     _check_floating(clients=updates)
-    _check(updates.dim() == 3, lambda: f"expected a client matrix [T, K, L], got {tuple(updates.shape)}")
+    torch._check(updates.dim() == 3, lambda: f"expected a client matrix [T, K, L], got {tuple(updates.shape)}")
     tiles, clients, length = updates.shape
-    _check(
+    torch._check(
         num_params >= 0 and (tiles - 1) * length < max(num_params, 1) <= max(tiles * length, 1),
         lambda: f"{tiles} tiles of {length} do not hold exactly {num_params} parameters",
     )
-    _check(
+    torch._check(
         (fishers is None) == (fisher_min is None) == (fisher_max is None),
         lambda: "fishers, fisher_min and fisher_max go together",
     )
     if fishers is not None:
         _check_floating(fishers=fishers)
-        _check(
+        torch._check(
             fishers.shape == updates.shape,
             lambda: f"fishers {tuple(fishers.shape)} differ in shape from updates {tuple(updates.shape)}",
         )
     for name, vector in (("fisher_min", fisher_min), ("fisher_max", fisher_max), ("weights", weights)):
         if vector is not None:
-            _check(
-                vector.dtype == torch.float64 and vector.shape == (clients,),
-                lambda n=name, v=vector: (
-                    f"{n} must be float64 [{clients}], got {v.dtype} {tuple(v.shape)}"
-                ),
-            )
+            message = f"{name} must be float64 [{clients}], got {vector.dtype} {tuple(vector.shape)}"
+            torch._check(vector.dtype == torch.float64 and vector.shape == (clients,), partial(str, message))
 
 
 def _check_range(fishers: Tensor, num_params: int) -> None:
-    _check(num_params >= 1, lambda: f"the range of {num_params} parameters is undefined")
+    torch._check(num_params >= 1, lambda: f"the range of {num_params} parameters is undefined")
     _check_clients(num_params, fishers)
 
 
@@ -286,9 +274,7 @@ def _check_rescaled_mean(
     weights: Tensor,
 ) -> None:
     _check_floating(global_params=global_params)
-    _check(
-        global_params.dim() == 1, lambda: f"expected global_params [P], got {tuple(global_params.shape)}"
-    )
+    torch._check(global_params.dim() == 1, lambda: f"expected global_params [P], got {tuple(global_params.shape)}")
     _check_clients(global_params.numel(), updates, fishers, fisher_min, fisher_max, weights)
 
 
@@ -296,22 +282,15 @@ def _check_rescaled_mean(
 
 
 def _fake_linear(grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
-    options = {"dtype": reference.accumulation_dtype(grad_output, input)}
-    return (
-        input.new_empty(grad_output.shape[2], input.shape[2], **options),
-        input.new_empty(grad_output.shape[2], **options),
-    )
+    dtype = reference.accumulation_dtype(grad_output, input)
+    out = grad_output.shape[2]
+    return input.new_empty(out, input.shape[2], dtype=dtype), input.new_empty(out, dtype=dtype)
 
 
-def _fake_conv(
-    grad_output: Tensor, input: Tensor, kernel_size: Sequence[int], *geometry: Any
-) -> tuple[Tensor, Tensor]:
-    out_channels, groups = grad_output.shape[1], geometry[-1]
-    options = {"dtype": reference.accumulation_dtype(grad_output, input)}
-    return (
-        input.new_empty(out_channels, input.shape[1] // groups, *kernel_size, **options),
-        input.new_empty(out_channels, **options),
-    )
+def _fake_conv(grad_output: Tensor, input: Tensor, kernel_size: Sequence[int], *geometry: Any) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(grad_output, input)
+    out, columns = grad_output.shape[1], input.shape[1] // geometry[-1]
+    return input.new_empty(out, columns, *kernel_size, dtype=dtype), input.new_empty(out, dtype=dtype)
 
 
 def _fake_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:

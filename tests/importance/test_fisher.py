@@ -21,9 +21,7 @@ def assert_fisher(fisher, expected, tolerance=1e-5):
 
 
 def small_cnn():
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)
-    )
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5))
 
 
 def images(n=7):
@@ -214,9 +212,7 @@ def test_losses_by_name(loss):
     model = nn.Linear(4, 5)
     targets, summed = LOSS_CASES[loss]
     x = torch.randn(6, 4)
-    assert_fisher(
-        diagonal_fisher(model, (x, targets), loss), fisher_one_by_one(model, x, targets, summed)
-    )
+    assert_fisher(diagonal_fisher(model, (x, targets), loss), fisher_one_by_one(model, x, targets, summed))
 
 
 def test_every_loss_has_a_case():

@@ -46,9 +46,7 @@ def convolutions(draw):
     padding = draw(st.tuples(*[st.integers(0, 3)] * dims))
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     size = [max(1, r - 2 * p) + draw(st.integers(0, 8)) for r, p in zip(reach, padding, strict=True)]
-    out = [
-        (s + 2 * p - r) // st_ + 1 for s, p, r, st_ in zip(size, padding, reach, stride, strict=True)
-    ]
+    out = [(s + 2 * p - r) // st_ + 1 for s, p, r, st_ in zip(size, padding, reach, stride, strict=True)]
     input = draw(tensors((n, channels[0], *size)))
     grad = draw(tensors((n, channels[1], *out)))
     return grad, input, kernel, stride, padding, dilation, groups

@@ -13,6 +13,7 @@ from problems import (
 
 from fdcr_fast import ops
 
+
 def check(got, expected, dtypes):
     assert all(t.is_contiguous() for t in got)
     assert all(t.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32) for t in got)
@@ -45,6 +46,8 @@ def test_linear_against_one_sample_at_a_time(implementation, data):
         (2, 96, 96, (5, 7), (3, 3), (2, 1), (1, 0), 1),
         (70, 33, 64, (16, 16), (3, 3), (1, 1), (1, 1), 1),
         (5, 12, 24, (9, 9), (3, 3), (1, 1), (1, 1), 12),
+        (4, 5, 11, (1, 1), (1, 1), (2, 2), (0, 0), 1),
+        (4, 5, 11, (1, 1), (1, 1), (3, 3), (1, 1), 1),
     ],
 )
 def test_large_convolutions(implementation, layout, n, channels, out, size, kernel, stride, padding, groups):

@@ -1,0 +1,44 @@
+# make demo   sets everything up and shows FDCR defending (or failing to defend) a small federation
+# make test   sets everything up and runs the tests
+# Both need only Python >= 3.10 with venv; a C++17 compiler makes the kernels fast.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/installed
+	rm -rf $(OUT)
+	$(BIN)/fdcr-fast demo --out $(OUT)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet ".[bench]" --no-build-isolation
+	$(BIN)/python -m pytest benchmarks
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info fdcr_fast/_C*.so
+
+CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+# torch first, and no build isolation: the extension is built against the torch that it will run with.
+$(VENV)/installed: pyproject.toml setup.py $(CPP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch torchvision
+	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.12" wheel
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
