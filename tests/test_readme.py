@@ -1,0 +1,18 @@
+"""What the README shows must run."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.skipif(not README.exists(), reason="not a checkout")
+def test_the_quickstart_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["result"].kept.any()
+    assert names["result"].rejected == {}
+    assert "client-0" in capsys.readouterr().out
