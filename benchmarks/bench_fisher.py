@@ -1,0 +1,141 @@
+"""The diagonal Fisher of five models: time against a plain batch gradient and peers, exactness, memory.
+
+python -m pytest benchmarks/bench_fisher.py
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import peers
+import pytest
+import torch
+from harness import Report, interleave
+from models import PROBLEMS, Problem, problem
+from torch import Tensor
+
+_CHECKED_SAMPLES = 3
+
+REPORT = Report(
+    "fisher",
+    "Diagonal Fisher",
+    "python -m pytest benchmarks/bench_fisher.py",
+    """\
+Times are medians of interleaved repeats in one process. *plain*: forward and backward pass of the same
+batch, the yardstick. *x plain*: our time over that of the plain gradient, with the quartiles of the ratio
+within the rounds. *x best*: time of the best correct peer over ours. Peers: time over the plain gradient.
+*error*: of ours against one sample at a time in float64, relative in norm, and the largest of any element
+above 1e-6 of the largest. *extra memory*: growth of the process beyond that of the forward pass with its
+activations.""",
+)
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of a vector against a float64 one: relative in norm, and of every element above 1e-6 of the largest."""
+
+    norm: float
+    element: float
+
+    @classmethod
+    def of(cls, value: Tensor, truth: Tensor) -> Error:
+        difference = (value.double() - truth).abs()
+        large = truth > 1e-6 * truth.max()
+        return cls((difference.norm() / truth.norm()).item(), (difference / truth)[large].max().item())
+
+    @property
+    def passes(self) -> bool:
+        return self.norm < 1e-5 and self.element < 1e-3
+
+
+def truth(checked: Problem) -> Tensor:
+    """One sample at a time in float64."""
+    inputs = checked.inputs.double() if checked.inputs.is_floating_point() else checked.inputs
+    before = {name: value.clone() for name, value in checked.model.state_dict().items()}
+    try:
+        return peers.one_by_one(Problem(checked.name, checked.model.double(), inputs, checked.targets))()
+    finally:
+        checked.model.float().load_state_dict(before)
+
+
+def check_peer(name: str, whole: Problem, expected: Tensor) -> str | None:
+    """Why a peer cannot be compared on this model, or None if it can."""
+    try:
+        error = Error.of(peers.PEERS[name](whole.head(_CHECKED_SAMPLES))(), expected)
+    except ImportError as failure:
+        return f"not installed ({failure.name})"
+    except Exception as failure:  # whatever a peer says about what it cannot do
+        return str(failure).splitlines()[0]
+    return None if error.norm < 1e-3 else f"wrong: relative error {error.norm:.1e}"
+
+
+def peak_memory(name: str) -> dict[str, int] | None:
+    """Peak growth of a fresh process in bytes, see memory.py."""
+    if sys.platform != "linux":
+        return None
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("memory.py")), name, str(torch.get_num_threads())],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": str(1 << 16)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    peaks: dict[str, int] = json.loads(run.stdout)
+    return peaks
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_fisher(name, seconds):
+    warnings.simplefilter("ignore")  # peers' deprecations
+    logging.getLogger("opacus").setLevel(logging.ERROR)
+    whole = problem(name)
+    expected = truth(whole.head(_CHECKED_SAMPLES))
+    error = Error.of(peers.ours(whole.head(_CHECKED_SAMPLES))(), expected)
+    assert error.passes, error
+    excluded = {peer: reason for peer in peers.PEERS if (reason := check_peer(peer, whole, expected))}
+    contenders = {peer: make(whole) for peer, make in peers.PEERS.items() if peer not in excluded}
+    times = interleave(
+        {"plain": peers.batch_gradient(whole), "ours": peers.ours(whole), **contenders}, seconds
+    )
+    plain, own = times["plain"], times["ours"]
+    low, high = own.spread_over(plain)
+    best = min(contenders, key=lambda peer: times[peer].median)
+    memory = peak_memory(name)
+    parameters = sum(p.numel() for p in whole.model.parameters())
+    cells = {
+        "model, batch": name,
+        "plain, samples/s": f"{len(whole.targets) / plain.median:,.0f}",
+        "ours, samples/s": f"{len(whole.targets) / own.median:,.0f}",
+        "x plain": f"**{own.over(plain):.2f}** ({low:.2f} to {high:.2f})",
+        "x best": f"**{times[best].over(own):.1f}** ({best})",
+        **{
+            peer: f"{times[peer].over(plain):.1f}" if peer in times else excluded[peer]
+            for peer in peers.PEERS
+        },
+        "error": f"{error.norm:.0e}, {error.element:.0e}",
+        "extra memory": _memory_cell(memory, parameters),
+        "rounds": str(len(own.seconds)),
+    }
+    figures = {
+        "seconds": {peer: t.seconds for peer, t in times.items()},
+        "excluded": excluded,
+        "error": vars(error),
+        "parameters": parameters,
+        "peak_bytes": memory,
+    }
+    REPORT.add(name, cells, figures)
+    print(f"\n{name}: " + ", ".join(f"{k} {v}" for k, v in list(cells.items())[1:]))
+
+
+def _memory_cell(peaks: dict[str, int] | None, parameters: int) -> str:
+    if peaks is None:
+        return "measured on Linux only"
+    extra = peaks["fisher"] - peaks["forward"]
+    return f"{extra / 2**20:.0f} MiB ({2 * parameters * 4 / 2**20 + 64:.0f} allowed)"

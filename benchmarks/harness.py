@@ -1,0 +1,133 @@
+"""What all benchmarks share: interleaved repeats, medians, and tables that name the machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fdcr_fast
+
+RESULTS = Path(__file__).parent / "results"
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 50
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one contender, one number per round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def over(self, other: Times) -> float:
+        """Ratio of the medians."""
+        return self.median / other.median
+
+    def spread_over(self, other: Times) -> tuple[float, float]:
+        """Quartiles of the ratios within the rounds: how much the ratio itself varied."""
+        ratios = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return low, high
+
+
+def interleave(contenders: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Times]:
+    """Runs A B C A B C ... for about so many seconds, so that all contenders meet the same machine."""
+    warm_up = sum(_time(run) for run in contenders.values())
+    warm = sum(_time(run) for run in contenders.values()) if warm_up < seconds / 4 else warm_up
+    rounds = min(max(int(seconds / warm), _FEWEST_ROUNDS), _MOST_ROUNDS)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            times[name].append(_time(run))
+    return {name: Times(tuple(t)) for name, t in times.items()}
+
+
+def _time(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Machine:
+    cpu: str
+    cores: int
+    threads: int
+    torch: str
+    fdcr_fast: str
+    kernels: str
+
+    @classmethod
+    def this(cls) -> Machine:
+        return cls(
+            cpu=_cpu_model(),
+            cores=torch.multiprocessing.cpu_count(),
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            fdcr_fast=fdcr_fast.__version__,
+            kernels=fdcr_fast.backends()["cpu"].reason,
+        )
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+class Report:
+    """``results/<name>.json`` and the Markdown table made from it.
+
+    A run replaces the rows that it measured and keeps the others, unless they are from another machine:
+    every row is a comparison within one process, so rows need not be measured together.
+    """
+
+    def __init__(self, name: str, title: str, command: str, notes: str) -> None:
+        self._file = RESULTS / f"{name}.json"
+        self._head = (title, command, notes)
+
+    def add(self, key: str, cells: Mapping[str, str], figures: Mapping[str, Any]) -> None:
+        """One row: its formatted cells, and the figures behind them."""
+        machine = asdict(Machine.this())
+        saved = json.loads(self._file.read_text()) if self._file.exists() else {}
+        rows = saved["rows"] if saved.get("machine") == machine else {}
+        rows[key] = {"date": date.today().isoformat(), "cells": dict(cells), "figures": dict(figures)}
+        self._file.parent.mkdir(exist_ok=True)
+        self._file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        self._file.with_suffix(".md").write_text(self._markdown(machine, rows))
+
+    def _markdown(self, machine: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+        title, command, notes = self._head
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row["cells"]))
+        table = [[row["cells"].get(column, "") for column in columns] for row in rows.values()]
+        dates = sorted({row["date"] for row in rows.values()})
+        return "\n\n".join(
+            [
+                f"# {title}",
+                f"`{command}`, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}",
+                "{cpu}, {cores} cores, {threads} threads; torch {torch}; "
+                "fdcr_fast {fdcr_fast}, {kernels}.".format(**machine),
+                notes,
+                markdown_table(columns, table) + "\n",
+            ]
+        )
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
