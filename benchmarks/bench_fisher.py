@@ -5,14 +5,18 @@ python -m pytest benchmarks/bench_fisher.py
 
 from __future__ import annotations
 
+import cProfile
 import json
 import logging
 import os
+import pstats
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peers
 import pytest
@@ -20,6 +24,10 @@ import torch
 from harness import Report, interleave
 from models import PROBLEMS, Problem, problem
 from torch import Tensor
+
+from fdcr_fast.importance import fisher
+from fdcr_fast.importance.per_sample import PerSampleGradients
+from fdcr_fast.importance.rules import RULES
 
 _CHECKED_SAMPLES = 3
 
@@ -91,6 +99,28 @@ def peak_memory(name: str) -> dict[str, int] | None:
     return peaks
 
 
+def phases(run: peers.Contender) -> dict[str, float]:
+    """Shares of the time of one Fisher."""
+    parts: dict[str, list[Callable[..., Any]]] = {
+        "backward": [fisher._gradients],
+        "layer rules": list({id(rule): rule for rule in RULES.values()}.values()),
+        "vmap(grad)": [PerSampleGradients.sum_squares],
+    }
+    profile = cProfile.Profile()
+    profile.runcall(run)
+    calls = pstats.Stats(profile)
+    total = calls.total_tt  # type: ignore[attr-defined]
+    cumulative = {key: row[3] for key, row in calls.stats.items()}  # type: ignore[attr-defined]
+    shares = {
+        part: sum(
+            cumulative.get((f.__code__.co_filename, f.__code__.co_firstlineno, f.__name__), 0.0) for f in fs
+        )
+        / total
+        for part, fs in parts.items()
+    }
+    return {"forward and the rest": 1 - sum(shares.values()), **shares}
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_fisher(name, seconds):
     warnings.simplefilter("ignore")  # peers' deprecations
@@ -107,6 +137,7 @@ def test_fisher(name, seconds):
     plain, own = times["plain"], times["ours"]
     low, high = own.spread_over(plain)
     best = min(contenders, key=lambda peer: times[peer].median)
+    shares = phases(peers.ours(whole))
     memory = peak_memory(name)
     parameters = sum(p.numel() for p in whole.model.parameters())
     cells = {
@@ -119,6 +150,7 @@ def test_fisher(name, seconds):
             peer: f"{times[peer].over(plain):.1f}" if peer in times else excluded[peer]
             for peer in peers.PEERS
         },
+        "where ours goes": ", ".join(f"{part} {share:.0%}" for part, share in shares.items()),
         "error": f"{error.norm:.0e}, {error.element:.0e}",
         "extra memory": _memory_cell(memory, parameters),
         "rounds": str(len(own.seconds)),
@@ -126,6 +158,7 @@ def test_fisher(name, seconds):
     figures = {
         "seconds": {peer: t.seconds for peer, t in times.items()},
         "excluded": excluded,
+        "shares": shares,
         "error": vars(error),
         "parameters": parameters,
         "peak_bytes": memory,

@@ -1,4 +1,4 @@
-"""Peak growth in bytes of a process: ``memory.py MODEL THREADS`` prints JSON for forward pass, gradient, Fisher.
+"""Peak growth in bytes of a process: ``memory.py MODEL THREADS`` prints JSON for forward, gradient, Fisher.
 
 The resident set counts everything, also what the kernels and oneDNN allocate behind PyTorch's back. For it
 to tell the truth, freed memory must go back to the system at once, so the allocator must map every block of
