@@ -31,11 +31,11 @@ def diagonal_fisher(
 
     .. math:: F = \frac{1}{N} \sum_{n=1}^N \left( \nabla_w \, \ell(f_w(x_n), y_n) \right)^2
 
-    with :math:`\ell = -\log p(y | x)` for the default loss. Linear, convolution, embedding and norm layers go
-    through the library's own kernels, which need no memory for per-sample gradients; all other parameters, and
-    layers that are called several times, share weights or do not keep the samples in dimension 0, through
-    ``vmap(grad)`` in chunks. Both are exact. Neither ``.grad`` nor ``requires_grad`` is read or written, and parameters that are frozen for training
-    have a Fisher like all others: choose with ``params``.
+    with :math:`\ell = -\log p(y | x)` for the default loss. Linear, convolution, embedding and norm layers go through
+    the library's own kernels, which need no memory for per-sample gradients; all other parameters, and layers that
+    are called several times, share weights or do not keep the samples in dimension 0, through ``vmap(grad)`` in
+    chunks. Both are exact. Neither ``.grad`` nor ``requires_grad`` is read or written, and parameters that are frozen
+    for training have a Fisher like all others: choose with ``params``.
 
     Args:
         model: Any module that treats the samples of a batch independently of each other.

@@ -20,7 +20,7 @@ def _leading(module: nn.Module, shape: torch.Size) -> torch.Size:
 
 @rule(nn.LayerNorm, positions=_leading)
 def layer_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """Statistics over the last dimensions, which are the parameters' own; all between them and the first are positions."""
+    """Statistics over the last dimensions, those of the parameters; all before them but the first are positions."""
     assert isinstance(module, nn.LayerNorm)
     return _over_last(module.normalized_shape, input, grad_output, None, module.eps)
 
