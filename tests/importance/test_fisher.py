@@ -140,17 +140,18 @@ class LayersOfParameters(nn.Module):
 
 
 class PositionsFirst(nn.Module):
-    """Every layer sees the samples in another dimension than the first."""
+    """All layers but one see the samples in another dimension than the first."""
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(4, 3)
+        self.lift, self.embed = nn.Linear(1, 3), nn.Embedding(4, 3)
         self.point, self.batch = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
         self.layer, self.rms = nn.LayerNorm(4), nn.RMSNorm(4)
         self.out = nn.Linear(4, 5)
 
     def forward(self, x):
-        h = self.embed((x > 0).long().T).movedim(-1, 1)
+        h = self.lift(x[:, :, None]).transpose(0, 1) + self.embed((x > 0).long().T)
+        h = h.movedim(-1, 1)
         h = torch.tanh(self.batch(self.point(h))).movedim(1, -1)
         return self.out(self.rms(self.layer(h)).mean(0))
 
