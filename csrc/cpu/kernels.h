@@ -39,6 +39,35 @@ struct SquaredGradsProblem {
   void* bias = nullptr;
 };
 
+// Strides of an array [sample, position, group, channel, pixel].
+struct NormStrides {
+  int64_t sample = 0, position = 0, group = 0, channel = 0, pixel = 0;
+};
+
+// Sum over n of the squares of the per-sample gradients of a norm layer's scale and shift, one of each per
+// channel of every group. Channels and pixels of one position and group share their statistics: the mean, and
+// the mean squared distance from it, unless these are given for each channel.
+struct SquaredNormGradsProblem {
+  int64_t samples = 0, positions = 0, groups = 0, channels = 0, pixels = 0;
+  Source grad, in;
+  NormStrides grad_stride, in_stride;
+  Source mean, variance;  // [group, channel]; data == nullptr: of the data
+  int64_t mean_stride[2] = {}, variance_stride[2] = {};
+  double eps = 0;
+  // Contiguous results [groups * channels]; float64 if grad or in is, else float32.
+  void* weight = nullptr;
+  void* bias = nullptr;
+};
+
+// Sum over n of the squares of the per-sample gradients of a table that was looked up at `indices`.
+struct SquaredEmbeddingGradsProblem {
+  int64_t samples = 0, tokens = 0, rows = 0, columns = 0;
+  Source grad;  // [sample, token, column]
+  int64_t grad_sample = 0, grad_token = 0, grad_column = 0;
+  const int64_t* indices = nullptr;  // contiguous [samples, tokens], less than rows; negative: no token
+  void* result = nullptr;            // contiguous [rows, columns]; float64 if grad is, else float32
+};
+
 // Parameter p of client k is data[(p / tile_length) * tile_stride + k * client_stride + (p % tile_length) *
 // stride].
 struct ClientMatrix {
@@ -57,6 +86,8 @@ struct AggregationProblem {
 struct Kernels {
   const char* name;
   void (*squared_grads)(const SquaredGradsProblem&, ParallelFor);
+  void (*squared_norm_grads)(const SquaredNormGradsProblem&, ParallelFor);
+  void (*squared_embedding_grads)(const SquaredEmbeddingGradsProblem&, ParallelFor);
   void (*range)(const ClientMatrix&, int64_t clients, int64_t params, double* low, double* high, ParallelFor);
   void (*squared_norm)(const ClientMatrix&, int64_t clients, int64_t params, double* result, ParallelFor);
   // result[k] = sum_v (u_v - u_{k,v})^2, NaN where weights[k] == 0.

@@ -10,20 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from fdcr_fast.importance.rules import RULES
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer: its input, and the place in the autograd graph where its output's gradient arrives."""
+    """One call of a layer: its input, and the place in the autograd graph where its output's gradient arrives.
+
+    ``of_data`` says that the input is known to come from the model's inputs, not from its parameters alone.
+    """
 
     module: nn.Module
     input: Tensor
     version: int
     output_shape: torch.Size
     edge: GradientEdge | None
+    of_data: bool
 
     @property
     def intact(self) -> bool:
@@ -32,10 +37,15 @@ class Call:
 
 
 class Capture:
-    """Context manager: while it is open, calls of the layers that have a rule are recorded by module name."""
+    """Context manager: while it is open, calls of the layers that have a rule are recorded by module name.
 
-    def __init__(self, model: nn.Module) -> None:
+    ``inputs`` are what the model is about to be called with.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.calls: dict[str, list[Call]] = {}
+        self._data = {_storage(x) for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+        self._of_data: set[Node] = set()
         self._modules = [(name, m) for name, m in model.named_modules() if _has_rule(m)]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -54,9 +64,12 @@ class Capture:
 
     def _record(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            input = args[0] if args else kwargs["input"]
+            input = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             edge = get_gradient_edge(output) if output.requires_grad else None
-            call = Call(module, input.detach(), input._version, output.shape, edge)
+            of_data = _storage(input) in self._data or _reaches(input.grad_fn, self._of_data)
+            if of_data and edge is not None:
+                self._of_data.add(edge.node)
+            call = Call(module, input.detach(), input._version, output.shape, edge, of_data)
             self.calls.setdefault(name, []).append(call)
 
         return hook
@@ -65,6 +78,24 @@ class Capture:
 def _has_rule(module: nn.Module) -> bool:
     """Exactly a known type, with exactly its own parameters (a parametrisation adds or replaces some)."""
     return type(module) in RULES and set(module._parameters) <= {"weight", "bias"} and "weight" in module._parameters
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _reaches(start: Node | None, goals: set[Node]) -> bool:
+    """Whether the graph that leads to ``start`` contains one of the goals."""
+    seen = set()
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        if node in goals:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(before for before, _ in node.next_functions)
+    return False
 
 
 def uses_in_graph(losses: Tensor, params: Mapping[str, Tensor]) -> Counter[str]:

@@ -31,11 +31,11 @@ def diagonal_fisher(
 
     .. math:: F = \frac{1}{N} \sum_{n=1}^N \left( \nabla_w \, \ell(f_w(x_n), y_n) \right)^2
 
-    with :math:`\ell = -\log p(y | x)` for the default loss. Linear and convolution layers go through the library's
-    own kernels, which need no memory for per-sample gradients; all other parameters, and layers that are called
-    several times, share weights or do not keep the samples in dimension 0, through ``vmap(grad)`` in chunks. Both are
-    exact. Neither ``.grad`` nor ``requires_grad`` is read or written, and parameters that are frozen for training
-    have a Fisher like all others: choose with ``params``.
+    with :math:`\ell = -\log p(y | x)` for the default loss. Linear, convolution, embedding and norm layers go through
+    the library's own kernels, which need no memory for per-sample gradients; all other parameters, and layers that
+    are called several times, share weights or do not keep the samples in dimension 0, through ``vmap(grad)`` in
+    chunks. Both are exact. Neither ``.grad`` nor ``requires_grad`` is read or written, and parameters that are frozen
+    for training have a Fisher like all others: choose with ``params``.
 
     Args:
         model: Any module that treats the samples of a batch independently of each other.
@@ -94,7 +94,7 @@ class _Estimate:
             return
         device = self._vector.device
         inputs, targets = tree_map(lambda x: x.to(device), (inputs, targets))
-        with Capture(self._model) as capture:
+        with Capture(self._model, inputs) as capture:
             losses = self._losses(self._leaves, inputs, targets)
         uses = uses_in_graph(losses, self._leaves)
         if unused := [name for name in self._leaves if not uses[name]]:
@@ -112,7 +112,7 @@ class _Estimate:
         grads = _gradients(losses, list(layers.values()))
         rest = {name: p.detach() for name, p in self._leaves.items()}
         for (name, call), g in zip(layers.items(), grads, strict=True):
-            squares = RULES[type(call.module)](call.module, call.input, g)
+            squares = RULES[type(call.module)].sum_squares(call.module, call.input, g)
             for param in self._own(name):
                 self._sums[param] += squares[param.rpartition(".")[2]]
                 del rest[param]
@@ -142,32 +142,30 @@ class _Estimate:
 
     @staticmethod
     def _usable(call: Call, n: int, uses: list[int]) -> bool:
-        """Whether the layer's call was the only use of its parameters, on input that has the samples first."""
-        weight = call.module._parameters["weight"]
-        assert weight is not None
+        """Whether the layer's call was the only use of its parameters, on an input as long as there are samples."""
         return (
             bool(uses)
             and all(count == 1 for count in uses)
             and call.intact
-            and call.input.dim() >= weight.dim()
-            and call.input.shape[0] == call.output_shape[0] == n
+            and call.input.shape[:1] == call.output_shape[:1] == (n,)
         )
 
     def _sample_first(self, name: str, call: Call, inputs: Any, targets: Any) -> bool:
-        """Whether dimension 0 holds the samples, and not positions that happen to be as many.
+        """Whether dimension 0 holds the samples, and not something else that happens to be as long.
 
-        Where the positions could hide the samples, one forward pass with a single sample tells the two apart.
+        Where the samples could be among the positions, or nowhere (a layer applied to a parameter), one forward pass
+        with a single sample tells.
         """
-        n, positions = call.input.shape[0], call.input.shape[1:-1].numel()
-        weight = call.module._parameters["weight"]
-        assert weight is not None
-        if n == 1 or call.input.dim() == weight.dim() or positions % n != 0:
+        n = call.input.shape[0]
+        positions = RULES[type(call.module)].positions(call.module, call.input.shape)
+        if n == 1 or (call.of_data and positions.numel() % n != 0):
             return True
         if self._not_sample_first is None:
-            with Capture(self._model) as probe:
-                self._losses(self._leaves, *tree_map(lambda x: x[:1], (inputs, targets)))
+            inputs, targets = tree_map(lambda x: x[:1], (inputs, targets))
+            with Capture(self._model, inputs) as probe:
+                self._losses(self._leaves, inputs, targets)
             self._not_sample_first = {
-                layer for layer, calls in probe.calls.items() if any(c.input.shape[0] != 1 for c in calls)
+                layer for layer, calls in probe.calls.items() if any(c.input.shape[:1] != (1,) for c in calls)
             }
         return name not in self._not_sample_first
 

@@ -11,7 +11,9 @@ from fdcr_fast.ops.schemas import (
     rescaled_mean,
     squared_norm,
     sum_squared_grads_conv,
+    sum_squared_grads_embedding,
     sum_squared_grads_linear,
+    sum_squared_grads_norm,
 )
 
 __all__ = [
@@ -20,5 +22,7 @@ __all__ = [
     "rescaled_mean",
     "squared_norm",
     "sum_squared_grads_conv",
+    "sum_squared_grads_embedding",
     "sum_squared_grads_linear",
+    "sum_squared_grads_norm",
 ]

@@ -71,6 +71,39 @@ def sum_squared_grads_conv(
     return weight.view(out_channels, in_channels // groups, *kernel_size), bias
 
 
+def sum_squared_grads_norm(
+    grad_output: Tensor, input: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Sum over samples of squared per-sample gradients of a norm layer's scale and shift; see ``schemas``."""
+    dtype = accumulation_dtype(grad_output, input)
+    weight = torch.zeros(input.shape[2:4], dtype=dtype, device=input.device)
+    bias = torch.zeros_like(weight)
+    shared = (3, 4)
+    for samples in _sample_blocks(len(input), input.shape[1:].numel()):
+        g, x = grad_output[samples].to(dtype), input[samples].to(dtype)
+        m = x.mean(shared, keepdim=True) if mean is None else mean.to(dtype)[..., None]
+        v = (x - m).square().mean(shared, keepdim=True) if variance is None else variance.to(dtype)[..., None]
+        weight += (g * (x - m) * (v + eps).rsqrt()).sum((1, 4)).square_().sum(0)
+        bias += g.sum((1, 4)).square_().sum(0)
+    return weight, bias
+
+
+def sum_squared_grads_embedding(grad_output: Tensor, indices: Tensor, num_embeddings: int) -> Tensor:
+    """Sum over samples of squared per-sample gradients of an embedding table; see ``schemas``."""
+    dtype = accumulation_dtype(grad_output)
+    width = grad_output.shape[2]
+    result = torch.zeros(num_embeddings, width, dtype=dtype, device=grad_output.device)
+    for samples in _sample_blocks(len(indices), indices.shape[1] * width):
+        sample, token = (indices[samples] >= 0).nonzero(as_tuple=True)
+        row = indices[samples][sample, token]
+        # Equal tokens of one sample are one pair (row, sample), whose gradient is the sum of theirs.
+        pairs, pair = (row * len(indices) + sample).unique(return_inverse=True)
+        sums = result.new_zeros(len(pairs), width)
+        sums.index_add_(0, pair, grad_output[samples][sample, token].to(dtype))
+        result.index_add_(0, pairs // len(indices), sums.square_())
+    return result
+
+
 def importance_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest Fisher entry per client; see ``schemas``."""
     clients = fishers.shape[1]

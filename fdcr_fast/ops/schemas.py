@@ -68,6 +68,48 @@ def sum_squared_grads_conv(
     )
 
 
+def sum_squared_grads_norm(
+    grad_output: Tensor, input: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Squared per-sample gradients of the scale and shift of a norm layer, summed over the samples.
+
+    ``weight[g, c] = sum_n (sum_ts grad_output[n, t, g, c, s] * (input[n, t, g, c, s] - m) / sqrt(v + eps))^2``,
+    ``bias[g, c] = sum_n (sum_ts grad_output[n, t, g, c, s])^2``. The statistics ``m`` and ``v`` belong to ``(n, t, g)``
+    and are taken over its channels and pixels, unless they are given.
+
+    Args:
+        grad_output: ``[N, T, G, C, S]``, gradient of the loss at the layer's output: ``T`` positions with statistics of
+            their own, ``G`` groups of ``C`` channels, ``S`` pixels.
+        input: ``[N, T, G, C, S]``, the layer's input.
+        mean: ``m [G, C]``, or None for the mean of the input.
+        variance: ``v [G, C]``, or None for the mean squared distance of the input from ``m``.
+        eps: Added to ``v``.
+
+    Returns:
+        ``(weight [G, C], bias [G, C])``, float64 if ``grad_output`` or ``input`` is float64, else float32.
+    """
+    return cast(
+        "tuple[Tensor, Tensor]",
+        torch.ops.fdcr_fast.sum_squared_grads_norm(grad_output, input, mean, variance, eps),
+    )
+
+
+def sum_squared_grads_embedding(grad_output: Tensor, indices: Tensor, num_embeddings: int) -> Tensor:
+    """Squared per-sample gradients of an embedding table, summed over the samples.
+
+    ``result[v] = sum_n (sum_{t: indices[n, t] = v} grad_output[n, t])^2``. The work grows with ``N * T + V``.
+
+    Args:
+        grad_output: ``[N, T, D]``, gradient of the loss at the looked up rows.
+        indices: ``[N, T]`` int64, less than ``num_embeddings``; negative ones are skipped.
+        num_embeddings: ``V``.
+
+    Returns:
+        ``[V, D]``, float64 if ``grad_output`` is float64, else float32.
+    """
+    return cast(Tensor, torch.ops.fdcr_fast.sum_squared_grads_embedding(grad_output, indices, num_embeddings))
+
+
 def importance_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest entry of every client's diagonal Fisher (paper eq. 6); NaN if any entry is NaN.
 
@@ -213,6 +255,34 @@ def _check_conv(
     )
 
 
+def _check_norm(grad_output: Tensor, input: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float) -> None:
+    _check_floating(grad_output=grad_output, input=input)
+    torch._check(
+        grad_output.shape == input.shape and input.dim() == 5,
+        lambda: (
+            f"expected grad_output and input [N, T, G, C, S], got {tuple(grad_output.shape)} and {tuple(input.shape)}"
+        ),
+    )
+    for name, given in (("mean", mean), ("variance", variance)):
+        if given is not None:
+            _check_floating(**{name: given})
+            message = f"expected {name} {tuple(input.shape[2:4])}, got {tuple(given.shape)}"
+            torch._check(given.shape == input.shape[2:4], partial(str, message))
+
+
+def _check_embedding(grad_output: Tensor, indices: Tensor, num_embeddings: int) -> None:
+    _check_floating(grad_output=grad_output)
+    torch._check(indices.dtype == torch.int64, lambda: f"indices must be int64, got {indices.dtype}")
+    torch._check(
+        grad_output.dim() == 3 and indices.shape == grad_output.shape[:2],
+        lambda: (
+            f"expected grad_output [N, T, D] and indices [N, T], got {tuple(grad_output.shape)} and "
+            f"{tuple(indices.shape)}"
+        ),
+    )
+    torch._check(num_embeddings >= 0, lambda: f"num_embeddings must not be negative, got {num_embeddings}")
+
+
 def _check_clients(
     num_params: int,
     updates: Tensor,
@@ -293,6 +363,16 @@ def _fake_conv(grad_output: Tensor, input: Tensor, kernel_size: Sequence[int], *
     return input.new_empty(out, columns, *kernel_size, dtype=dtype), input.new_empty(out, dtype=dtype)
 
 
+def _fake_norm(grad_output: Tensor, input: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(grad_output, input)
+    return input.new_empty(input.shape[2:4], dtype=dtype), input.new_empty(input.shape[2:4], dtype=dtype)
+
+
+def _fake_embedding(grad_output: Tensor, indices: Tensor, num_embeddings: int) -> Tensor:
+    dtype = reference.accumulation_dtype(grad_output)
+    return grad_output.new_empty(num_embeddings, grad_output.shape[2], dtype=dtype)
+
+
 def _fake_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
     return _per_client(fishers), _per_client(fishers)
 
@@ -320,6 +400,16 @@ OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]] = {
         "int groups) -> (Tensor, Tensor)",
         _check_conv,
         _fake_conv,
+    ),
+    "sum_squared_grads_norm": (
+        "(Tensor grad_output, Tensor input, Tensor? mean, Tensor? variance, float eps) -> (Tensor, Tensor)",
+        _check_norm,
+        _fake_norm,
+    ),
+    "sum_squared_grads_embedding": (
+        "(Tensor grad_output, Tensor indices, int num_embeddings) -> Tensor",
+        _check_embedding,
+        _fake_embedding,
     ),
     "importance_range": ("(Tensor fishers, int num_params) -> (Tensor, Tensor)", _check_range, _fake_range),
     "squared_norm": ("(Tensor updates, int num_params) -> Tensor", _check_squared_norm, _per_client),

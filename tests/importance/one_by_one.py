@@ -23,5 +23,5 @@ def fisher_one_by_one(model, inputs, targets, loss=None, training=False):
         x = slices(inputs, i)
         output = model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x)
         grads = torch.autograd.grad(loss(output, slices(targets, i)), list(model.parameters()))
-        total = total + torch.cat([g.flatten() for g in grads]) ** 2
+        total = total + torch.cat([g.to_dense().flatten() for g in grads]) ** 2
     return total / n

@@ -124,8 +124,42 @@ class WithControlFlow(nn.Module):
         return self.out(h)
 
 
+class LayersOfParameters(nn.Module):
+    """Layers applied to parameters and constants, which have as many rows as there may be samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 6))
+        self.project, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.position = nn.Embedding(9, 6)
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x):
+        keys = torch.tanh(self.norm(self.project(self.table)) + self.position(torch.arange(6)))
+        return self.out(torch.tanh(x @ keys))
+
+
+class PositionsFirst(nn.Module):
+    """All layers but one see the samples in another dimension than the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.lift, self.embed = nn.Linear(1, 3), nn.Embedding(4, 3)
+        self.point, self.batch = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
+        self.layer, self.rms = nn.LayerNorm(4), nn.RMSNorm(4)
+        self.out = nn.Linear(4, 5)
+
+    def forward(self, x):
+        h = self.lift(x[:, :, None]).transpose(0, 1) + self.embed((x > 0).long().T)
+        h = h.movedim(-1, 1)
+        h = torch.tanh(self.batch(self.point(h))).movedim(1, -1)
+        return self.out(self.rms(self.layer(h)).mean(0))
+
+
 @pytest.mark.parametrize("n", [1, 3, 6])
-@pytest.mark.parametrize("model_type", [Reuse, MergedSamples, Parametrised, WithControlFlow])
+@pytest.mark.parametrize(
+    "model_type", [Reuse, MergedSamples, Parametrised, WithControlFlow, LayersOfParameters, PositionsFirst]
+)
 def test_models_that_rules_alone_get_wrong(model_type, n):
     model = model_type()
     x, y = torch.randn(n, 6), torch.randint(0, 5, (n,))
@@ -241,6 +275,15 @@ def test_model_dtypes(dtype):
     fisher = diagonal_fisher(model, (x.to(dtype), y))
     assert fisher.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_fisher(fisher.double(), fisher_one_by_one(model, x, y), 1e-12 if dtype == torch.float64 else 5e-2)
+
+
+def test_embedding_and_norm_in_bfloat16():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8), nn.Tanh(), nn.RMSNorm(8), nn.Flatten(), nn.Linear(40, 5))
+    model.to(torch.bfloat16)
+    x, y = torch.randint(0, 9, (20, 5)), torch.randint(0, 5, (20,))
+    fisher = diagonal_fisher(model, (x, y))
+    assert fisher.dtype == torch.float32
+    assert_fisher(fisher.double(), fisher_one_by_one(model, x, y), 2e-2)
 
 
 def test_float64_is_exact_beyond_float32():

@@ -141,6 +141,112 @@ void check_squared_grads(const fdcr::Kernels& kernels, bool large) {
 }
 
 template <class T>
+void check_norm_grads(const fdcr::Kernels& kernels) {
+  fdcr::SquaredNormGradsProblem p;
+  p.samples = draw(0, 5);
+  p.positions = draw(1, 3);
+  p.groups = draw(1, 3);
+  p.channels = draw(1, 40);
+  p.pixels = draw(draw(0, 1) == 1 ? 1 : 5, 40);
+  if (p.channels * p.pixels < 8) p.channels += 8;  // few elements that share statistics are ill conditioned
+  const int64_t C = p.groups * p.channels, volume = p.positions * C * p.pixels;
+  const bool last = draw(0, 1) == 1;
+  p.grad_stride = {volume, C * p.pixels, p.channels * p.pixels, last ? 1 : p.pixels, last ? p.channels : 1};
+  p.in_stride = p.grad_stride;
+  const std::vector<T> grad = numbers<T>(p.samples * volume), in = numbers<T>(p.samples * volume);
+  const std::vector<T> mean = numbers<T>(C), root = numbers<T>(C);
+  std::vector<T> variance;
+  for (const T r : root) variance.push_back(r * r);
+  const bool given_mean = draw(0, 1) == 1, given_variance = draw(0, 1) == 1;
+  p.grad = source(grad);
+  p.in = source(in);
+  if (given_mean) p.mean = source(mean);
+  if (given_variance) p.variance = source(variance);
+  p.mean_stride[0] = p.variance_stride[0] = p.channels;
+  p.mean_stride[1] = p.variance_stride[1] = 1;
+  p.eps = 1e-3;
+  std::vector<T> weight(static_cast<size_t>(C)), bias(static_cast<size_t>(C));
+  p.weight = weight.data();
+  p.bias = bias.data();
+  kernels.squared_norm_grads(p, pool);
+
+  std::vector<double> expected_weight(weight.size()), expected_bias(bias.size());
+  for (int64_t n = 0; n < p.samples; ++n) {
+    std::vector<double> w(weight.size()), b(weight.size());
+    for (int64_t t = 0; t < p.positions; ++t)
+      for (int64_t g = 0; g < p.groups; ++g) {
+        const auto index = [&](int64_t c, int64_t i) {
+          const fdcr::NormStrides& s = p.in_stride;
+          return static_cast<size_t>(n * s.sample + t * s.position + g * s.group + c * s.channel +
+                                     i * s.pixel);
+        };
+        const double count = static_cast<double>(p.channels * p.pixels);
+        double m = 0, v = 0;
+        const auto center = [&](int64_t c) {
+          return given_mean ? static_cast<double>(mean[static_cast<size_t>(g * p.channels + c)]) : m;
+        };
+        double sum = 0;
+        for (int64_t c = 0; c < p.channels; ++c)
+          for (int64_t i = 0; i < p.pixels; ++i) sum += static_cast<double>(in[index(c, i)]);
+        m = sum / count;
+        for (int64_t c = 0; c < p.channels; ++c)
+          for (int64_t i = 0; i < p.pixels; ++i)
+            v += std::pow(static_cast<double>(in[index(c, i)]) - center(c), 2) / count;
+        for (int64_t c = 0; c < p.channels; ++c) {
+          const size_t channel = static_cast<size_t>(g * p.channels + c);
+          const double scale =
+              1 / std::sqrt((given_variance ? static_cast<double>(variance[channel]) : v) + p.eps);
+          for (int64_t i = 0; i < p.pixels; ++i) {
+            const double at = static_cast<double>(grad[index(c, i)]);
+            w[channel] += at * (static_cast<double>(in[index(c, i)]) - center(c)) * scale;
+            b[channel] += at;
+          }
+        }
+      }
+    for (size_t c = 0; c < w.size(); ++c) {
+      expected_weight[c] += w[c] * w[c];
+      expected_bias[c] += b[c] * b[c];
+    }
+  }
+  const double tolerance = sizeof(T) == 4 ? 1e-5 : 1e-12;
+  require_close(weight, expected_weight, tolerance, "squared scale gradients");
+  require_close(bias, expected_bias, tolerance, "squared shift gradients");
+}
+
+template <class T>
+void check_embedding_grads(const fdcr::Kernels& kernels) {
+  fdcr::SquaredEmbeddingGradsProblem p;
+  p.samples = draw(0, 5);
+  p.tokens = draw(1, 9);
+  p.rows = draw(1, 6);
+  p.columns = draw(1, 300);
+  p.grad_sample = p.tokens * p.columns;
+  p.grad_token = p.columns;
+  p.grad_column = 1;
+  const std::vector<T> grad = numbers<T>(p.samples * p.grad_sample);
+  std::vector<int64_t> indices;
+  for (int64_t i = 0; i < p.samples * p.tokens; ++i) indices.push_back(draw(-1, p.rows - 1));
+  p.grad = source(grad);
+  p.indices = indices.data();
+  std::vector<T> result(static_cast<size_t>(p.rows * p.columns));
+  p.result = result.data();
+  kernels.squared_embedding_grads(p, pool);
+
+  std::vector<double> expected(result.size());
+  for (int64_t n = 0; n < p.samples; ++n) {
+    std::vector<double> table(result.size());
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      const int64_t row = indices[static_cast<size_t>(n * p.tokens + t)];
+      for (int64_t c = 0; row >= 0 && c < p.columns; ++c)
+        table[static_cast<size_t>(row * p.columns + c)] +=
+            static_cast<double>(grad[static_cast<size_t>(n * p.grad_sample + t * p.grad_token + c)]);
+    }
+    for (size_t i = 0; i < table.size(); ++i) expected[i] += table[i] * table[i];
+  }
+  require_close(result, expected, sizeof(T) == 4 ? 1e-5 : 1e-13, "squared embedding gradients");
+}
+
+template <class T>
 void check_aggregation(const fdcr::Kernels& kernels) {
   const int64_t K = draw(1, 9), P = draw(1, 9000), L = draw(1, 3) * P / 2 + 1, tiles = (P + L - 1) / L;
   std::vector<T> updates = numbers<T>(tiles * K * L), fishers = numbers<T>(tiles * K * L);
@@ -230,6 +336,10 @@ int main(int argc, char** argv) {
       threads = 1 + round % 4;
       check_squared_grads<float>(*table[i], round % 25 == 0);
       check_squared_grads<double>(*table[i], round % 25 == 0);
+      check_norm_grads<float>(*table[i]);
+      check_norm_grads<double>(*table[i]);
+      check_embedding_grads<float>(*table[i]);
+      check_embedding_grads<double>(*table[i]);
       check_aggregation<float>(*table[i]);
       check_aggregation<double>(*table[i]);
     }

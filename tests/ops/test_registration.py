@@ -24,6 +24,11 @@ def samples():
             (torch.randn(2, 1, 4, dtype=torch.float64), torch.randn(2, 1, 5)),
         ],
         "sum_squared_grads_conv": [conv],
+        "sum_squared_grads_norm": [
+            (*torch.randn(2, 2, 3, 2, 4, 5), None, None, 1e-5),
+            (*torch.randn(2, 2, 3, 1, 4, 1), torch.zeros(1, 4), torch.ones(1, 4), 1e-5),
+        ],
+        "sum_squared_grads_embedding": [(torch.randn(2, 3, 4), torch.tensor([[0, 1, 0], [4, -1, 2]]), 5)],
         "importance_range": [(fishers, 10)],
         "squared_norm": [(updates, 10)],
         "discrepancy": [(updates, fishers, low, high, alpha, 10), (updates, None, None, None, alpha, 10)],

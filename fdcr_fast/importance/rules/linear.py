@@ -1,0 +1,18 @@
+"""Rule of linear layers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fdcr_fast import ops
+from fdcr_fast.importance.rules.table import rule
+
+
+@rule(nn.Linear, positions=lambda module, shape: shape[1:-1])
+def linear(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
+    """All dimensions between the first and the last are positions."""
+    weight, bias = ops.sum_squared_grads_linear(
+        grad_output.reshape(len(grad_output), -1, grad_output.shape[-1]),
+        input.reshape(len(input), -1, input.shape[-1]),
+    )
+    return {"weight": weight, "bias": bias}
