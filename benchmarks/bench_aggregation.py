@@ -57,9 +57,7 @@ def truth(w: Tensor, n: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]
     labels = kmeans(V)
     kept = torch.where(labels < labels.max(), n, 0)  # 10
     weights = kept / kept.sum()  # 11
-    step = [
-        weights @ importance(fishers).sigmoid_().mul_(2).mul_(updates) for updates, fishers in blocks
-    ]  # 12
+    step = [weights @ importance(fishers).sigmoid_().mul_(2).mul_(updates) for updates, fishers in blocks]  # 12
     mean = [alpha @ updates.double() for updates, _ in blocks]
     return w + torch.cat(step), V / len(w), w + torch.cat(mean)
 
@@ -70,8 +68,7 @@ def uploads(K: int) -> tuple[Tensor, Tensor, Iterator[tuple[Tensor, Tensor]]]:
     w, direction = 0.05 * torch.randn(PARAMS), torch.randn(PARAMS)
     n = torch.randint(50, 150, (K,)).double()
     pairs = (
-        (0.01 * torch.randn(PARAMS) + (0.1 * direction if k % 10 == 0 else 0), torch.rand(PARAMS))
-        for k in range(K)
+        (0.01 * torch.randn(PARAMS) + (0.1 * direction if k % 10 == 0 else 0), torch.rand(PARAMS)) for k in range(K)
     )
     return w, n, pairs
 

@@ -112,9 +112,7 @@ def phases(run: peers.Contender) -> dict[str, float]:
     total = calls.total_tt  # type: ignore[attr-defined]
     cumulative = {key: row[3] for key, row in calls.stats.items()}  # type: ignore[attr-defined]
     shares = {
-        part: sum(
-            cumulative.get((f.__code__.co_filename, f.__code__.co_firstlineno, f.__name__), 0.0) for f in fs
-        )
+        part: sum(cumulative.get((f.__code__.co_filename, f.__code__.co_firstlineno, f.__name__), 0.0) for f in fs)
         / total
         for part, fs in parts.items()
     }
@@ -131,9 +129,7 @@ def test_fisher(name, seconds):
     assert error.passes, error
     excluded = {peer: reason for peer in peers.PEERS if (reason := check_peer(peer, whole, expected))}
     contenders = {peer: make(whole) for peer, make in peers.PEERS.items() if peer not in excluded}
-    times = interleave(
-        {"plain": peers.batch_gradient(whole), "ours": peers.ours(whole), **contenders}, seconds
-    )
+    times = interleave({"plain": peers.batch_gradient(whole), "ours": peers.ours(whole), **contenders}, seconds)
     plain, own = times["plain"], times["ours"]
     low, high = own.spread_over(plain)
     best = min(contenders, key=lambda peer: times[peer].median)
@@ -146,10 +142,7 @@ def test_fisher(name, seconds):
         "ours, samples/s": f"{len(whole.targets) / own.median:,.0f}",
         "x plain": f"**{own.over(plain):.2f}** ({low:.2f} to {high:.2f})",
         "x best": f"**{times[best].over(own):.1f}** ({best})",
-        **{
-            peer: f"{times[peer].over(plain):.1f}" if peer in times else excluded[peer]
-            for peer in peers.PEERS
-        },
+        **{peer: f"{times[peer].over(plain):.1f}" if peer in times else excluded[peer] for peer in peers.PEERS},
         "where ours goes": ", ".join(f"{part} {share:.0%}" for part, share in shares.items()),
         "error": f"{error.norm:.0e}, {error.element:.0e}",
         "extra memory": _memory_cell(memory, parameters),

@@ -97,14 +97,10 @@ def test_layers(name):
         figures = {}
         if rule := RULES.get(type(layer)):
             check(layer, input[:_CHECKED_SAMPLES], grad_output[:_CHECKED_SAMPLES])
-            times = interleave(
-                {"plain": gradient, "ours": partial(rule, layer, input, grad_output)}, _SECONDS
-            )
+            times = interleave({"plain": gradient, "ours": partial(rule, layer, input, grad_output)}, _SECONDS)
             plain, ours = times["plain"], times["ours"]
             low, high = ours.spread_over(plain)
-            positions = output.numel() // (
-                output.shape[1] if isinstance(layer, CONVOLUTIONS) else output.shape[-1]
-            )
+            positions = output.numel() // (output.shape[1] if isinstance(layer, CONVOLUTIONS) else output.shape[-1])
             flops = 2 * positions * layer.weight.numel()
             cells |= {
                 "plain, ms": f"{plain.median * 1e3:.2f}",
@@ -112,9 +108,7 @@ def test_layers(name):
                 "ratio": f"**{ours.over(plain):.2f}** ({low:.2f} to {high:.2f})",
             }
             if isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
-                cells["GFLOP/s, plain and ours"] = (
-                    f"{flops / plain.median / 1e9:.0f}, {flops / ours.median / 1e9:.0f}"
-                )
+                cells["GFLOP/s, plain and ours"] = f"{flops / plain.median / 1e9:.0f}, {flops / ours.median / 1e9:.0f}"
             figures = {key: t.seconds for key, t in times.items()}
         else:
             cells["ratio"] = "no rule: vmap(grad)"

@@ -85,9 +85,7 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 class Report:
@@ -120,8 +118,9 @@ class Report:
             [
                 f"# {title}",
                 f"`{command}`, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}",
-                "{cpu}, {cores} cores, {threads} threads; torch {torch}; "
-                "fdcr_fast {fdcr_fast}, {kernels}.".format(**machine),
+                "{cpu}, {cores} cores, {threads} threads; torch {torch}; fdcr_fast {fdcr_fast}, {kernels}.".format(
+                    **machine
+                ),
                 notes,
                 markdown_table(columns, table) + "\n",
             ]

@@ -140,9 +140,7 @@ class Transformer(nn.Module):
         self.layers = nn.Sequential(*(TransformerLayer(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, CLASSES)
-        angle = torch.arange(512).unsqueeze(1) * torch.exp(
-            torch.arange(0, width, 2) * (-math.log(1e4) / width)
-        )
+        angle = torch.arange(512).unsqueeze(1) * torch.exp(torch.arange(0, width, 2) * (-math.log(1e4) / width))
         self.register_buffer("positions", torch.stack([angle.sin(), angle.cos()], -1).flatten(1))
 
     def forward(self, tokens: Tensor) -> Tensor:

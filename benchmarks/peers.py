@@ -96,9 +96,7 @@ def backpack(problem: Problem) -> Contender:
         squares = [p.__dict__.pop("sum_grad_squared", None) for p in parameters]
         model.zero_grad()
         without = {id(p) for p, s in zip(parameters, squares, strict=True) if s is None}
-        if kinds := {
-            type(m).__name__ for m in model.modules() for p in m._parameters.values() if id(p) in without
-        }:
+        if kinds := {type(m).__name__ for m in model.modules() for p in m._parameters.values() if id(p) in without}:
             raise NotImplementedError(f"has no rule for {', '.join(kinds)}")
         return flat(squares) / len(problem.targets)
 
@@ -164,9 +162,7 @@ def _squares(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         weight, bias = (g * normal).sum((2, 3)), g.sum((2, 3))
     elif isinstance(layer, nn.Embedding):
         rows = x + torch.arange(n).unsqueeze(1) * layer.num_embeddings
-        weight = g.new_zeros(n * layer.num_embeddings, g.shape[-1]).index_add_(
-            0, rows.flatten(), g.flatten(0, 1)
-        )
+        weight = g.new_zeros(n * layer.num_embeddings, g.shape[-1]).index_add_(0, rows.flatten(), g.flatten(0, 1))
         return {"weight": weight.square_().view(n, *layer.weight.shape).sum(0)}
     else:
         raise NotImplementedError(f"no rule for {type(layer).__name__}")

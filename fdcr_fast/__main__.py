@@ -20,10 +20,7 @@ def main() -> None:
 
         print(fdcr_fast.info())
     else:
-        sys.exit(
-            f"fdcr-fast {sys.argv[1]} needs {', '.join(missing)}; install them with: "
-            'pip install "fdcr_fast[sim]"'
-        )
+        sys.exit(f'fdcr-fast {sys.argv[1]} needs {", ".join(missing)}; install them with: pip install "fdcr_fast[sim]"')
 
 
 if __name__ == "__main__":

@@ -94,21 +94,15 @@ def _progress(name: str, config: SimulationConfig) -> AbstractContextManager[Pro
 
 
 @cli.command("simulate")
-@click.option(
-    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file of settings."
-)
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="New folder for results and figures."
-)
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file of settings.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="New folder for results and figures.")
 @click.option(
     "--resume",
     "resumed",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Continue the run in this folder, as its config.yaml says.",
 )
-def simulate_command(
-    config: Path | None, out: Path | None, resumed: Path | None, **flags: str | bool | None
-) -> None:
+def simulate_command(config: Path | None, out: Path | None, resumed: Path | None, **flags: str | bool | None) -> None:
     """Run a federation with malicious clients and report how well the server defends it.
 
     A YAML file given by --config holds any of the settings below, with underscores; flags override it.
@@ -117,9 +111,7 @@ def simulate_command(
     with _clear_errors():
         if resumed is not None:
             if config or out or overrides:
-                raise click.UsageError(
-                    "--resume takes every setting from its folder and goes with no other flag"
-                )
+                raise click.UsageError("--resume takes every setting from its folder and goes with no other flag")
             settings = RunFolder(resumed).config()
             with _progress(settings.server, settings) as progress:
                 result = resume(resumed, progress)
@@ -134,9 +126,7 @@ def simulate_command(
         console.print(f"Results and figures are in {out or resumed}")
 
 
-simulate_command.params += [
-    config_option(name, field) for name, field in SimulationConfig.model_fields.items()
-]
+simulate_command.params += [config_option(name, field) for name, field in SimulationConfig.model_fields.items()]
 
 
 @cli.command()

@@ -136,6 +136,5 @@ class ParamLayout:
         if tuple(vector.shape) != (self.numel,):
             raise ValueError(f"expected a vector of {self.numel} elements, got shape {tuple(vector.shape)}")
         return {
-            name: vector[self.slices[name]].view(shape)
-            for name, shape in zip(self.names, self.shapes, strict=True)
+            name: vector[self.slices[name]].view(shape) for name, shape in zip(self.names, self.shapes, strict=True)
         }

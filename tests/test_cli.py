@@ -125,10 +125,7 @@ def test_demo_compares_the_four_settings(tmp_path: Path, monkeypatch: pytest.Mon
         ("fdcr", "random"),
         ("oracle", "honest"),
     }
-    assert (
-        len({c.model_copy(update={"server": "", "attacker_fisher": ""}).to_yaml() for c in runs.values()})
-        == 1
-    )
+    assert len({c.model_copy(update={"server": "", "attacker_fisher": ""}).to_yaml() for c in runs.values()}) == 1
     monkeypatch.setattr(cli, "DEMO_RUNS", runs)
     result = invoke("demo", "--out", str(tmp_path / "demo"))
     assert result.exit_code == 0, result.output
@@ -155,7 +152,5 @@ def test_importing_the_library_does_not_import_the_simulator() -> None:
 
 
 def test_python_m_runs_the_command_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fdcr_fast", "info"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "fdcr_fast", "info"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == fdcr_fast.info().strip()

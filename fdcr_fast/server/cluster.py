@@ -137,9 +137,7 @@ def dbscan(values: Floats, eps: float = 0.5, min_samples: int = 2) -> Labels:
     scores = values - values.mean()
     scores /= np.abs(scores).max()
     scores /= scores.std()
-    neighbours = np.searchsorted(scores, scores + eps, "right") - np.searchsorted(
-        scores, scores - eps, "left"
-    )
+    neighbours = np.searchsorted(scores, scores + eps, "right") - np.searchsorted(scores, scores - eps, "left")
     cores = scores[neighbours >= min_samples]
     if cores.size == 0:
         return np.zeros(values.size, dtype=np.int64)

@@ -106,9 +106,7 @@ class ClientUpdates:
             norms = self.squared_norm.sqrt()
             median = norms[usable].median().item()
             for k in torch.nonzero(usable & (norms > norm_bound * median)).flatten().tolist():
-                reasons[k] = (
-                    f"the update's norm {norms[k]:.4g} is beyond {norm_bound:g} times the median {median:.4g}"
-                )
+                reasons[k] = f"the update's norm {norms[k]:.4g} is beyond {norm_bound:g} times the median {median:.4g}"
         rejected = {client: reason for client, reason in zip(self.clients, reasons, strict=True) if reason}
         return replace(
             self,
@@ -128,9 +126,7 @@ def rejection_reason(
     """Why a client's contribution cannot be used by any rule, from its statistics; None if it can."""
     if not _FEWEST_SAMPLES < num_samples < _MOST_SAMPLES:
         return f"the sample count must be positive and finite, got {num_samples:g}"
-    if not math.isfinite(
-        8 * squared_norm
-    ):  # squared distances between updates reach 4 times their squared norms
+    if not math.isfinite(8 * squared_norm):  # squared distances between updates reach 4 times their squared norms
         return "the update is not finite, or too large to be squared in float64"
     if fisher_min is None or fisher_max is None:
         return None
@@ -160,9 +156,7 @@ def check_floating(name: str, tensor: object, shape: str) -> None:
 def check_device(name: str, tensor: Tensor, updates: Tensor) -> None:
     """Raise unless ``tensor`` lies where the updates lie."""
     if tensor.device != updates.device:
-        raise ValueError(
-            f"expected {name} on the device of the updates, {updates.device}, got {tensor.device}"
-        )
+        raise ValueError(f"expected {name} on the device of the updates, {updates.device}, got {tensor.device}")
 
 
 def _sample_counts(num_samples: Any, K: int) -> Tensor:

@@ -254,9 +254,7 @@ class FDCR(AggregationRule):
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Cluster the discrepancies and drop the cluster with the largest mean."""
-        fishers = (
-            (clients.fishers, clients.fisher_min, clients.fisher_max) if self.importance else (None,) * 3
-        )
+        fishers = (clients.fishers, clients.fisher_min, clients.fisher_max) if self.importance else (None,) * 3
         alpha = clients.alpha.to(clients.updates.device)
         distance = ops.discrepancy(clients.updates, *fishers, alpha, clients.num_params).cpu()
         score = SCORES[self.discrepancy]
@@ -270,9 +268,7 @@ class FDCR(AggregationRule):
 
 def _check_norm_bound(norm_bound: float | None) -> None:
     if norm_bound is not None and not norm_bound >= 1:
-        raise ValueError(
-            f"norm_bound must be None or at least 1 (the median client itself), got {norm_bound}"
-        )
+        raise ValueError(f"norm_bound must be None or at least 1 (the median client itself), got {norm_bound}")
 
 
 def _check_global(global_params: Tensor, clients: ClientUpdates) -> None:

@@ -121,8 +121,7 @@ def aggregate_state_dicts(
 
     params = layout.unflatten(result.params)
     fresh = {
-        name: params[name].to(global_state[name].device, global_state[name].dtype, copy=True)
-        for name in layout.names
+        name: params[name].to(global_state[name].device, global_state[name].dtype, copy=True) for name in layout.names
     }
     state: dict[str, Any] = {}
     for name, value in global_state.items():
@@ -230,9 +229,7 @@ def _check_buffers(state: State, buffers: State) -> None:
             raise ValueError(f"buffer {name} is not finite")
 
 
-def _weighted_mean(
-    name: str, value: Tensor, states: Mapping[Hashable, State], result: AggregationResult
-) -> Tensor:
+def _weighted_mean(name: str, value: Tensor, states: Mapping[Hashable, State], result: AggregationResult) -> Tensor:
     if not result.kept.any():
         return value.detach().clone()
     mean = torch.zeros(value.shape, dtype=torch.float64, device=value.device)

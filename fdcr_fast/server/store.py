@@ -212,9 +212,7 @@ class UpdateStore:
         if not vector.is_floating_point():
             raise TypeError(f"the {name} must be floating point, got {vector.dtype}")
         if tuple(vector.shape) != (self.num_params,):
-            raise ValueError(
-                f"the {name} must be a vector of {self.num_params} parameters, got {list(vector.shape)}"
-            )
+            raise ValueError(f"the {name} must be a vector of {self.num_params} parameters, got {list(vector.shape)}")
         return vector.to(self.device, self.dtype).contiguous()
 
 

@@ -47,15 +47,11 @@ class BadNets:
     def check(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         """Raise ValueError if the target is no class, or the trigger lies outside the image."""
         if self.target >= num_classes:
-            raise ValueError(
-                f"target: class {self.target} does not exist, the classes are 0..{num_classes - 1}"
-            )
+            raise ValueError(f"target: class {self.target} does not exist, the classes are 0..{num_classes - 1}")
         _, height, width = image_shape
         outside = [pixel for pixel in self.pixels if pixel[0] >= height or pixel[1] >= width]
         if outside:
-            raise ValueError(
-                f"trigger: pixels {outside} (row, column) lie outside the {height}x{width} image"
-            )
+            raise ValueError(f"trigger: pixels {outside} (row, column) lie outside the {height}x{width} image")
 
 
 ATTACKS: dict[str, Callable[[int, float, Pixels, float], BadNets]] = {"badnets": BadNets}

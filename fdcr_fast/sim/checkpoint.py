@@ -137,9 +137,7 @@ class RunFolder:
         for path, size in zip(files, sizes, strict=True):
             found = path.stat().st_size if path.exists() else 0
             if found < size:
-                raise ValueError(
-                    f"{path} has {found} bytes, its checkpoint expects at least {size}: cannot resume"
-                )
+                raise ValueError(f"{path} has {found} bytes, its checkpoint expects at least {size}: cannot resume")
             os.truncate(path, size)
         return RunState(
             params,

@@ -90,21 +90,15 @@ class SimulationConfig(BaseModel):
         default="digits",
         description=f"{', '.join(DATASETS)}, or FILE.npz with x_train y_train x_test y_test.",
     )
-    data_dir: Path | None = Field(
-        default=None, description="Folder with the data set's files; nothing is downloaded."
-    )
-    max_train_samples: PositiveInt | None = Field(
-        default=None, description="Use at most so many training images."
-    )
+    data_dir: Path | None = Field(default=None, description="Folder with the data set's files; nothing is downloaded.")
+    max_train_samples: PositiveInt | None = Field(default=None, description="Use at most so many training images.")
     max_test_samples: PositiveInt | None = Field(default=None, description="Use at most so many test images.")
 
     clients: PositiveInt = Field(default=10, description="Number of clients; all take part in every round.")
     split: Annotated[str, OneOf(*PARTITIONS)] = Field(
         default="dirichlet", description="How images are dealt to clients."
     )
-    beta: PositiveFloat = Field(
-        default=0.5, description="Dirichlet concentration; smaller is more heterogeneous."
-    )
+    beta: PositiveFloat = Field(default=0.5, description="Dirichlet concentration; smaller is more heterogeneous.")
     min_samples: PositiveInt = Field(default=10, description="Every client gets at least so many images.")
 
     malicious: Annotated[float | tuple[NonNegativeInt, ...], BeforeValidator(_parse_malicious)] = Field(
@@ -112,23 +106,17 @@ class SimulationConfig(BaseModel):
         description="Share of malicious clients, drawn by the seed (0.3), or client indices with a comma "
         "(0,3,7 or, for client 2 alone, 2,).",
     )
-    attack: Annotated[str, OneOf(*ATTACKS)] = Field(
-        default="badnets", description="What malicious clients do."
-    )
+    attack: Annotated[str, OneOf(*ATTACKS)] = Field(default="badnets", description="What malicious clients do.")
     attacker_fisher: Annotated[str, OneOf(*ATTACKER_FISHERS)] = Field(
         default="honest",
         description="The Fisher that malicious clients upload; random is the published code's setting.",
     )
     target: NonNegativeInt = Field(default=2, description="Class that the backdoor calls for.")
-    poison_share: float = Field(
-        default=0.5, ge=0, le=1, description="Share of a malicious client's images poisoned."
-    )
+    poison_share: float = Field(default=0.5, ge=0, le=1, description="Share of a malicious client's images poisoned.")
     trigger: Annotated[Pixels, BeforeValidator(_parse_trigger)] = Field(
         default=PAPER_TRIGGER, description="The trigger's pixels: paper, or row:column,row:column,..."
     )
-    trigger_value: float = Field(
-        default=1.0, ge=-1, le=1, description="The trigger's value; images span -1 to 1."
-    )
+    trigger_value: float = Field(default=1.0, ge=-1, le=1, description="The trigger's value; images span -1 to 1.")
 
     server: Annotated[str, OneOf(*SERVERS, *INFORMED_BASELINES)] = Field(
         default="fdcr", description="Aggregation rule; oracle is a baseline that is told who is malicious."

@@ -102,9 +102,7 @@ def _labels(values: NDArray[Any] | Tensor | Sequence[int], name: str, count: int
 def _dataset(x_train: Any, y_train: Any, x_test: Any, y_test: Any, writers: Tensor | None = None) -> Dataset:
     train, test = _images(x_train, "x_train"), _images(x_test, "x_test")
     if train.shape[1:] != test.shape[1:]:
-        raise ValueError(
-            f"training and test images differ in shape: {tuple(train.shape[1:])}, {tuple(test.shape[1:])}"
-        )
+        raise ValueError(f"training and test images differ in shape: {tuple(train.shape[1:])}, {tuple(test.shape[1:])}")
     train_labels = _labels(y_train, "y_train", len(train))
     test_labels = _labels(y_test, "y_test", len(test))
     num_classes = int(train_labels.max()) + 1
@@ -172,13 +170,10 @@ def _torchvision_reader(name: str, class_name: str, files: str) -> Callable[[Pat
         from torchvision import datasets
 
         if data_dir is None:
-            raise FileNotFoundError(
-                f"{name}: give --data-dir, a folder that holds {files}; nothing is downloaded"
-            )
+            raise FileNotFoundError(f"{name}: give --data-dir, a folder that holds {files}; nothing is downloaded")
         try:
             train, test = (
-                getattr(datasets, class_name)(data_dir, train=train, download=False)
-                for train in (True, False)
+                getattr(datasets, class_name)(data_dir, train=train, download=False) for train in (True, False)
             )
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(

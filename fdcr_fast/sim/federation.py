@@ -95,9 +95,7 @@ class Federation:
         self.rule = build_rule(config, self.attackers)
         dataset = load_dataset(config.dataset, config.data_dir)
         dataset = dataset.subset(config.max_train_samples, config.max_test_samples, config.seed)
-        self.attack = ATTACKS[config.attack](
-            config.target, config.poison_share, config.trigger, config.trigger_value
-        )
+        self.attack = ATTACKS[config.attack](config.target, config.poison_share, config.trigger, config.trigger_value)
         self.attack.check(dataset.image_shape, dataset.num_classes)
         self.rows = partition(
             config.split,
@@ -285,8 +283,6 @@ def _run(
     if folder is not None:
         from fdcr_fast.sim.figures import write_figures
 
-        write_atomically(
-            folder.path / "summary.json", result.summary.model_dump_json(indent=2).encode() + b"\n"
-        )
+        write_atomically(folder.path / "summary.json", result.summary.model_dump_json(indent=2).encode() + b"\n")
         write_figures(result, folder.path)
     return result

@@ -70,12 +70,8 @@ def clients_figure(result: SimulationResult) -> Figure:
                 continue
             axes.plot(rounds, lines[:, :MAX_LINES], color=colour, linewidth=0.8, alpha=0.4)
             counts = (~np.isnan(lines)).sum(axis=1)
-            mean = np.divide(
-                np.nansum(lines, axis=1), counts, where=counts > 0, out=np.full(len(rounds), np.nan)
-            )
-            axes.plot(
-                rounds, mean, "o-", color=colour, markersize=3.5, label=f"{kind}, mean of {len(members)}"
-            )
+            mean = np.divide(np.nansum(lines, axis=1), counts, where=counts > 0, out=np.full(len(rounds), np.nan))
+            axes.plot(rounds, mean, "o-", color=colour, markersize=3.5, label=f"{kind}, mean of {len(members)}")
         _rounds_axis(axes, len(rounds))
     discrepancy, weight = panels
     discrepancy.set_ylabel("discrepancy $V_k$")

@@ -53,9 +53,7 @@ def paper_cnn(image_shape: Shape, num_classes: int) -> nn.Module:
 def mlp(image_shape: Shape, num_classes: int) -> nn.Module:
     """One hidden layer of 64."""
     channels, height, width = image_shape
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(channels * height * width, 64), nn.ReLU(), nn.Linear(64, num_classes)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 64), nn.ReLU(), nn.Linear(64, num_classes))
 
 
 def auto(image_shape: Shape, num_classes: int) -> nn.Module:

@@ -37,9 +37,7 @@ def comparison_table(summaries: Mapping[str, Summary]) -> Table:
             percent(summary.false_positive_rate),
             f"{sum(summary.seconds.values()):.1f}",
         )
-    table.caption = (
-        "A accuracy, ASR attack success rate, R = 100 - ASR,\nTPR/FPR malicious/benign clients excluded"
-    )
+    table.caption = "A accuracy, ASR attack success rate, R = 100 - ASR,\nTPR/FPR malicious/benign clients excluded"
     table.caption_justify = "left"
     return table
 
@@ -47,9 +45,7 @@ def comparison_table(summaries: Mapping[str, Summary]) -> Table:
 def cost_line(summary: Summary) -> str:
     """Seconds by phase and peak memory."""
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary.seconds.items())
-    return (
-        f"{phases}; peak memory {summary.peak_rss_bytes / 2**20:.0f} MiB; rejected uploads {summary.rejected}"
-    )
+    return f"{phases}; peak memory {summary.peak_rss_bytes / 2**20:.0f} MiB; rejected uploads {summary.rejected}"
 
 
 @contextmanager

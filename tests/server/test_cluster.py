@@ -48,9 +48,7 @@ def test_finch_is_its_definition_with_ties(values):
 @given(st.integers(1, 60), st.integers(0, 2**32 - 1), st.sampled_from(["first", "last", 0, 1, 2, 9]))
 def test_finch_is_its_definition(K, seed, partition):
     values = np.random.default_rng(seed).lognormal(0, 2, K)
-    assert sets(finch(tensor(values), partition)) == set(
-        map(frozenset, transcription.finch(values, partition))
-    )
+    assert sets(finch(tensor(values), partition)) == set(map(frozenset, transcription.finch(values, partition)))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -60,9 +60,7 @@ def assert_is(result, expected):
     # bfloat16 parameters are rounded once, at the end: compare with the rounded reference.
     reference = torch.from_numpy(params).to(result.params.dtype).double()
     difference = torch.linalg.vector_norm(result.params.double() - reference)
-    assert difference <= {torch.bfloat16: 2**-8}.get(result.params.dtype, 1e-5) * torch.linalg.vector_norm(
-        reference
-    )
+    assert difference <= {torch.bfloat16: 2**-8}.get(result.params.dtype, 1e-5) * torch.linalg.vector_norm(reference)
     np.testing.assert_allclose(result.discrepancy, V, rtol=1e-5)
     np.testing.assert_allclose(result.weights, weights, rtol=1e-12)
     assert result.kept.tolist() == kept.tolist()

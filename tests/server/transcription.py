@@ -13,8 +13,7 @@ def finch_levels(values):
     while len(clusters) > 1:
         means = [sum(Fraction(float(values[i])) for i in c) / len(c) for c in clusters]
         nearest = [
-            min((abs(means[i] - means[j]), j) for j in range(len(means)) if j != i)[1]
-            for i in range(len(means))
+            min((abs(means[i] - means[j]), j) for j in range(len(means)) if j != i)[1] for i in range(len(means))
         ]
         component = list(range(len(clusters)))
         for i, j in enumerate(nearest):

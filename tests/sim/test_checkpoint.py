@@ -30,9 +30,7 @@ def kill_in(config: SimulationConfig, folder: Path, round: int, clients_done: in
 
 
 def without_costs(result: SimulationResult) -> list[dict[str, object]]:
-    costs = {name for name in type(result.rounds[0]).model_fields if name.endswith("_seconds")} | {
-        "peak_rss_bytes"
-    }
+    costs = {name for name in type(result.rounds[0]).model_fields if name.endswith("_seconds")} | {"peak_rss_bytes"}
     return [record.model_dump(exclude=costs) for record in result.rounds]
 
 

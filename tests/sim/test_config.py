@@ -91,14 +91,10 @@ def test_listed_attackers(value: Any, expected: set[int]) -> None:
     assert SimulationConfig(malicious=value).attackers() == expected
 
 
-@pytest.mark.parametrize(
-    ("share", "clients", "count"), [("0.3", 10, 3), (0.25, 10, 2), (0.5, 9, 4), (0.9, 1, 1)]
-)
+@pytest.mark.parametrize(("share", "clients", "count"), [("0.3", 10, 3), (0.25, 10, 2), (0.5, 9, 4), (0.9, 1, 1)])
 def test_a_share_of_attackers_is_drawn_by_seed(share: Any, clients: int, count: int) -> None:
     draws = {
-        SimulationConfig(malicious=share, clients=clients, seed=seed).attackers()
-        for seed in range(10)
-        for _ in "ab"
+        SimulationConfig(malicious=share, clients=clients, seed=seed).attackers() for seed in range(10) for _ in "ab"
     }
     assert {len(draw) for draw in draws} == {count}
     assert all(draw <= set(range(clients)) for draw in draws)

@@ -55,9 +55,7 @@ def test_float_images_span_zero_to_one_or_minus_one_to_one(tmp_path: Path) -> No
     for low, name in ((0.0, "unit"), (-1.0, "signed")):
         values = images if low == 0 else 2 * images - 1
         path = write_npz(tmp_path / f"{name}.npz", x_train=values, x_test=values[:20])
-        np.testing.assert_allclose(
-            load_dataset(str(path)).train_images[:, 0].numpy(), 2 * images - 1, atol=1e-6
-        )
+        np.testing.assert_allclose(load_dataset(str(path)).train_images[:, 0].numpy(), 2 * images - 1, atol=1e-6)
 
 
 @pytest.mark.parametrize(

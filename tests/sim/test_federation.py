@@ -222,8 +222,6 @@ def test_configurations_that_do_not_fit_the_data_fail_before_anything_is_written
 def test_the_number_of_threads_is_restored() -> None:
     before = torch.get_num_threads()
     seen: list[int] = []
-    simulate(
-        tiny_config(threads=before + 1, rounds=1), progress=lambda _: seen.append(torch.get_num_threads())
-    )
+    simulate(tiny_config(threads=before + 1, rounds=1), progress=lambda _: seen.append(torch.get_num_threads()))
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before

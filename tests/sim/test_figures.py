@@ -26,10 +26,7 @@ def test_client_lines_are_grouped_by_kind(result: SimulationResult) -> None:
     for axes, name in ((discrepancy, "discrepancy"), (weight, "weight")):
         lines = [line.get_ydata().tolist() for line in axes.get_lines()]
         by_client = [[getattr(r, name) for r in result.clients if r.client == client] for client in range(4)]
-        mean = [
-            [sum(pair) / 2 for pair in zip(by_client[a], by_client[b], strict=True)]
-            for a, b in ((1, 3), (0, 2))
-        ]
+        mean = [[sum(pair) / 2 for pair in zip(by_client[a], by_client[b], strict=True)] for a, b in ((1, 3), (0, 2))]
         expected = [by_client[1], by_client[3], mean[0], by_client[0], by_client[2], mean[1]]
         for line, values in zip(lines, expected, strict=True):
             assert line == pytest.approx(values)

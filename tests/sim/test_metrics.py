@@ -76,9 +76,7 @@ def test_no_rounds_no_summary() -> None:
     tile=st.integers(1, 48),
     seed=st.integers(0, 100),
 )
-def test_similarity_is_the_cosine_of_importances(
-    num_params: int, accepted: list[bool], tile: int, seed: int
-) -> None:
+def test_similarity_is_the_cosine_of_importances(num_params: int, accepted: list[bool], tile: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     clients = len(accepted)
     fishers = rng.random((clients, num_params)).astype(np.float32)

@@ -24,9 +24,7 @@ def tiny_config(**fields: Any) -> SimulationConfig:
     return SimulationConfig(**{**defaults, **fields})
 
 
-def write_npz(
-    path: Path, shape: tuple[int, ...] = (16, 16), train: int = 60, test: int = 20, **arrays: Any
-) -> Path:
+def write_npz(path: Path, shape: tuple[int, ...] = (16, 16), train: int = 60, test: int = 20, **arrays: Any) -> Path:
     """An archive of random uint8 images of three classes; keywords replace or (None) omit arrays."""
     rng = np.random.default_rng(0)
     contents = {
