@@ -16,7 +16,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet ".[bench]" --no-build-isolation
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
 	$(BIN)/python -m pytest benchmarks
 
 lint: $(VENV)/installed
