@@ -108,8 +108,6 @@ def last_dimension_norm_cases(draw, layer_type):
     positions = draw(st.lists(st.integers(1, 4), max_size=2))
     options = {"bias": draw(st.booleans())} if layer_type is nn.LayerNorm else {}
     layer = layer_type(shape, draw(st.sampled_from([1e-5, 0.1])), **options)
-    if layer_type is nn.RMSNorm and draw(st.booleans()):
-        layer.eps = None
     return PooledClassifier(randomise(layer), shape[-1], -1), normal(*positions, *shape)
 
 
@@ -177,6 +175,17 @@ def test_rule_against_one_sample_at_a_time(layer, data):
     expected = fisher_one_by_one(model, x, y)
     assert fisher.dtype == dtype
     assert (fisher - expected).norm() <= 1e-5 * expected.norm() + 1e-30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rms_norm_without_eps_takes_that_of_the_dtype(dtype):
+    """Not in CASES: without eps the float64 copy of a float32 model is another function."""
+    torch.manual_seed(0)
+    x, y = 1e-3 * torch.randn(5, 4, dtype=dtype), torch.randint(0, 4, (5,))
+    given = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    fishers = [diagonal_fisher(nn.RMSNorm(4, eps, dtype=dtype), (x, y)) for eps in (None, given)]
+    torch.testing.assert_close(*fishers, rtol=0, atol=0)
+    assert not torch.allclose(fishers[0], diagonal_fisher(nn.RMSNorm(4, 1e-3, dtype=dtype), (x, y)))
 
 
 NORMS_WITHOUT_PARAMETERS = {
