@@ -103,7 +103,7 @@ def phases(run: peers.Contender) -> dict[str, float]:
     """Shares of the time of one Fisher."""
     parts: dict[str, list[Callable[..., Any]]] = {
         "backward": [fisher._gradients],
-        "layer rules": list({id(rule): rule for rule in RULES.values()}.values()),
+        "layer rules": list({rule.sum_squares for rule in RULES.values()}),
         "vmap(grad)": [PerSampleGradients.sum_squares],
     }
     profile = cProfile.Profile()

@@ -71,7 +71,7 @@ def layers_of(name: str) -> list[tuple[nn.Module, Tensor, int]]:
 
 def check(layer: nn.Module, input: Tensor, grad_output: Tensor) -> None:
     """The rule against one sample at a time in float64."""
-    squares = RULES[type(layer)](layer, input, grad_output)
+    squares = RULES[type(layer)].sum_squares(layer, input, grad_output)
     double = copy.deepcopy(layer).double()
     for name, p in double.named_parameters():
         expected = torch.zeros_like(p)
@@ -97,7 +97,7 @@ def test_layers(name):
         figures = {}
         if rule := RULES.get(type(layer)):
             check(layer, input[:_CHECKED_SAMPLES], grad_output[:_CHECKED_SAMPLES])
-            times = interleave({"plain": gradient, "ours": partial(rule, layer, input, grad_output)}, _SECONDS)
+            times = interleave({"plain": gradient, "ours": partial(rule.sum_squares, layer, input, grad_output)}, _SECONDS)
             plain, ours = times["plain"], times["ours"]
             low, high = ours.spread_over(plain)
             positions = output.numel() // (output.shape[1] if isinstance(layer, CONVOLUTIONS) else output.shape[-1])
