@@ -75,9 +75,7 @@ class BuildKernels(build_ext):
         import pybind11
 
         torch = torch_folder()
-        ext.include_dirs += [
-            pybind11.get_include(),
-        ]
+        ext.include_dirs.append(pybind11.get_include())
         # -isystem: our warnings, not theirs.
         ext.extra_compile_args += ["-isystem", str(torch / "include")]
         ext.library_dirs.append(str(torch / "lib"))

@@ -55,7 +55,6 @@ ScalarType accumulation_type(const Tensor& a, const Tensor& b) {
 }
 
 // --- per-sample squared gradients
-// --------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> run(fdcr::SquaredGradsProblem& p, const Tensor& grad, Tensor weight, Tensor bias) {
   p.grad_sample = grad.stride(0);
@@ -209,7 +208,6 @@ Tensor sum_squared_grads_embedding(const Tensor& grad, const Tensor& indices, in
 }
 
 // --- aggregation
-// ------------------------------------------------------------------------------------------------------
 
 fdcr::ClientMatrix client_matrix(const Tensor& x, int64_t params, const char* name) {
   STD_TORCH_CHECK(x.dim() == 3, name, " must be a client matrix [T, K, L]");
