@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,23 @@ from torch import Tensor
 from fdcr_fast import ops
 
 _FEWEST_SAMPLES, _MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range neither vanish nor overflow
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive parameters of all clients, ``[first, first + num_params)``, as tiled client matrices.
+
+    Attributes:
+        first: The first parameter.
+        num_params: How many there are.
+        updates: Tiled ``[T', K, L]``.
+        fishers: Likewise, or None where there are none.
+    """
+
+    first: int
+    num_params: int
+    updates: Tensor
+    fishers: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,22 @@ class ClientUpdates:
             low, high = ops.importance_range(fishers, P)
         norm = ops.squared_norm(updates, P).cpu()
         return cls(updates, fishers, P, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
+
+    def spans(self) -> Iterator[Span]:
+        """The whole round, in the order of the parameters, cut between tiles; a span is valid until the next one."""
+        yield Span(0, self.num_params, self.updates, self.fishers)
+
+    def window(self, first: int, num_params: int) -> Span:
+        """The parameters ``[first, first + num_params)`` alone, which must lie in one tile."""
+        tile, column = divmod(first, self.updates.shape[2])
+        columns = slice(column, column + num_params)
+        fishers = None if self.fishers is None else self.fishers[tile : tile + 1, :, columns]
+        return Span(first, num_params, self.updates[tile : tile + 1, :, columns], fishers)
+
+    @property
+    def tile(self) -> int:
+        """``L``, the number of parameters in a tile."""
+        return self.updates.shape[2]
 
     @property
     def alpha(self) -> Tensor:
