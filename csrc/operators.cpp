@@ -207,7 +207,7 @@ Tensor sum_squared_grads_embedding(const Tensor& grad, const Tensor& indices, in
   return result;
 }
 
-// --- aggregation
+// --- client matrices
 
 fdcr::ClientMatrix client_matrix(const Tensor& x, int64_t params, const char* name) {
   STD_TORCH_CHECK(x.dim() == 3, name, " must be a client matrix [T, K, L]");
@@ -217,6 +217,37 @@ fdcr::ClientMatrix client_matrix(const Tensor& x, int64_t params, const char* na
       " tiles of ", length, " do not hold exactly ", params, " parameters");
   return {source(x, name), length, x.stride(0), x.stride(1), x.stride(2)};
 }
+
+Tensor fill_row(const std::vector<Tensor>& values, Tensor row, const Tensor& statistics) {
+  STD_TORCH_CHECK(row.dim() == 2, "expected a row of a tiled client matrix, [T, L]");
+  fdcr::FillRowProblem p;
+  std::vector<fdcr::VectorSegment> segments;
+  segments.reserve(values.size());
+  for (const Tensor& piece : values) {
+    STD_TORCH_CHECK(piece.dim() == 1, "values must be vectors");
+    segments.push_back({source(piece, "values"), p.params, piece.size(0), piece.stride(0)});
+    p.params += piece.size(0);
+  }
+  const fdcr::ClientMatrix to = client_matrix(torch::stable::unsqueeze(row, 1), p.params, "row");
+  p.segments = segments.data();
+  p.count = static_cast<int64_t>(segments.size());
+  p.row = row.mutable_data_ptr();
+  p.element = to.source.element;
+  p.tile_length = to.tile_length;
+  p.tile_stride = to.tile_stride;
+  p.stride = to.stride;
+  const std::vector<double> before = numbers(statistics, 3, "statistics");
+  fdcr::RowStatistics total{before[0], before[1], before[2]};
+  if (p.params > 0) fdcr::kernels().fill_row(p, &total, torch_pool);
+  Tensor result = torch::stable::new_empty(statistics, {3});
+  double* to_result = static_cast<double*>(result.mutable_data_ptr());
+  to_result[0] = total.squared_norm;
+  to_result[1] = total.low;
+  to_result[2] = total.high;
+  return result;
+}
+
+// --- aggregation
 
 // The tensors behind an AggregationProblem; the vectors live as long as this does.
 struct Aggregation {
@@ -299,6 +330,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
   library.impl("sum_squared_grads_conv", TORCH_BOX(&sum_squared_grads_conv));
   library.impl("sum_squared_grads_norm", TORCH_BOX(&sum_squared_grads_norm));
   library.impl("sum_squared_grads_embedding", TORCH_BOX(&sum_squared_grads_embedding));
+  library.impl("fill_row", TORCH_BOX(&fill_row));
   library.impl("importance_range", TORCH_BOX(&importance_range));
   library.impl("squared_norm", TORCH_BOX(&squared_norm));
   library.impl("discrepancy", TORCH_BOX(&discrepancy));

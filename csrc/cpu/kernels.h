@@ -68,6 +68,27 @@ struct SquaredEmbeddingGradsProblem {
   void* result = nullptr;            // contiguous [rows, columns]; float64 if grad is, else float32
 };
 
+// Numbers [first, first + size) of a vector that arrives in pieces.
+struct VectorSegment {
+  Source source;
+  int64_t first = 0, size = 0, stride = 0;
+};
+
+// A vector that is copied into tiles: number p to row[(p / tile_length) * tile_stride + (p % tile_length) *
+// stride].
+struct FillRowProblem {
+  const VectorSegment* segments = nullptr;  // in order, without gaps
+  int64_t count = 0, params = 0;
+  void* row = nullptr;
+  Element element = Element::kFloat32;
+  int64_t tile_length = 0, tile_stride = 0, stride = 0;
+};
+
+// Of numbers as they are kept; NaN in any makes all three NaN.
+struct RowStatistics {
+  double squared_norm, low, high;
+};
+
 // Parameter p of client k is data[(p / tile_length) * tile_stride + k * client_stride + (p % tile_length) *
 // stride].
 struct ClientMatrix {
@@ -88,6 +109,8 @@ struct Kernels {
   void (*squared_grads)(const SquaredGradsProblem&, ParallelFor);
   void (*squared_norm_grads)(const SquaredNormGradsProblem&, ParallelFor);
   void (*squared_embedding_grads)(const SquaredEmbeddingGradsProblem&, ParallelFor);
+  // Adds the row's statistics to those of the numbers before it.
+  void (*fill_row)(const FillRowProblem&, RowStatistics*, ParallelFor);
   void (*range)(const ClientMatrix&, int64_t clients, int64_t params, double* low, double* high, ParallelFor);
   void (*squared_norm)(const ClientMatrix&, int64_t clients, int64_t params, double* result, ParallelFor);
   // result[k] = sum_v (u_v - u_{k,v})^2, NaN where weights[k] == 0.

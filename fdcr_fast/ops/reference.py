@@ -104,6 +104,25 @@ def sum_squared_grads_embedding(grad_output: Tensor, indices: Tensor, num_embedd
     return result
 
 
+def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tensor:
+    """Copy a vector into tiles, with statistics of what is kept; see ``schemas``."""
+    length = row.shape[1]
+    tiles, rest = divmod(num_params := sum(piece.shape[0] for piece in values), max(length, 1))
+    if num_params == 0:
+        return statistics.clone()
+    vector = torch.cat([piece.to(row.device, row.dtype) for piece in values])
+    row[:tiles].copy_(vector[: tiles * length].view(tiles, length))
+    if rest:
+        row[tiles, :rest].copy_(vector[tiles * length :])
+    norm, low, high = statistics.unbind()
+    for start in range(0, num_params, _BLOCK_ELEMENTS):
+        block = vector[start : start + _BLOCK_ELEMENTS].double()
+        norm = norm + block.square().sum().to(statistics.device)
+        low = torch.minimum(low, block.amin().to(statistics.device))
+        high = torch.maximum(high, block.amax().to(statistics.device))
+    return torch.stack([norm, low, high])
+
+
 def importance_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest Fisher entry per client; see ``schemas``."""
     clients = fishers.shape[1]

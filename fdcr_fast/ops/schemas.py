@@ -110,6 +110,25 @@ def sum_squared_grads_embedding(grad_output: Tensor, indices: Tensor, num_embedd
     return cast(Tensor, torch.ops.fdcr_fast.sum_squared_grads_embedding(grad_output, indices, num_embeddings))
 
 
+def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tensor:
+    """Copy a vector into one client's row of a tiled client matrix, and take statistics of it, in one pass.
+
+    Number ``p`` of the concatenated ``values`` goes to ``row[p // L, p % L]``, rounded to its dtype; what lies behind
+    the last number is not touched. The statistics are those of the rounded numbers, NaN if any of them is NaN.
+
+    Args:
+        values: Vectors that make up one vector ``[P]``; floating, any strides and dtypes.
+        row: ``[T, L]``, floating; written.
+        statistics: Of the numbers before these: float64 ``(squared norm, smallest, largest)``; ``(0, inf, -inf)`` where
+            there are none. The compiled kernels give a vector that is copied in pieces of whole tiles, in order, the
+            same bits as in one.
+
+    Returns:
+        ``[3]`` float64, the statistics with these numbers.
+    """
+    return cast(Tensor, torch.ops.fdcr_fast.fill_row(list(values), row, statistics))
+
+
 def importance_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest entry of every client's diagonal Fisher (paper eq. 6); NaN if any entry is NaN.
 
@@ -283,6 +302,18 @@ def _check_embedding(grad_output: Tensor, indices: Tensor, num_embeddings: int) 
     torch._check(num_embeddings >= 0, lambda: f"num_embeddings must not be negative, got {num_embeddings}")
 
 
+def _check_fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> None:
+    for piece in values:
+        _check_floating(values=piece)
+        torch._check(piece.dim() == 1, partial("values must be vectors, got {}".format, tuple(piece.shape)))
+    torch._check(row.dim() == 2, lambda: f"expected a row [T, L], got {tuple(row.shape)}")
+    _check_clients(sum(piece.shape[0] for piece in values), row[:, None])
+    torch._check(
+        statistics.dtype == torch.float64 and statistics.shape == (3,),
+        lambda: f"statistics must be float64 [3], got {statistics.dtype} {tuple(statistics.shape)}",
+    )
+
+
 def _check_clients(
     num_params: int,
     updates: Tensor,
@@ -373,6 +404,10 @@ def _fake_embedding(grad_output: Tensor, indices: Tensor, num_embeddings: int) -
     return grad_output.new_empty(num_embeddings, grad_output.shape[2], dtype=dtype)
 
 
+def _fake_fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tensor:
+    return torch.empty_like(statistics)
+
+
 def _fake_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
     return _per_client(fishers), _per_client(fishers)
 
@@ -410,6 +445,11 @@ OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]] = {
         "(Tensor grad_output, Tensor indices, int num_embeddings) -> Tensor",
         _check_embedding,
         _fake_embedding,
+    ),
+    "fill_row": (
+        "(Tensor[] values, Tensor(a!) row, Tensor statistics) -> Tensor",
+        _check_fill_row,
+        _fake_fill_row,
     ),
     "importance_range": ("(Tensor fishers, int num_params) -> (Tensor, Tensor)", _check_range, _fake_range),
     "squared_norm": ("(Tensor updates, int num_params) -> Tensor", _check_squared_norm, _per_client),
