@@ -104,6 +104,32 @@ struct AggregationProblem {
   const double* weights = nullptr;  // [clients]; a client with weight 0 is not read
 };
 
+// Parameters [start, stop).
+struct ParamRange {
+  int64_t start, stop;
+};
+
+enum class GramTransform : int { kUpdate, kFisherUpdate, kReweightedUpdate, kFourthRootFisher };
+
+// The rows whose inner products are wanted: a transform of updates and Fishers, over some of the columns.
+struct GramView {
+  GramTransform transform;
+  const ParamRange* ranges;  // [count], ascending, disjoint, not beyond the parameters
+  int64_t count;
+};
+
+struct GramProblem {
+  int64_t clients = 0, params = 0;
+  ClientMatrix updates, fishers;  // fishers: null where no view reads them
+  const double* fisher_min = nullptr;  // [clients], null where no view reweights
+  const double* fisher_max = nullptr;
+  const int64_t* rows = nullptr;  // [row_count], ascending: the clients that are read
+  int64_t row_count = 0;
+  const GramView* views = nullptr;
+  int64_t view_count = 0;
+  bool float64 = false;  // computes in float64, else in float32 over short runs of columns
+};
+
 struct Kernels {
   const char* name;
   void (*squared_grads)(const SquaredGradsProblem&, ParallelFor);
@@ -118,6 +144,8 @@ struct Kernels {
   // result[v] = global[v] + sum_k weights[k] * (1 + tanh(I / 2)) * update, contiguous, of global's type.
   void (*rescaled_mean)(const AggregationProblem&, const Source& global, int64_t global_stride, void* result,
                         ParallelFor);
+  // total[view][i][j] += the inner product of clients i and j, for those that are read; contiguous, symmetric.
+  void (*gram)(const GramProblem&, double* total, ParallelFor);
 };
 
 // The kernels in use: the widest that the processor supports, unless FDCR_FAST_SIMD or select_kernels chose

@@ -8,6 +8,7 @@ holds the same operators for ``torch.compile`` and ``torch.library.opcheck``.
 from fdcr_fast.ops.schemas import (
     discrepancy,
     fill_row,
+    gram,
     importance_range,
     rescaled_mean,
     squared_norm,
@@ -20,6 +21,7 @@ from fdcr_fast.ops.schemas import (
 __all__ = [
     "discrepancy",
     "fill_row",
+    "gram",
     "importance_range",
     "rescaled_mean",
     "squared_norm",

@@ -214,6 +214,59 @@ def rescaled_mean(
     )
 
 
+def gram(
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    read: Tensor,
+    transforms: Sequence[str],
+    ranges: Sequence[Tensor],
+    total: Tensor,
+    num_params: int,
+    float64: bool,
+) -> Tensor:
+    """Inner products of all pairs of transformed clients, for several views of them in one pass.
+
+    ``total[m, i, j] + sum_v x_i[v] x_j[v]`` with ``v`` in the ranges of view ``m`` and ``x_k[v]`` by its transform
+
+    - ``"update"``: ``updates_k[v]``
+    - ``"fisher_update"``: ``sqrt(F_k[v]) * updates_k[v]``
+    - ``"reweighted_update"``: ``I_k[v] * updates_k[v]``, ``I_k = (F_k - min F_k) / (max F_k - min F_k)``
+    - ``"fourth_root_fisher"``: ``F_k[v]^(1/4)``
+
+    Where ``float64`` is false and no argument is float64, entries and products are float32, summed in float32 over at
+    most 128 parameters (each client's entries divided by a power of two there, if their products could leave the range
+    of float32) and from there in float64. An element then differs from the exact sum by at most
+    ``1e-5 * sum_v |x_i[v] x_j[v]|``, typically by a hundredth of that or less; with float64 by ``1e-12`` of it. NaN or
+    infinity, the root of a negative Fisher entry, and the importance of a constant Fisher make the row and column of
+    that client non-finite, no others. ``total`` threaded through successive spans of tiles gives the same bits as one
+    call for all of them.
+
+    Args:
+        updates: Tiled client matrix ``[T, K, L]``.
+        fishers: Tiled like ``updates``, or None where all transforms are ``"update"``.
+        fisher_min: ``[K]`` float64, or None without ``fishers``; of all parameters, not only those given here.
+        fisher_max: Likewise.
+        read: bool ``[K]``, on the CPU. The rows and columns of the other clients, which are not read, are NaN.
+        transforms: One name for each of ``M`` views.
+        ranges: For each view int64 ``[R, 2]`` on the CPU: ranges ``[start, stop)`` of the ``P`` parameters, ascending
+            and disjoint.
+        total: ``[M, K, K]`` float64, symmetric.
+        num_params: ``P``.
+        float64: Whether to compute in float64 throughout.
+
+    Returns:
+        ``[M, K, K]``, float64, symmetric.
+    """
+    return cast(
+        Tensor,
+        torch.ops.fdcr_fast.gram(
+            updates, fishers, fisher_min, fisher_max, read, transforms, ranges, total, num_params, float64
+        ),
+    )
+
+
 # --- what each operator accepts ---------------------------------------------------------------------------------------
 
 
@@ -379,6 +432,42 @@ def _check_rescaled_mean(
     _check_clients(global_params.numel(), updates, fishers, fisher_min, fisher_max, weights)
 
 
+def _check_gram(
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    read: Tensor,
+    transforms: Sequence[str],
+    ranges: Sequence[Tensor],
+    total: Tensor,
+    num_params: int,
+    float64: bool,
+) -> None:
+    _check_clients(num_params, updates, fishers, fisher_min, fisher_max)
+    clients = updates.shape[1]
+    torch._check(
+        read.dtype == torch.bool and read.shape == (clients,),
+        lambda: f"read must be bool [{clients}], got {read.dtype} {tuple(read.shape)}",
+    )
+    for transform in transforms:
+        message = f"unknown transform {transform}, expected one of {sorted(reference.GRAM_TRANSFORMS)}"
+        torch._check(transform in reference.GRAM_TRANSFORMS, partial(str, message))
+        message = f"{transform} reads Fishers, and there are none"
+        torch._check(transform == "update" or fishers is not None, partial(str, message))
+    torch._check(
+        len(ranges) == len(transforms), lambda: f"expected ranges for each of {len(transforms)} transforms"
+    )
+    for given in ranges:
+        message = f"ranges must be int64 [R, 2], got {given.dtype} {tuple(given.shape)}"
+        torch._check(given.dtype == torch.int64 and given.dim() == 2 and given.shape[1] == 2, partial(str, message))
+    expected = (len(transforms), clients, clients)
+    torch._check(
+        total.dtype == torch.float64 and total.shape == expected,
+        lambda: f"total must be float64 {expected}, got {total.dtype} {tuple(total.shape)}",
+    )
+
+
 # --- fake kernels: shapes and dtypes without data ---------------------------------------------------------------------
 
 
@@ -418,6 +507,10 @@ def _per_client(clients: Tensor, *_: object) -> Tensor:
 
 def _fake_rescaled_mean(global_params: Tensor, *_: object) -> Tensor:
     return torch.empty_like(global_params, memory_format=torch.contiguous_format)
+
+
+def _fake_gram(*args: Any) -> Tensor:
+    return torch.empty_like(args[7], memory_format=torch.contiguous_format)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -462,6 +555,12 @@ OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]] = {
         f"(Tensor global_params, {_CLIENTS}, Tensor weights) -> Tensor",
         _check_rescaled_mean,
         _fake_rescaled_mean,
+    ),
+    "gram": (
+        f"({_CLIENTS}, Tensor read, str[] transforms, Tensor[] ranges, Tensor total, int num_params, bool float64) "
+        "-> Tensor",
+        _check_gram,
+        _fake_gram,
     ),
 }
 
