@@ -56,6 +56,7 @@ class FileRows:
         self._tile_bytes = shape.capacity * shape.piece_bytes
         self._lock = threading.Lock()
         self._sequence = 0
+        self._epoch = self.epoch()
         if max_resident < 2 * self._tile_bytes:
             raise ValueError(
                 f"max_resident must hold two tiles of all clients, {2 * self._tile_bytes} bytes, got {max_resident}"
@@ -153,7 +154,8 @@ class FileRows:
             return
         fd = self._open_fd()
         with self._lock:
-            _write(fd, form.pack_epoch(self.epoch() + 1), form.EPOCH_OFFSET)
+            self._epoch += 1
+            _write(fd, form.pack_epoch(self._epoch), form.EPOCH_OFFSET)
         for row in rows:
             _write(fd, form.EMPTY_RECORD, form.record_offset(row))
         self._flush()
@@ -171,10 +173,10 @@ class FileRows:
 
     def tiles(self, rows: Sequence[int]) -> ClientTiles:
         """The given rows, as rules read them."""
-        return FileTiles(self, rows, self.epoch())
+        return FileTiles(self, rows, self._epoch)
 
     def epoch(self) -> int:
-        """How often rows were taken back: what was read since a smaller one may be a mixture."""
+        """How often rows were taken back: where that grew, rows may be other clients' than when they were loaded."""
         return form.unpack_epoch(os.pread(self._open_fd(), 8, form.EPOCH_OFFSET))
 
     def close(self) -> None:
@@ -229,7 +231,7 @@ class FileRows:
 
     def _load(self) -> dict[Hashable, Accepted]:
         """The clients by id; of two contributions of one client, as a crash while replacing leaves, the later one."""
-        epoch = self.epoch()
+        self._epoch = self.epoch()
         latest: dict[Hashable, tuple[int, Accepted]] = {}
         stale = []
         records = os.pread(self.fd, self.shape.capacity * form.RECORD_BYTES, form.record_offset(0))
@@ -247,7 +249,7 @@ class FileRows:
                 stale.append(accepted.row)
         if self._writable:
             self.forget(stale)
-        elif self.epoch() != epoch:
+        elif self.epoch() != self._epoch:
             return self._load()
         return {client: accepted for client, (_, accepted) in latest.items()}
 

@@ -348,13 +348,14 @@ class UpdateStore:
 
     def client_updates(self) -> ClientUpdates:
         """The round so far, as rules see it; waits for contributions that are being copied."""
-        clients = self._in_order()
-        K = len(clients)
+        with self._changed:
+            clients = self._in_order()
+            tiles = self._rows.tiles([client.row for client in clients])
+            rejected = dict(self.rejected)
 
         def numbers(name: str) -> Tensor:
             return torch.tensor([getattr(client, name) for client in clients], dtype=torch.float64)
 
-        tiles = self._rows.tiles([client.row for client in clients])
         return ClientUpdates(
             tiles=tiles,
             num_samples=numbers("num_samples"),
@@ -362,8 +363,8 @@ class UpdateStore:
             squared_norm=numbers("squared_norm"),
             fisher_min=numbers("fisher_min").to(tiles.device) if self.with_fishers else None,
             fisher_max=numbers("fisher_max").to(tiles.device) if self.with_fishers else None,
-            valid=torch.ones(K, dtype=torch.bool),
-            rejected=dict(self.rejected),
+            valid=torch.ones(len(clients), dtype=torch.bool),
+            rejected=rejected,
         )
 
     def _receive(self, row: int, client: Hashable, update: Any, fisher: Any, num_samples: Any) -> Accepted:
