@@ -5,6 +5,7 @@ from fdcr_fast._version import __version__
 from fdcr_fast.importance.fisher import diagonal_fisher
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.ops.backends import BackendStatus, backends, info
+from fdcr_fast.server.gram import GramEstimate, GramView, estimate_gram, gram, grams
 from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule, FedAvg, Selection
 from fdcr_fast.server.state_dicts import aggregate_state_dicts
 from fdcr_fast.server.store import UpdateStore
@@ -15,6 +16,8 @@ __all__ = [
     "AggregationRule",
     "BackendStatus",
     "FedAvg",
+    "GramEstimate",
+    "GramView",
     "ParamLayout",
     "Selection",
     "UpdateStore",
@@ -22,6 +25,9 @@ __all__ = [
     "aggregate_state_dicts",
     "backends",
     "diagonal_fisher",
+    "estimate_gram",
+    "gram",
+    "grams",
     "info",
     "ops",
 ]
