@@ -361,7 +361,7 @@ Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
   fdcr::GramProblem p;
   p.updates = client_matrix(updates, params, "updates");
   p.params = params;
-  const int64_t K = p.clients = updates.size(1), V = p.view_count = static_cast<int64_t>(transforms.size());
+  const int64_t K = updates.size(1), V = p.view_count = static_cast<int64_t>(transforms.size());
   STD_TORCH_CHECK(
       fishers.has_value() == fisher_min.has_value() && fishers.has_value() == fisher_max.has_value(),
       "fishers, fisher_min and fisher_max go together");
@@ -402,15 +402,24 @@ Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
   p.float64 = float64 || fdcr::Element::kFloat64 == p.updates.source.element ||
               (fishers.has_value() && fdcr::Element::kFloat64 == p.fishers.source.element);
 
+  // The kernel sums one triangle of the clients that are read.
+  const int64_t n = p.row_count;
+  Tensor sums = torch::stable::new_empty(total, {V, n, n});
   Tensor result = torch::stable::new_empty(total, {V, K, K});
-  torch::stable::copy_(result, total);
-  double* sums = doubles(result);
+  double *const triangle = doubles(sums), *const symmetric = doubles(result);
+  const double* before = static_cast<const double*>(total.const_data_ptr());
   for (int64_t v = 0; v < V; ++v)
-    for (int64_t i = 0; i < K; ++i)
-      for (int64_t j = 0; j < K; ++j)
-        if (!is_read[i * read.stride(0)] || !is_read[j * read.stride(0)])
-          sums[(v * K + i) * K + j] = std::numeric_limits<double>::quiet_NaN();
-  fdcr::kernels().gram(p, sums, torch_pool);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = i; j < n; ++j)
+        triangle[(v * n + i) * n + j] =
+            before[v * total.stride(0) + rows[i] * total.stride(1) + rows[j] * total.stride(2)];
+  fdcr::kernels().gram(p, triangle, torch_pool);
+  if (n < K) std::fill_n(symmetric, V * K * K, std::numeric_limits<double>::quiet_NaN());
+  for (int64_t v = 0; v < V; ++v)
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = i; j < n; ++j)
+        symmetric[(v * K + rows[i]) * K + rows[j]] = symmetric[(v * K + rows[j]) * K + rows[i]] =
+            triangle[(v * n + i) * n + j];
   return result;
 }
 

@@ -370,7 +370,6 @@ void check_gram(const fdcr::Kernels& kernels, bool large) {
   if (draw(0, 3) == 0)
     for (T& u : updates) u *= T(1e30);  // beyond float32 when multiplied
   fdcr::GramProblem p;
-  p.clients = K;
   p.params = P;
   p.updates = {source(updates), L, K * L, L, 1};
   p.fishers = {source(fishers), L, K * L, L, 1};
@@ -393,7 +392,8 @@ void check_gram(const fdcr::Kernels& kernels, bool large) {
   }
   p.views = views.data();
   p.view_count = static_cast<int64_t>(views.size());
-  std::vector<double> total(views.size() * static_cast<size_t>(K * K), 1.0), expected = total;
+  const size_t n = rows.size();
+  std::vector<double> total(views.size() * n * n, 1.0), expected = total;
   kernels.gram(p, total.data(), pool);
 
   for (size_t view = 0; view < views.size(); ++view)
@@ -406,10 +406,8 @@ void check_gram(const fdcr::Kernels& kernels, bool large) {
           const double entry[] = {u, std::sqrt(f) * u, (f + 1) / 4 * u, std::sqrt(std::sqrt(f))};
           x.push_back(entry[view]);
         }
-        for (size_t i = 0; i < x.size(); ++i)
-          for (size_t j = 0; j < x.size(); ++j)
-            expected[(view * static_cast<size_t>(K) + static_cast<size_t>(rows[i])) * static_cast<size_t>(K) +
-                     static_cast<size_t>(rows[j])] += x[i] * x[j];
+        for (size_t i = 0; i < n; ++i)
+          for (size_t j = i; j < n; ++j) expected[(view * n + i) * n + j] += x[i] * x[j];
       }
   require_close(total, expected, p.float64 ? 1e-12 : 1e-5, "inner products");
 }
