@@ -14,7 +14,6 @@ from fdcr_fast import GramView, UpdateStore, estimate_gram, gram, grams
 
 # (K, P)
 SHAPES = [(20, 1_000_000), (200, 1_000_000), (1000, 100_000)]
-# The two matrices of a rule that looks for coalitions: updates in their Fisher length, and Fishers of most layers.
 SAMPLE = 50_000
 
 REPORT = Report(
@@ -65,7 +64,7 @@ def row(
         "K": str(K),
         "P": f"{P:,}",
         "of mm": f"**{1 / own.over(mm):.2f}** ({1 / high:.2f} to {1 / low:.2f})",
-        "rate": f"{(K + 1) / (2 * K) / own.over(mm):.2f}",
+        "rate": f"{(K + 1) / (2 * K) / own.over(mm):.2f}" if found else "",
         "of PyTorch": "" if peer is None else f"{times[peer].over(own):.2f}",
         **{column: f"{value:.0e}" for column, value in found.items()},
         "rounds": str(len(own.seconds)),
@@ -101,7 +100,7 @@ def test_gram(K, P, seconds):
             "PyTorch fourth_root_fisher",
             "fourth_root_fisher",
         ),
-        "the last two in one pass": (lambda: grams(updates, fishers, views=views), None, None),
+        "these two in one pass": (lambda: grams(updates, fishers, views=views), None, None),
         f"update, estimated from {SAMPLE:,}": (lambda: estimate_gram(updates, sample=SAMPLE), None, None),
     }
     peers = {
