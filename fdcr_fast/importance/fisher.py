@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,15 @@ from fdcr_fast.importance.losses import Loss, num_samples, resolve_loss
 from fdcr_fast.importance.per_sample import PerSampleGradients
 from fdcr_fast.importance.rules import RULES
 
+_log = logging.getLogger("fdcr_fast")
+
+# Samples of one forward pass where the caller leaves them open. On a CPU few enough that the layers' inputs and outputs
+# (float32 numbers, about a third of what a batch keeps alive) stay in memory that the allocator uses again, but never
+# so few that what every batch costs counts.
+_MOST_SAMPLES = 256
+_CPU_SAMPLES = 32
+_CPU_ACTIVATIONS = 6 << 20
+
 
 def diagonal_fisher(
     model: nn.Module,
@@ -24,7 +34,7 @@ def diagonal_fisher(
     loss: str | Loss = "cross_entropy",
     *,
     params: Iterable[str] | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     eval_mode: bool = True,
 ) -> Tensor:
     r"""Diagonal empirical Fisher information (paper eq. 5), squared per sample before the mean.
@@ -44,7 +54,7 @@ def diagonal_fisher(
         loss: ``cross_entropy``, ``nll``, ``mse``, ``bce_with_logits`` (summed over whatever an output has besides its
             sample dimension), or a callable ``(output, targets) -> [N]`` of per-sample losses.
         params: Names of the parameters wanted, by default all of ``model.named_parameters()``.
-        batch_size: Samples of one forward pass; larger batches are cut.
+        batch_size: Samples of one forward pass; larger batches are cut. By default what suits the device.
         eval_mode: Evaluate the model in eval mode and restore its modes afterwards, also after an error. With False
             the modules keep their modes, and dropout draws its masks from the global generator.
 
@@ -57,12 +67,12 @@ def diagonal_fisher(
             couple the samples of a batch (batch normalisation with batch statistics).
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: its graphs have no place for hooks
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     with torch.inference_mode(False), torch.enable_grad(), _modes(model, eval_mode):
         _refuse_batch_statistics(model)
         estimate = _Estimate(model, _select(model, params), resolve_loss(loss))
-        for inputs, targets in _batches(data, batch_size):
+        for inputs, targets in _batches(data, lambda: batch_size or estimate.batch_size()):
             estimate.add(inputs, targets)
     return estimate.mean()
 
@@ -86,6 +96,9 @@ class _Estimate:
         recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._fallback = PerSampleGradients(self._sample_loss, randomness="different", recurrent=recurrent)
         self._not_sample_first: set[str] | None = None
+        # Pools and convolutions of several channels are faster so on CPUs.
+        self._channels_last = self._vector.device.type == "cpu" and any(type(m) is nn.Conv2d for m in model.modules())
+        self._activations = 0.0  # of one sample
         self._n = 0
 
     def add(self, inputs: Any, targets: Any) -> None:
@@ -94,8 +107,48 @@ class _Estimate:
             return
         device = self._vector.device
         inputs, targets = tree_map(lambda x: x.to(device), (inputs, targets))
+        layers = self._layers(inputs, targets)
+        rest = {name: p.detach() for name, p in self._leaves.items()}
+        for name, call, g in layers:
+            squares = RULES[type(call.module)].sum_squares(call.module, call.input, g)
+            for param in self._own(name):
+                self._sums[param] += squares[param.rpartition(".")[2]]
+                del rest[param]
+        if rest:
+            for param, square in self._fallback.sum_squares(rest, inputs, targets).items():
+                self._sums[param] += square
+        self._n += n
+
+    def batch_size(self) -> int:
+        """How many samples the next forward pass should have at most, as far as is known by now."""
+        if self._vector.device.type != "cpu":
+            return _MOST_SAMPLES
+        if self._n == 0:
+            return _CPU_SAMPLES
+        return max(_CPU_SAMPLES, min(_MOST_SAMPLES, int(_CPU_ACTIVATIONS / max(1, self._activations))))
+
+    def mean(self) -> Tensor:
+        if self._n == 0:
+            raise ValueError("no samples: the mean over no data is undefined")
+        return self._vector.div_(self._n)
+
+    def _layers(self, inputs: Any, targets: Any) -> list[tuple[str, Call, Tensor]]:
+        """The layers whose rule may be used: names, calls, and gradients at their outputs."""
+        if self._channels_last:
+            try:
+                return self._backpropagate(tree_map(_channels_last, inputs), targets)
+            except RuntimeError as error:  # such as a model's own view() of what is not contiguous
+                _log.info("the model does not take images with channels last: %s", error)
+                self._channels_last = False
+        return self._backpropagate(inputs, targets)
+
+    def _backpropagate(self, inputs: Any, targets: Any) -> list[tuple[str, Call, Tensor]]:
+        n = num_samples(targets)
         with Capture(self._model, inputs) as capture:
             losses = self._losses(self._leaves, inputs, targets)
+        self._activations = (
+            sum(c.input.numel() + c.output_shape.numel() for cs in capture.calls.values() for c in cs) / n
+        )
         uses = uses_in_graph(losses, self._leaves)
         if unused := [name for name in self._leaves if not uses[name]]:
             raise ValueError(
@@ -110,21 +163,7 @@ class _Estimate:
             and self._sample_first(name, calls[0], inputs, targets)
         }
         grads = _gradients(losses, list(layers.values()))
-        rest = {name: p.detach() for name, p in self._leaves.items()}
-        for (name, call), g in zip(layers.items(), grads, strict=True):
-            squares = RULES[type(call.module)].sum_squares(call.module, call.input, g)
-            for param in self._own(name):
-                self._sums[param] += squares[param.rpartition(".")[2]]
-                del rest[param]
-        if rest:
-            for param, square in self._fallback.sum_squares(rest, inputs, targets).items():
-                self._sums[param] += square
-        self._n += n
-
-    def mean(self) -> Tensor:
-        if self._n == 0:
-            raise ValueError("no samples: the mean over no data is undefined")
-        return self._vector.div_(self._n)
+        return [(name, call, g) for (name, call), g in zip(layers.items(), grads, strict=True)]
 
     def _losses(self, params: Mapping[str, Tensor], inputs: Any, targets: Any) -> Tensor:
         args, kwargs = _arguments(inputs)
@@ -196,15 +235,23 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def _batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
+def _channels_last(x: Tensor) -> Tensor:
+    images = x.dim() == 4 and x.is_floating_point()
+    return x.contiguous(memory_format=torch.channels_last) if images else x
+
+
+def _batches(data: Any, batch_size: Callable[[], int]) -> Iterator[tuple[Any, Any]]:
     one_batch = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
     for batch in [data] if one_batch else data:
         if not (isinstance(batch, tuple | list) and len(batch) == 2):
             got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
             raise ValueError(f"expected batches (inputs, targets), got {got}")
-        for start in range(0, num_samples(batch[1]), batch_size):
-            samples = slice(start, start + batch_size)
+        start, n = 0, num_samples(batch[1])
+        while start < n:
+            parts = -(-(n - start) // batch_size())
+            samples = slice(start, start + -(-(n - start) // parts))  # parts as equal as possible
             yield tuple(tree_map(lambda x, s=samples: x[s], tuple(batch)))
+            start = samples.stop
 
 
 @contextmanager
