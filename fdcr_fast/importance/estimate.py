@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,10 +16,29 @@ from torch.utils._pytree import tree_map
 from fdcr_fast.importance.capture import Call, Capture
 from fdcr_fast.importance.data import arguments
 from fdcr_fast.importance.graph import uses_in_graph, visit_gradients
-from fdcr_fast.importance.kinds import Kind
+from fdcr_fast.importance.kinds import Kind, Pass
 from fdcr_fast.importance.losses import Loss, num_samples
 from fdcr_fast.importance.per_sample import PerSampleGradients
 from fdcr_fast.importance.rules import RULES
+
+_log = logging.getLogger("fdcr_fast")
+
+# Samples of one forward pass where the caller leaves them open. On a CPU few enough that the layers' inputs and outputs
+# (float32 numbers, about a third of what a batch keeps alive) stay in memory that the allocator uses again, but never
+# so few that what every batch costs counts.
+_MOST_SAMPLES = 256
+_CPU_SAMPLES = 32
+_CPU_ACTIVATIONS = 6 << 20
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What a forward pass leaves behind: the layers' calls, the passes back that are wanted, the first one's losses."""
+
+    calls: dict[str, list[Call]]
+    output: Any
+    passes: list[Pass]
+    losses: Tensor
 
 
 class Estimate:
@@ -42,6 +63,9 @@ class Estimate:
         recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._fallback = PerSampleGradients(recurrent)
         self._not_sample_first: set[str] | None = None
+        # Pools and convolutions of several channels are faster so on CPUs.
+        self._channels_last = self._vector.device.type == "cpu" and any(type(m) is nn.Conv2d for m in model.modules())
+        self._activations = 0.0  # of one sample
         self.samples = 0
         self._weight = 0
 
@@ -50,20 +74,18 @@ class Estimate:
         if (n := num_samples(targets)) == 0:
             return
         inputs, targets = self._on_device(inputs, targets)
-        with Capture(self._model, inputs) as capture:
-            output = self._forward(self._leaves, inputs)
-        passes = list(self._kind(output, targets))
-        layers: dict[str, Call] | None = None
-        for i, each in enumerate(passes, 1):
-            losses = each.loss(output, each.targets)
-            if layers is None:
-                layers = self._layers(capture.calls, self._uses(losses), inputs, n)
-                rest = {name: p.detach() for name, p in self._leaves.items() if name not in self._covered(layers)}
-                capture.calls.clear()
-            last = i == len(passes)
-            edges = {name: call.edge for name, call in layers.items() if call.edge is not None}
+        forward = self._forward_captured(inputs, targets)
+        losses: Tensor | None = forward.losses
+        layers = self._layers(forward.calls, self._uses(forward.losses), inputs, n)
+        covered = {param for name in layers for param in self._own(name)}
+        rest = {name: p.detach() for name, p in self._leaves.items() if name not in covered}
+        edges = {name: call.edge for name, call in layers.items() if call.edge is not None}
+        forward.calls.clear()
+        for i, each in enumerate(forward.passes, 1):
+            last = i == len(forward.passes)
+            losses = each.loss(forward.output, each.targets) if losses is None else losses
             visit_gradients(losses, edges, partial(self._add_layer, layers, each.share, last), keep_graph=not last)
-            del losses
+            losses = None
             if rest:
                 sample_loss = partial(self._sample_loss, each.loss)
                 for name, squares in self._fallback.sum_squares(sample_loss, rest, inputs, each.targets).items():
@@ -87,6 +109,14 @@ class Estimate:
         self.samples += n
         self._weight += 1
 
+    def batch_size(self) -> int:
+        """How many samples the next forward pass should have at most, as far as is known by now."""
+        if self._vector.device.type != "cpu":
+            return _MOST_SAMPLES
+        if self.samples == 0:
+            return _CPU_SAMPLES
+        return max(_CPU_SAMPLES, min(_MOST_SAMPLES, int(_CPU_ACTIVATIONS / max(1, self._activations))))
+
     def mean(self) -> Tensor:
         """The result, float32 or float64 ``[P]``; the sums are used up."""
         if self.samples == 0:
@@ -100,6 +130,23 @@ class Estimate:
     def _forward(self, params: Mapping[str, Tensor], inputs: Any) -> Any:
         args, kwargs = arguments(inputs)
         return functional_call(self._model, {**self._values, **params}, args, kwargs)
+
+    def _forward_captured(self, inputs: Any, targets: Any) -> _Forward:
+        if self._channels_last:
+            try:
+                return self._forward_as_given(tree_map(_channels_last, inputs), targets)
+            except RuntimeError as error:  # such as a model's own view() of what is not contiguous
+                _log.info("the model does not take images with channels last: %s", error)
+                self._channels_last = False
+        return self._forward_as_given(inputs, targets)
+
+    def _forward_as_given(self, inputs: Any, targets: Any) -> _Forward:
+        with Capture(self._model, inputs) as capture:
+            output = self._forward(self._leaves, inputs)
+        calls = [call for layer in capture.calls.values() for call in layer]
+        self._activations = sum(c.input.numel() + c.output_shape.numel() for c in calls) / num_samples(targets)
+        passes = list(self._kind(output, targets))
+        return _Forward(capture.calls, output, passes, passes[0].loss(output, passes[0].targets))
 
     def _sample_loss(self, loss: Loss, params: Mapping[str, Tensor], inputs: Any, target: Any) -> Tensor:
         inputs, target = tree_map(lambda x: x.unsqueeze(0), (inputs, target))
@@ -132,9 +179,6 @@ class Estimate:
             and self._usable(layer[0], n, [uses[p] for p in self._own(name)])
             and self._sample_first(name, layer[0], inputs)
         }
-
-    def _covered(self, layers: Mapping[str, Call]) -> set[str]:
-        return {param for name in layers for param in self._own(name)}
 
     def _own(self, module_name: str) -> list[str]:
         """The wanted parameters that a layer holds itself."""
@@ -169,3 +213,8 @@ class Estimate:
                 layer for layer, calls in probe.calls.items() if any(c.input.shape[:1] != (1,) for c in calls)
             }
         return name not in self._not_sample_first
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    images = x.dim() == 4 and x.is_floating_point()
+    return x.contiguous(memory_format=torch.channels_last) if images else x

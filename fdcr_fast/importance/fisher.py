@@ -28,7 +28,7 @@ def diagonal_fisher(
     generator: torch.Generator | None = None,
     state: Mapping[str, Tensor] | None = None,
     params: Iterable[str] | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     eval_mode: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -65,7 +65,8 @@ def diagonal_fisher(
         generator: Where the kind ``"sampled"`` takes its random numbers from; by default the global generator.
         state: Parameters and buffers by name to take instead of the model's own, such as a client's ``state_dict()``.
         params: Names of the parameters wanted, by default all of ``model.named_parameters()``.
-        batch_size: Samples of one forward pass; larger batches are cut.
+        batch_size: Samples of one forward pass; larger batches are cut. By default what suits the device, but the
+            batches as they come for ``"squared_batch_gradient"``.
         eval_mode: Evaluate the model in eval mode and restore its modes afterwards, also after an error. With False
             the modules keep their modes, and dropout draws its masks from the global generator.
         progress: Called after every forward pass's batch with the number of samples done so far.
@@ -79,14 +80,16 @@ def diagonal_fisher(
             do not depend on; layers that couple the samples of a batch (batch normalisation with batch statistics).
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper: the names are those of the module
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     options = {} if loss_options is None else loss_options
     labels = resolve_kind(kind, loss, resolve_loss(loss, options), options, num_samples, generator)
     with _evaluation(model, eval_mode):
         estimate = Estimate(model, _values(model, state), _select(model, params), labels)
-        add = estimate.add_batch_gradient if kind == BATCH_GRADIENT else estimate.add
-        for inputs, targets in batches(data, batch_size):
+        whole = kind == BATCH_GRADIENT  # what a batch is matters
+        add = estimate.add_batch_gradient if whole else estimate.add
+        most = sys.maxsize if whole and batch_size is None else batch_size
+        for inputs, targets in batches(data, lambda: most or estimate.batch_size()):
             add(inputs, targets)
             if progress is not None:
                 progress(estimate.samples)

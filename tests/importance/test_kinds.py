@@ -193,13 +193,13 @@ def test_class_weights_in_the_exact_fisher():
     assert_close(diagonal_fisher(model, data, kind="exact", loss_options={"weight": weight}), expected)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 3, 8, None])
 def test_squared_batch_gradient(batch_size):
     model = mlp()
     x, y = torch.randn(8, 3), torch.randint(0, 4, (8,))
     model.double()
     squares = []
-    for xb, yb in zip(x.double().split(batch_size), y.split(batch_size), strict=True):
+    for xb, yb in zip(x.double().split(batch_size or 8), y.split(batch_size or 8), strict=True):
         grads = torch.autograd.grad(F.cross_entropy(model(xb), yb), list(model.parameters()))
         squares.append(torch.cat([g.flatten() for g in grads]) ** 2)
     model.float()
