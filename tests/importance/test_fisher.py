@@ -187,6 +187,32 @@ def test_hooks_that_change_inputs_and_outputs():
     assert_fisher(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y))
 
 
+class Views(nn.Module):
+    """Takes contiguous images only: view() of channels last fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(2, 3, 3), nn.Linear(108, 5)
+        self.flat = nn.Linear(128, 5)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.conv(x)).reshape(len(x), -1)) + self.flat(x.view(len(x), -1))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", lambda o, t: F.cross_entropy(o, t, reduction="none")])
+def test_models_that_take_no_images_with_channels_last(loss):
+    model = Views()
+    x, y = torch.randn(7, 2, 8, 8), torch.randint(0, 5, (7,))
+    assert_fisher(diagonal_fisher(model, (x, y), loss, batch_size=3), fisher_one_by_one(model, x, y))
+
+
+def test_losses_that_take_no_images_with_channels_last():
+    model = nn.Conv2d(2, 5, 3, padding=1)
+    x, y = torch.randn(4, 2, 6, 6), torch.randn(4, 5, 6, 6)
+    fisher = diagonal_fisher(model, (x, y), lambda o, t: (o.view(len(o), -1) - t.view(len(t), -1)).square().sum(1))
+    assert_fisher(fisher, fisher_one_by_one(model, x, y, lambda o, t: (o - t).square().sum()))
+
+
 def test_batches_are_one_data_set():
     model = small_cnn()
     x, y = images(11)
