@@ -2,7 +2,7 @@
 
 from fdcr_fast import ops
 from fdcr_fast._version import __version__
-from fdcr_fast.importance.fisher import diagonal_fisher
+from fdcr_fast.importance.fisher import diagonal_fisher, diagonal_fisher_stacked
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.ops.backends import BackendStatus, backends, info
 from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule, FedAvg, Selection
@@ -22,6 +22,7 @@ __all__ = [
     "aggregate_state_dicts",
     "backends",
     "diagonal_fisher",
+    "diagonal_fisher_stacked",
     "info",
     "ops",
 ]
