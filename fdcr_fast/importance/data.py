@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,19 +11,16 @@ from torch.utils._pytree import tree_map
 from fdcr_fast.importance.losses import num_samples
 
 
-def batches(data: Any, batch_size: Callable[[], int]) -> Iterator[tuple[Any, Any]]:
-    """``(inputs, targets)`` of at most ``batch_size()`` samples each, asked anew for every one of them."""
+def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
+    """``(inputs, targets)`` of at most ``batch_size`` samples each."""
     one_batch = isinstance(data, Mapping) or (
         isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
     )
     for batch in [data] if one_batch else data:
         inputs, targets = _pair(batch)
-        start, n = 0, num_samples(targets)
-        while start < n:
-            parts = -(-(n - start) // batch_size())
-            samples = slice(start, start + -(-(n - start) // parts))  # parts as equal as possible
+        for start in range(0, num_samples(targets), batch_size):
+            samples = slice(start, start + batch_size)
             yield tree_map(lambda x, s=samples: x[s], inputs), tree_map(lambda x, s=samples: x[s], targets)
-            start = samples.stop
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

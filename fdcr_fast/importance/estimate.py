@@ -23,12 +23,12 @@ from fdcr_fast.importance.rules import RULES
 
 _log = logging.getLogger("fdcr_fast")
 
-# Samples of one forward pass where the caller leaves them open. On a CPU few enough that the layers' inputs and outputs
-# (float32 numbers, about a third of what a batch keeps alive) stay in memory that the allocator uses again, but never
-# so few that what every batch costs counts.
-_MOST_SAMPLES = 256
-_CPU_SAMPLES = 32
-_CPU_ACTIVATIONS = 6 << 20
+# Samples of one forward pass, where the caller leaves them open, for models of at most so many parameters. On a CPU
+# few, so that activations stay in the caches, and in memory that the allocator keeps from batch to batch; more for
+# small models, whose samples cost little next to what every batch costs.
+_CPU_SAMPLES = {1 << 17: 128, 1 << 20: 64}
+_CPU_SAMPLES_OF_LARGE_MODELS = 32
+_GPU_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,11 @@ class Estimate:
         recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._fallback = PerSampleGradients(recurrent)
         self._not_sample_first: set[str] | None = None
+        cpu = self._vector.device.type == "cpu"
+        # How many samples the caller should add at a time.
+        self.batch_size = _cpu_batch_size(sum(x.numel() for x in self._values.values())) if cpu else _GPU_SAMPLES
         # Pools and convolutions of several channels are faster so on CPUs.
-        self._channels_last = self._vector.device.type == "cpu" and any(type(m) is nn.Conv2d for m in model.modules())
-        self._activations = 0.0  # of one sample
+        self._channels_last = cpu and any(type(m) is nn.Conv2d for m in model.modules())
         self.samples = 0
         self._weight = 0
 
@@ -109,14 +111,6 @@ class Estimate:
         self.samples += n
         self._weight += 1
 
-    def batch_size(self) -> int:
-        """How many samples the next forward pass should have at most, as far as is known by now."""
-        if self._vector.device.type != "cpu":
-            return _MOST_SAMPLES
-        if self.samples == 0:
-            return _CPU_SAMPLES
-        return max(_CPU_SAMPLES, min(_MOST_SAMPLES, int(_CPU_ACTIVATIONS / max(1, self._activations))))
-
     def mean(self) -> Tensor:
         """The result, float32 or float64 ``[P]``; the sums are used up."""
         if self.samples == 0:
@@ -143,8 +137,6 @@ class Estimate:
     def _forward_as_given(self, inputs: Any, targets: Any) -> _Forward:
         with Capture(self._model, inputs) as capture:
             output = self._forward(self._leaves, inputs)
-        calls = [call for layer in capture.calls.values() for call in layer]
-        self._activations = sum(c.input.numel() + c.output_shape.numel() for c in calls) / num_samples(targets)
         passes = list(self._kind(output, targets))
         return _Forward(capture.calls, output, passes, passes[0].loss(output, passes[0].targets))
 
@@ -213,6 +205,11 @@ class Estimate:
                 layer for layer, calls in probe.calls.items() if any(c.input.shape[:1] != (1,) for c in calls)
             }
         return name not in self._not_sample_first
+
+
+def _cpu_batch_size(params: int) -> int:
+    fitting = (samples for most, samples in _CPU_SAMPLES.items() if params <= most)
+    return next(fitting, _CPU_SAMPLES_OF_LARGE_MODELS)
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def diagonal_fisher(
         whole = kind == BATCH_GRADIENT  # what a batch is matters
         add = estimate.add_batch_gradient if whole else estimate.add
         most = sys.maxsize if whole and batch_size is None else batch_size
-        for inputs, targets in batches(data, lambda: most or estimate.batch_size()):
+        for inputs, targets in batches(data, most or estimate.batch_size):
             add(inputs, targets)
             if progress is not None:
                 progress(estimate.samples)
