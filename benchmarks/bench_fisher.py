@@ -25,7 +25,7 @@ from harness import Report, interleave
 from models import PROBLEMS, Problem, problem
 from torch import Tensor
 
-from fdcr_fast.importance import fisher
+from fdcr_fast.importance.graph import visit_gradients
 from fdcr_fast.importance.per_sample import PerSampleGradients
 from fdcr_fast.importance.rules import RULES
 
@@ -102,7 +102,7 @@ def peak_memory(name: str) -> dict[str, int] | None:
 def phases(run: peers.Contender) -> dict[str, float]:
     """Shares of the time of one Fisher."""
     parts: dict[str, list[Callable[..., Any]]] = {
-        "backward": [fisher._gradients],
+        "backward": [visit_gradients],
         "layer rules": list({rule.sum_squares for rule in RULES.values()}),
         "vmap(grad)": [PerSampleGradients.sum_squares],
     }
@@ -116,6 +116,7 @@ def phases(run: peers.Contender) -> dict[str, float]:
         / total
         for part, fs in parts.items()
     }
+    shares["backward"] -= shares["layer rules"]  # which run inside it
     return {"forward and the rest": 1 - sum(shares.values()), **shares}
 
 

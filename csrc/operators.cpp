@@ -62,9 +62,12 @@ std::tuple<Tensor, Tensor> run(fdcr::SquaredGradsProblem& p, const Tensor& grad,
   p.grad_sample = grad.stride(0);
   p.weight = weight.mutable_data_ptr();
   p.bias = bias.mutable_data_ptr();
-  torch::stable::zero_(weight);
-  torch::stable::zero_(bias);
-  if (grad.numel() != 0 && weight.numel() != 0) fdcr::kernels().squared_grads(p, torch_pool);
+  if (grad.numel() != 0) {
+    fdcr::kernels().squared_grads(p, torch_pool);
+  } else {
+    torch::stable::zero_(weight);
+    torch::stable::zero_(bias);
+  }
   return {std::move(weight), std::move(bias)};
 }
 

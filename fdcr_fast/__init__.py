@@ -2,7 +2,7 @@
 
 from fdcr_fast import ops
 from fdcr_fast._version import __version__
-from fdcr_fast.importance.fisher import diagonal_fisher
+from fdcr_fast.importance.fisher import diagonal_fisher, diagonal_fisher_stacked
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.ops.backends import BackendStatus, backends, info
 from fdcr_fast.server.gram import GramEstimate, GramView, estimate_gram, gram, grams
@@ -25,6 +25,7 @@ __all__ = [
     "aggregate_state_dicts",
     "backends",
     "diagonal_fisher",
+    "diagonal_fisher_stacked",
     "estimate_gram",
     "gram",
     "grams",

@@ -33,7 +33,7 @@ struct SquaredGradsProblem {
   int64_t grad_sample = 0, grad_channel = 0, grad_position[kMaxDims] = {};
   Source in;  // [sample, group * in_channels, input...]
   int64_t in_sample = 0, in_channel = 0, in_position[kMaxDims] = {};
-  // Contiguous results, zero on entry: [groups * out_channels, in_channels, kernel...] and [groups *
+  // Contiguous results: [groups * out_channels, in_channels, kernel...] and [groups *
   // out_channels]; float64 if either source is, else float32.
   void* weight = nullptr;
   void* bias = nullptr;

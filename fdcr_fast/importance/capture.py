@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
+from fdcr_fast.importance.graph import reaches
 from fdcr_fast.importance.rules import RULES
 
 
@@ -66,13 +66,22 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             input = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             edge = get_gradient_edge(output) if output.requires_grad else None
-            of_data = _storage(input) in self._data or _reaches(input.grad_fn, self._of_data)
+            of_data = _storage(input) in self._data or reaches(input.grad_fn, self._of_data, set())
             if of_data and edge is not None:
                 self._of_data.add(edge.node)
-            call = Call(module, input.detach(), input._version, output.shape, edge, of_data)
+            call = Call(_as_called(module), input.detach(), input._version, output.shape, edge, of_data)
             self.calls.setdefault(name, []).append(call)
 
         return hook
+
+
+def _as_called(module: nn.Module) -> nn.Module:
+    """The module with the buffers that it has now: ``functional_call`` exchanges them only while it runs."""
+    if not module._buffers:
+        return module
+    called = copy(module)
+    called._buffers = dict(module._buffers)
+    return called
 
 
 def _has_rule(module: nn.Module) -> bool:
@@ -82,37 +91,3 @@ def _has_rule(module: nn.Module) -> bool:
 
 def _storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
-
-
-def _reaches(start: Node | None, goals: set[Node]) -> bool:
-    """Whether the graph that leads to ``start`` contains one of the goals."""
-    seen = set()
-    stack = [start]
-    while stack:
-        node = stack.pop()
-        if node in goals:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack.extend(before for before, _ in node.next_functions)
-    return False
-
-
-def uses_in_graph(losses: Tensor, params: Mapping[str, Tensor]) -> Counter[str]:
-    """How often each parameter enters the graph of the losses."""
-    names = {id(param): name for name, param in params.items()}
-    uses: Counter[str] = Counter()
-    seen = set()
-    stack = [losses.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for following, _ in node.next_functions:
-            variable = getattr(following, "variable", None)
-            if variable is None:
-                stack.append(following)
-            elif id(variable) in names:
-                uses[names[id(variable)]] += 1
-    return uses

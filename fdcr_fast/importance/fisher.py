@@ -1,33 +1,38 @@
-"""The diagonal empirical Fisher information of a model on data."""
+"""The diagonal Fisher information of a model on data: one client's, or those of many clients in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
-from fdcr_fast.importance.capture import Call, Capture, uses_in_graph
-from fdcr_fast.importance.losses import Loss, num_samples, resolve_loss
-from fdcr_fast.importance.per_sample import PerSampleGradients
-from fdcr_fast.importance.rules import RULES
+from fdcr_fast.importance.data import batches
+from fdcr_fast.importance.estimate import Estimate
+from fdcr_fast.importance.kinds import BATCH_GRADIENT, resolve_kind
+from fdcr_fast.importance.losses import Loss, resolve_loss
 
 
 def diagonal_fisher(
     model: nn.Module,
-    data: tuple[Any, Any] | Iterable[tuple[Any, Any]],
+    data: Any,
     loss: str | Loss = "cross_entropy",
     *,
+    kind: str = "empirical",
+    loss_options: Mapping[str, Any] | None = None,
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+    state: Mapping[str, Tensor] | None = None,
     params: Iterable[str] | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     eval_mode: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    r"""Diagonal empirical Fisher information (paper eq. 5), squared per sample before the mean.
+    r"""Diagonal Fisher information (paper eq. 5), squared per sample before the mean.
 
     .. math:: F = \frac{1}{N} \sum_{n=1}^N \left( \nabla_w \, \ell(f_w(x_n), y_n) \right)^2
 
@@ -35,147 +40,123 @@ def diagonal_fisher(
     the library's own kernels, which need no memory for per-sample gradients; all other parameters, and layers that
     are called several times, share weights or do not keep the samples in dimension 0, through ``vmap(grad)`` in
     chunks. Both are exact. Neither ``.grad`` nor ``requires_grad`` is read or written, and parameters that are frozen
-    for training have a Fisher like all others: choose with ``params``.
+    for training have a Fisher like all others: choose with ``params``. Works under ``torch.autocast`` and inside
+    ``torch.no_grad``; a compiled model is run eagerly.
 
     Args:
         model: Any module that treats the samples of a batch independently of each other.
         data: ``(inputs, targets)``, or an iterable of such batches (a ``DataLoader``). ``inputs`` is a tensor, a tuple
-            of positional arguments or a mapping of keyword arguments; all tensors have the samples in dimension 0.
-        loss: ``cross_entropy``, ``nll``, ``mse``, ``bce_with_logits`` (summed over whatever an output has besides its
-            sample dimension), or a callable ``(output, targets) -> [N]`` of per-sample losses.
+            of positional arguments or a mapping of keyword arguments; all tensors have the samples in dimension 0. A
+            batch may also be one mapping whose ``labels`` are the targets and whose other entries are the inputs.
+        loss: ``cross_entropy``, ``nll``, ``mse``, ``bce_with_logits`` (of the model's output, or of its ``logits``;
+            summed over whatever they have besides the sample dimension), or a callable ``(output, targets) -> [N]`` of
+            per-sample losses.
+        kind: Which labels ``y`` are. ``"empirical"``: those of the data, as in the paper. ``"sampled"``: drawn from
+            the model's own distribution; the mean over ``num_samples`` of them. ``"exact"``: the expectation over that
+            distribution, at a backward pass per class (``cross_entropy`` and ``nll`` of outputs ``[N, C]``) or per
+            output (``bce_with_logits``, and ``mse`` with its normal distribution of variance 1/2).
+            ``"squared_batch_gradient"`` is not a Fisher: the mean over batches of the squared gradient of the batch's
+            mean loss. It depends on the batch size and is found in re-implementations; it is here to reproduce them.
+        loss_options: Of a loss by name, as in ``torch.nn.functional``: ``weight`` (per class), ``label_smoothing``,
+            ``ignore_index`` of ``cross_entropy``; the first and the last of ``nll``; ``weight`` and ``pos_weight`` of
+            ``bce_with_logits``. Losses are weighted, not divided by the sum of weights. Ignored labels have loss 0 and
+            are ignored in every kind; a sample of nothing else counts in ``N``.
+        num_samples: Draws per label of the kind ``"sampled"``.
+        generator: Where the kind ``"sampled"`` takes its random numbers from; by default the global generator.
+        state: Parameters and buffers by name to take instead of the model's own, such as a client's ``state_dict()``.
         params: Names of the parameters wanted, by default all of ``model.named_parameters()``.
-        batch_size: Samples of one forward pass; larger batches are cut.
+        batch_size: Samples of one forward pass; larger batches are cut. By default what suits the device, but the
+            batches as they come for ``"squared_batch_gradient"``.
         eval_mode: Evaluate the model in eval mode and restore its modes afterwards, also after an error. With False
             the modules keep their modes, and dropout draws its masks from the global generator.
+        progress: Called after every forward pass's batch with the number of samples done so far.
 
     Returns:
         ``[P]``, the chosen parameters flattened one after the other in the order of ``named_parameters()``, on the
         model's device; float32, or float64 for a float64 model.
 
     Raises:
-        ValueError: No samples; unknown loss or parameter; a parameter that the losses do not depend on; layers that
-            couple the samples of a batch (batch normalisation with batch statistics).
+        ValueError: No samples; unknown loss, kind, option, parameter or entry of ``state``; a parameter that the losses
+            do not depend on; layers that couple the samples of a batch (batch normalisation with batch statistics).
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: its graphs have no place for hooks
-    if batch_size < 1:
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper: the names are those of the module
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    with torch.inference_mode(False), torch.enable_grad(), _modes(model, eval_mode):
-        _refuse_batch_statistics(model)
-        estimate = _Estimate(model, _select(model, params), resolve_loss(loss))
-        for inputs, targets in _batches(data, batch_size):
-            estimate.add(inputs, targets)
+    options = {} if loss_options is None else loss_options
+    labels = resolve_kind(kind, loss, resolve_loss(loss, options), options, num_samples, generator)
+    with _evaluation(model, eval_mode):
+        estimate = Estimate(model, _values(model, state), _select(model, params), labels)
+        whole = kind == BATCH_GRADIENT  # what a batch is matters
+        add = estimate.add_batch_gradient if whole else estimate.add
+        most = sys.maxsize if whole and batch_size is None else batch_size
+        for inputs, targets in batches(data, most or estimate.batch_size):
+            add(inputs, targets)
+            if progress is not None:
+                progress(estimate.samples)
     return estimate.mean()
 
 
-class _Estimate:
-    """Running sum of squared per-sample gradients."""
+def diagonal_fisher_stacked(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    data: Sequence[Any],
+    loss: str | Loss = "cross_entropy",
+    *,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Diagonal Fishers of many clients with the same architecture, each with its own parameters and data.
 
-    def __init__(self, model: nn.Module, names: Sequence[str], loss: Loss) -> None:
-        self._model = model
-        self._loss = loss
-        # Detached views: the model's own parameters are neither asked for gradients nor changed.
-        self._values = {name: p.detach() for name, p in model.named_parameters()}
-        self._leaves = {name: self._values[name].detach().requires_grad_() for name in names}
-        parts = list(self._leaves.values())
-        double = any(p.dtype == torch.float64 for p in parts)
-        self._vector = torch.zeros(
-            sum(p.numel() for p in parts), dtype=torch.float64 if double else torch.float32, device=parts[0].device
-        )
-        views = self._vector.split([p.numel() for p in parts])
-        self._sums = {name: v.view(p.shape) for (name, p), v in zip(self._leaves.items(), views, strict=True)}
-        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        self._fallback = PerSampleGradients(self._sample_loss, randomness="different", recurrent=recurrent)
-        self._not_sample_first: set[str] | None = None
-        self._n = 0
+    Row ``k`` is :func:`diagonal_fisher` at client ``k``'s parameters on client ``k``'s data.
 
-    def add(self, inputs: Any, targets: Any) -> None:
-        n = num_samples(targets)
-        if n == 0:
-            return
-        device = self._vector.device
-        inputs, targets = tree_map(lambda x: x.to(device), (inputs, targets))
-        with Capture(self._model, inputs) as capture:
-            losses = self._losses(self._leaves, inputs, targets)
-        uses = uses_in_graph(losses, self._leaves)
-        if unused := [name for name in self._leaves if not uses[name]]:
-            raise ValueError(
-                f"the losses do not depend on {', '.join(unused)}: their Fisher is unknown, not zero; "
-                "use these parameters, or name the others with params="
-            )
-        layers = {
-            name: calls[0]
-            for name, calls in capture.calls.items()
-            if len(calls) == 1
-            and self._usable(calls[0], n, [uses[p] for p in self._own(name)])
-            and self._sample_first(name, calls[0], inputs, targets)
-        }
-        grads = _gradients(losses, list(layers.values()))
-        rest = {name: p.detach() for name, p in self._leaves.items()}
-        for (name, call), g in zip(layers.items(), grads, strict=True):
-            squares = RULES[type(call.module)].sum_squares(call.module, call.input, g)
-            for param in self._own(name):
-                self._sums[param] += squares[param.rpartition(".")[2]]
-                del rest[param]
-        if rest:
-            for param, square in self._fallback.sum_squares(rest, inputs, targets).items():
-                self._sums[param] += square
-        self._n += n
+    Args:
+        model: The architecture; its own values stand in for what ``state`` does not hold.
+        state: ``[K, *shape]`` by name: the clients' parameters, and buffers if these differ, stacked as by
+            ``torch.func.stack_module_state`` (which returns the two apart: ``{**params, **buffers}``).
+        data: Of each client, in any form that :func:`diagonal_fisher` takes.
+        loss: As of :func:`diagonal_fisher`, which also explains the ``options``.
+        progress: Called after every client with the number of clients done so far.
 
-    def mean(self) -> Tensor:
-        if self._n == 0:
-            raise ValueError("no samples: the mean over no data is undefined")
-        return self._vector.div_(self._n)
+    Returns:
+        ``[K, P]``: ready for ``FDCR().aggregate``.
 
-    def _losses(self, params: Mapping[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-        args, kwargs = _arguments(inputs)
-        output = functional_call(self._model, {**self._values, **params}, args, kwargs)
-        return self._loss(output, targets)
-
-    def _sample_loss(self, params: Mapping[str, Tensor], inputs: Any, target: Any) -> Tensor:
-        inputs, target = tree_map(lambda x: x.unsqueeze(0), (inputs, target))
-        return self._losses(params, inputs, target).squeeze(0)
-
-    def _own(self, module_name: str) -> list[str]:
-        """The wanted parameters that a layer holds itself."""
-        prefix = f"{module_name}." if module_name else ""
-        return [name for leaf in ("weight", "bias") if (name := prefix + leaf) in self._leaves]
-
-    @staticmethod
-    def _usable(call: Call, n: int, uses: list[int]) -> bool:
-        """Whether the layer's call was the only use of its parameters, on an input as long as there are samples."""
-        return (
-            bool(uses)
-            and all(count == 1 for count in uses)
-            and call.intact
-            and call.input.shape[:1] == call.output_shape[:1] == (n,)
-        )
-
-    def _sample_first(self, name: str, call: Call, inputs: Any, targets: Any) -> bool:
-        """Whether dimension 0 holds the samples, and not something else that happens to be as long.
-
-        Where the samples could be among the positions, or nowhere (a layer applied to a parameter), one forward pass
-        with a single sample tells.
-        """
-        n = call.input.shape[0]
-        positions = RULES[type(call.module)].positions(call.module, call.input.shape)
-        if n == 1 or (call.of_data and positions.numel() % n != 0):
-            return True
-        if self._not_sample_first is None:
-            inputs, targets = tree_map(lambda x: x[:1], (inputs, targets))
-            with Capture(self._model, inputs) as probe:
-                self._losses(self._leaves, inputs, targets)
-            self._not_sample_first = {
-                layer for layer, calls in probe.calls.items() if any(c.input.shape[:1] != (1,) for c in calls)
-            }
-        return name not in self._not_sample_first
+    Raises:
+        ValueError: No clients, numbers of clients differ, or anything that :func:`diagonal_fisher` raises, with the
+            client's number.
+    """
+    sizes = {name: len(x) if x.dim() > 0 else 0 for name, x in state.items()}
+    if set(sizes.values()) != {len(data)} or not data:
+        raise ValueError(f"expected state [K, ...] and data of the same K >= 1 clients, got {sizes} and {len(data)}")
+    rows: Tensor | None = None
+    for k, client_data in enumerate(data):
+        try:
+            row = diagonal_fisher(model, client_data, loss, state={name: x[k] for name, x in state.items()}, **options)
+        except ValueError as error:
+            raise ValueError(f"client {k}: {error}") from error
+        rows = row.new_empty(len(data), len(row)) if rows is None else rows
+        rows[k] = row
+        if progress is not None:
+            progress(k + 1)
+    assert rows is not None
+    return rows
 
 
-def _gradients(losses: Tensor, calls: Sequence[Call]) -> Sequence[Tensor]:
-    """Gradients of the summed losses at the outputs of the layers; no weight gradient is computed."""
-    if not calls:
-        return []
-    edges = [call.edge for call in calls if call.edge is not None]
-    return torch.autograd.grad(losses.sum(), edges)
+def _values(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The model's parameters, and what ``state`` has instead of them and of buffers."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    own = dict(named)
+    first: dict[int, str] = {}  # the name that a tensor with several names goes by
+    for name, x in named:
+        first.setdefault(id(x), name)
+    values: dict[str, Tensor] = {}
+    for name, x in (state or {}).items():
+        if name not in own or own[name].shape != x.shape:
+            expected = f"{list(own[name].shape)}" if name in own else "no such entry"
+            raise ValueError(f"the model has {expected} for {name} of state, got {list(x.shape)}")
+        tied = first[id(own[name])]
+        if not torch.equal(values.setdefault(tied, x), x):
+            raise ValueError(f"{tied} and {name} are one tensor in the model, but two in state")
+    return {**dict(model.named_parameters()), **values}
 
 
 def _select(model: nn.Module, params: Iterable[str] | None) -> list[str]:
@@ -188,35 +169,24 @@ def _select(model: nn.Module, params: Iterable[str] | None) -> list[str]:
     return [name for name in known if name in wanted]
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    return (inputs,), {}
-
-
-def _batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
-    one_batch = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
-    for batch in [data] if one_batch else data:
-        if not (isinstance(batch, tuple | list) and len(batch) == 2):
-            got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-            raise ValueError(f"expected batches (inputs, targets), got {got}")
-        for start in range(0, num_samples(batch[1]), batch_size):
-            samples = slice(start, start + batch_size)
-            yield tuple(tree_map(lambda x, s=samples: x[s], tuple(batch)))
-
-
 @contextmanager
-def _modes(model: nn.Module, eval_mode: bool) -> Iterator[None]:
+def _evaluation(model: nn.Module, eval_mode: bool) -> Iterator[None]:
+    """Gradients on, whatever the caller's context, compiled parts run eagerly, and the modes put back at the end."""
     before = {module: module.training for module in model.modules()}
     try:
         if eval_mode:
             model.eval()
-        yield
+        _refuse_batch_statistics(model)
+        with torch.inference_mode(False), torch.enable_grad(), _eager():
+            yield
     finally:
         for module, training in before.items():
             module.training = training
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled graphs have no place for hooks. Without the compiler, slow to import, nothing can be compiled."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

@@ -25,50 +25,55 @@ SampleLoss = Callable[[Mapping[str, Tensor], Any, Any], Tensor]
 
 
 class PerSampleGradients:
-    """Sums squared gradients of ``sample_loss`` over samples, without storing more than a chunk of them.
+    """Sums squared gradients of the losses of samples, without storing more than a chunk of them.
 
     ``recurrent`` says that the model has recurrent layers: under ``vmap`` oneDNN's give wrong bias gradients (seen
     with torch 2.14), so PyTorch's own are used for them.
     """
 
-    def __init__(self, sample_loss: SampleLoss, randomness: str, recurrent: bool) -> None:
-        self._loss = sample_loss
+    def __init__(self, recurrent: bool) -> None:
         self._recurrent = recurrent
-        self._grads = vmap(grad(sample_loss), in_dims=(None, 0, 0), randomness=randomness)
         self._vectorised = True
 
-    def sum_squares(self, params: dict[str, Tensor], inputs: Any, targets: Any) -> dict[str, Tensor]:
+    def sum_squares(
+        self, sample_loss: SampleLoss, params: dict[str, Tensor], inputs: Any, targets: Any
+    ) -> dict[str, Tensor]:
         """``sum_n grad_n^2`` for each of ``params``, in at least float32."""
         sums = {name: torch.zeros_like(p, dtype=_wide(p.dtype)) for name, p in params.items()}
         bytes_per_sample = sum(p.numel() * p.element_size() for p in params.values())
         step = max(1, _MAX_BYTES // max(1, bytes_per_sample))
         for start in range(0, num_samples(targets), step):
             samples = slice(start, start + step)
-            grads = self._of_samples(params, *tree_map(lambda x, s=samples: x[s], (inputs, targets)))
+            grads = self._of_samples(sample_loss, params, *tree_map(lambda x, s=samples: x[s], (inputs, targets)))
             for name, g in grads.items():
                 sums[name] += g.to(sums[name].dtype).square_().sum(0)
         return sums
 
-    def _of_samples(self, params: dict[str, Tensor], inputs: Any, targets: Any) -> dict[str, Tensor]:
+    def _of_samples(
+        self, sample_loss: SampleLoss, params: dict[str, Tensor], inputs: Any, targets: Any
+    ) -> dict[str, Tensor]:
         if self._vectorised:
             try:
                 onednn = torch.backends.mkldnn.flags(enabled=False) if self._recurrent else nullcontext()
                 with onednn, sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
-                    grads: dict[str, Tensor] = self._grads(params, inputs, targets)
+                    per_sample = vmap(grad(sample_loss), in_dims=(None, 0, 0), randomness="different")
+                    grads: dict[str, Tensor] = per_sample(params, inputs, targets)
                 return grads
             except Exception as error:  # what vmap cannot do, it says in many ways; the loop finds real errors
                 _log.info("vmap failed, one sample at a time instead: %s", error)
                 self._vectorised = False
         one_by_one = [
-            self._of_one(params, *tree_map(lambda x, i=i: x[i], (inputs, targets))) for i in range(num_samples(targets))
+            _of_one(sample_loss, params, *tree_map(lambda x, i=i: x[i], (inputs, targets)))
+            for i in range(num_samples(targets))
         ]
         return {name: torch.stack([g[name] for g in one_by_one]) for name in params}
 
-    def _of_one(self, params: dict[str, Tensor], inputs: Any, target: Any) -> dict[str, Tensor]:
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        loss = self._loss(leaves, inputs, target)
-        grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        return dict(zip(leaves, grads, strict=True))
+
+def _of_one(sample_loss: SampleLoss, params: dict[str, Tensor], inputs: Any, target: Any) -> dict[str, Tensor]:
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    loss = sample_loss(leaves, inputs, target)
+    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, grads, strict=True))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,3 +1,7 @@
+import weakref
+from collections import UserDict
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fdcr_fast import ParamLayout, diagonal_fisher
+from fdcr_fast.importance.estimate import Estimate
 from fdcr_fast.importance.per_sample import PerSampleGradients
 
 
@@ -182,6 +187,32 @@ def test_hooks_that_change_inputs_and_outputs():
     assert_fisher(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y))
 
 
+class Views(nn.Module):
+    """Takes contiguous images only: view() of channels last fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(2, 3, 3), nn.Linear(108, 5)
+        self.flat = nn.Linear(128, 5)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.conv(x)).reshape(len(x), -1)) + self.flat(x.view(len(x), -1))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", lambda o, t: F.cross_entropy(o, t, reduction="none")])
+def test_models_that_take_no_images_with_channels_last(loss):
+    model = Views()
+    x, y = torch.randn(7, 2, 8, 8), torch.randint(0, 5, (7,))
+    assert_fisher(diagonal_fisher(model, (x, y), loss, batch_size=3), fisher_one_by_one(model, x, y))
+
+
+def test_losses_that_take_no_images_with_channels_last():
+    model = nn.Conv2d(2, 5, 3, padding=1)
+    x, y = torch.randn(4, 2, 6, 6), torch.randn(4, 5, 6, 6)
+    fisher = diagonal_fisher(model, (x, y), lambda o, t: (o.view(len(o), -1) - t.view(len(t), -1)).square().sum(1))
+    assert_fisher(fisher, fisher_one_by_one(model, x, y, lambda o, t: (o - t).square().sum()))
+
+
 def test_batches_are_one_data_set():
     model = small_cnn()
     x, y = images(11)
@@ -268,13 +299,12 @@ def test_callable_loss():
     assert_fisher(fisher, fisher_one_by_one(model, x, y, lambda o, t: (o - t).abs().sum()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_model_dtypes(dtype):
-    model = small_cnn().to(dtype)
+def test_float64_models():
+    model = small_cnn().double()
     x, y = images()
-    fisher = diagonal_fisher(model, (x.to(dtype), y))
-    assert fisher.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_fisher(fisher.double(), fisher_one_by_one(model, x, y), 1e-12 if dtype == torch.float64 else 5e-2)
+    fisher = diagonal_fisher(model, (x.double(), y))
+    assert fisher.dtype == torch.float64
+    assert_fisher(fisher, fisher_one_by_one(model, x, y), 1e-12)
 
 
 def test_embedding_and_norm_in_bfloat16():
@@ -301,11 +331,126 @@ def test_inside_contexts_without_gradients(context):
         torch.testing.assert_close(diagonal_fisher(model, data), expected)
 
 
-def test_compiled_model():
-    model = small_cnn()
+def compile_whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def compile_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compile_a_layer(model):
+    model[0] = torch.compile(model[0], backend="eager")
+    return model
+
+
+def compile_a_function(model):
+    model[0].forward = torch.compile(model[0].forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("how", [compile_whole, compile_in_place, compile_a_layer, compile_a_function])
+@pytest.mark.parametrize("warm", [True, False])
+def test_compiled_models(how, warm):
+    model = small_cnn().eval()
     data = images()
-    compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(diagonal_fisher(compiled, data), diagonal_fisher(model, data))
+    expected = diagonal_fisher(model, data)
+    compiled = how(model)
+    if warm:
+        compiled(data[0])
+    torch.testing.assert_close(diagonal_fisher(compiled, data), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", [small_cnn, Transformer])
+def test_under_autocast(dtype, model_type):
+    model = model_type().eval()
+    x = images()[0] if model_type is small_cnn else torch.randint(0, 20, (7, 6))
+    y = torch.randint(0, 5, (7,))
+    exact = diagonal_fisher(model, (x, y))
+    expected = 0
+    with torch.autocast("cpu", dtype=dtype):
+        fisher = diagonal_fisher(model, (x, y))
+        for xi, yi in zip(x.split(1), y.split(1), strict=True):
+            grads = torch.autograd.grad(F.cross_entropy(model(xi), yi), list(model.parameters()))
+            expected = expected + torch.cat([g.flatten() for g in grads]) ** 2 / 7
+    assert fisher.dtype == torch.float32
+    assert_fisher(fisher, expected, 1e-2)
+    assert (fisher - exact).norm() > 1e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models(dtype):
+    model = small_cnn()
+    x, y = images()
+    expected = fisher_one_by_one(model, x, y)
+    fisher = diagonal_fisher(model.to(dtype), (x.to(dtype), y))
+    assert fisher.dtype == torch.float32
+    assert_fisher(fisher.double(), expected, 5e-2)
+
+
+def test_progress():
+    done = []
+    x, y = images(11)
+    diagonal_fisher(small_cnn(), [(x[:7], y[:7]), (x[:0], y[:0]), (x[7:], y[7:])], batch_size=4, progress=done.append)
+    assert done == [4, 7, 11]
+
+
+class LanguageModel(nn.Module):
+    """Called and answering as Hugging Face's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 5)
+
+    def forward(self, input_ids, attention_mask=None):
+        h = self.embed(input_ids) * attention_mask[..., None]
+        return {"logits": self.head(torch.tanh(h).sum(1)), "hidden_states": (h,)}
+
+
+def test_mappings_of_inputs_labels_and_outputs():
+    model = LanguageModel()
+    ids, mask = torch.randint(0, 20, (6, 4)), torch.randint(0, 2, (6, 4))
+    mask[:, 0] = 1
+    y = torch.randint(0, 5, (6,))
+    batch = UserDict(input_ids=ids, attention_mask=mask, labels=y)
+
+    def loss(output, target):
+        return F.cross_entropy(output["logits"], target, reduction="sum")
+
+    expected = fisher_one_by_one(model, {"input_ids": ids, "attention_mask": mask}, y, loss)
+    assert_fisher(diagonal_fisher(model, batch), expected)
+    assert_fisher(diagonal_fisher(model, [batch, batch], batch_size=4), expected)
+    model.forward = lambda input_ids, attention_mask: SimpleNamespace(
+        **LanguageModel.forward(model, input_ids, attention_mask)
+    )
+    assert_fisher(diagonal_fisher(model, batch), expected)
+    model.forward = lambda input_ids, attention_mask: (model.embed(input_ids), model.head(model.embed(input_ids)))
+    with pytest.raises(ValueError, match="whose output is a tensor or has logits, got tuple"):
+        diagonal_fisher(model, batch)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_inputs_and_gradients_are_dropped_while_the_backward_pass_runs(monkeypatch, passes):
+    """No more than one layer's gradient is alive at a time, and no input of a layer that is done with."""
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(4)])
+    alive = []
+    visited = []
+
+    def add_layer(self, layers, share, last, name, grad):
+        assert [ref for ref in alive if ref() is not None] == []
+        original(self, layers, share, last, name, grad)
+        alive.append(weakref.ref(grad))
+        if last:
+            assert name not in layers
+        visited.append(name)
+
+    original = Estimate._add_layer
+    monkeypatch.setattr(Estimate, "_add_layer", add_layer)
+    data = torch.randn(5, 6), torch.randint(0, 6, (5,))
+    diagonal_fisher(model, data, kind="sampled", num_samples=passes)
+    assert visited == ["3", "2", "1", "0"] * passes
 
 
 def test_fallback_in_chunks(monkeypatch):

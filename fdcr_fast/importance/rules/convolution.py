@@ -11,6 +11,9 @@ from fdcr_fast import ops
 from fdcr_fast.importance.rules.table import rule
 from fdcr_fast.ops.reference import accumulation_dtype
 
+# Groups with fewer channels than a cache line holds would read lines of all channels together again and again.
+_FEW_CHANNELS = 8
+
 
 def _disjoint_windows(module: nn.Module, shape: torch.Size) -> torch.Size:
     """The spatial dimensions, unless windows overlap and so join their positions."""
@@ -36,6 +39,8 @@ def convolution(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[s
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         input = F.pad(input, module._reversed_padding_repeated_twice, mode=mode)
         padding = (0,) * dims
+    if module.groups > 1 and module.out_channels < _FEW_CHANNELS * module.groups:
+        input, grad_output = input.contiguous(), grad_output.contiguous()
     weight, bias = ops.sum_squared_grads_conv(
         grad_output, input, module.kernel_size, module.stride, padding, module.dilation, module.groups
     )
