@@ -165,19 +165,20 @@ class AggregationRule(ABC):
             clients = ClientUpdates.from_matrices(
                 updates, fishers if self.needs_fishers else None, num_samples, client_ids
             )
-        if self.needs_fishers and clients.fishers is None:
+        if self.needs_fishers and not clients.tiles.with_fishers:
             raise ValueError(f"{self!r} takes importances: fishers must be given")
         return clients
 
     def _mean(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
         if not weights.any():
             return global_params.clone()
-        weights = weights.to(clients.updates.device)
-        if not self.rescale:
-            return ops.rescaled_mean(global_params, clients.updates, None, None, None, weights)
-        return ops.rescaled_mean(
-            global_params, clients.updates, clients.fishers, clients.fisher_min, clients.fisher_max, weights
-        )
+        weights = weights.to(clients.tiles.device)
+        params = torch.empty_like(global_params, memory_format=torch.contiguous_format)
+        for span in clients.spans():
+            part = slice(span.first, span.first + span.num_params)
+            fishers = (span.fishers, clients.fisher_min, clients.fisher_max) if self.rescale else (None,) * 3
+            params[part] = ops.rescaled_mean(global_params[part], span.updates, *fishers, weights)
+        return params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,9 +255,11 @@ class FDCR(AggregationRule):
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Cluster the discrepancies and drop the cluster with the largest mean."""
-        fishers = (clients.fishers, clients.fisher_min, clients.fisher_max) if self.importance else (None,) * 3
-        alpha = clients.alpha.to(clients.updates.device)
-        distance = ops.discrepancy(clients.updates, *fishers, alpha, clients.num_params).cpu()
+        alpha = clients.alpha.to(clients.tiles.device)
+        distance = torch.zeros_like(clients.alpha)
+        for span in clients.spans():
+            fishers = (span.fishers, clients.fisher_min, clients.fisher_max) if self.importance else (None,) * 3
+            distance += ops.discrepancy(span.updates, *fishers, alpha, span.num_params).cpu()
         score = SCORES[self.discrepancy]
         scores = score(distance[clients.valid], clients.num_params)
         labels = torch.zeros(len(clients.clients), dtype=torch.int64)
@@ -277,6 +280,6 @@ def _check_global(global_params: Tensor, clients: ClientUpdates) -> None:
         raise ValueError(
             f"expected global_params [{clients.num_params}] like the updates, got [{global_params.numel()}]"
         )
-    check_device("global_params", global_params, clients.updates)
+    check_device("global_params", global_params, clients.tiles)
     if not all(bound.isfinite() for bound in global_params.aminmax()):
         raise ValueError("global_params are not finite")

@@ -311,6 +311,56 @@ void check_aggregation(const fdcr::Kernels& kernels) {
   require_close(result, e_result, sizeof(T) == 4 ? 1e-6 : 1e-13, "rescaled mean");
 }
 
+template <class T>
+void check_fill_row(const fdcr::Kernels& kernels) {
+  const int64_t P = draw(1, 9000), L = draw(1, 3) * P / 2 + 1, tiles = (P + L - 1) / L, gap = draw(0, 9);
+  std::vector<std::vector<T>> pieces;
+  std::vector<fdcr::VectorSegment> segments;
+  std::vector<T> expected;
+  for (int64_t first = 0; first < P;) {
+    const int64_t size = draw(1, P - first), stride = draw(1, 2);
+    pieces.push_back(numbers<T>((size - 1) * stride + 1));
+    segments.push_back({source(pieces.back()), first, size, stride});
+    for (int64_t i = 0; i < size; ++i) expected.push_back(pieces.back()[static_cast<size_t>(i * stride)]);
+    first += size;
+  }
+  const T padding = static_cast<T>(-77);
+  std::vector<T> row(static_cast<size_t>(tiles * (L + gap) - gap), padding);
+  fdcr::FillRowProblem p;
+  p.segments = segments.data();
+  p.count = static_cast<int64_t>(segments.size());
+  p.params = P;
+  p.row = row.data();
+  p.element = source(row).element;
+  p.tile_length = L;
+  p.tile_stride = L + gap;
+  p.stride = 1;
+  fdcr::RowStatistics statistics{1, INFINITY, -INFINITY};
+  kernels.fill_row(p, &statistics, pool);
+
+  double norm = 1, low = INFINITY, high = -INFINITY;
+  for (int64_t v = 0; v < P; ++v) {
+    const double x = static_cast<double>(expected[static_cast<size_t>(v)]);
+    norm += x * x;
+    low = std::min(low, x);
+    high = std::max(high, x);
+    T& kept = row[static_cast<size_t>(v / L * (L + gap) + v % L)];
+    require(static_cast<double>(kept) == x, "copied row");
+    kept = padding;
+  }
+  for (const T x : row) require(x == padding, "padding of a row");
+  require(statistics.low == low && statistics.high == high, "range of a row");
+  require(std::abs(statistics.squared_norm - norm) <= 1e-12 * norm, "squared norm of a row");
+
+  std::vector<uint16_t> narrow(static_cast<size_t>(tiles * (L + gap) - gap));
+  p.row = narrow.data();
+  for (const fdcr::Element element : {fdcr::Element::kBFloat16, fdcr::Element::kFloat16}) {
+    p.element = element;
+    kernels.fill_row(p, &statistics, pool);
+    require(std::isfinite(statistics.squared_norm), "statistics of a narrow row");
+  }
+}
+
 #ifdef FDCR_PLANT_RACE
 // Two threads add to one number: a detector that finds nothing here finds nothing anywhere.
 void plant_race() {
@@ -340,6 +390,8 @@ int main(int argc, char** argv) {
       check_norm_grads<double>(*table[i]);
       check_embedding_grads<float>(*table[i]);
       check_embedding_grads<double>(*table[i]);
+      check_fill_row<float>(*table[i]);
+      check_fill_row<double>(*table[i]);
       check_aggregation<float>(*table[i]);
       check_aggregation<double>(*table[i]);
     }

@@ -29,6 +29,13 @@ def samples():
             (*torch.randn(2, 2, 3, 1, 4, 1), torch.zeros(1, 4), torch.ones(1, 4), 1e-5),
         ],
         "sum_squared_grads_embedding": [(torch.randn(2, 3, 4), torch.tensor([[0, 1, 0], [4, -1, 2]]), 5)],
+        "fill_row": [
+            (
+                [torch.randn(4), torch.randn(6, dtype=torch.bfloat16)],
+                torch.zeros(3, 4),
+                torch.tensor([0.0, torch.inf, -torch.inf], dtype=torch.float64),
+            )
+        ],
         "importance_range": [(fishers, 10)],
         "squared_norm": [(updates, 10)],
         "discrepancy": [(updates, fishers, low, high, alpha, 10), (updates, None, None, None, alpha, 10)],
