@@ -455,9 +455,7 @@ def _check_gram(
         torch._check(transform in reference.GRAM_TRANSFORMS, partial(str, message))
         message = f"{transform} reads Fishers, and there are none"
         torch._check(transform == "update" or fishers is not None, partial(str, message))
-    torch._check(
-        len(ranges) == len(transforms), lambda: f"expected ranges for each of {len(transforms)} transforms"
-    )
+    torch._check(len(ranges) == len(transforms), lambda: f"expected ranges for each of {len(transforms)} transforms")
     for given in ranges:
         message = f"ranges must be int64 [R, 2], got {given.dtype} {tuple(given.shape)}"
         torch._check(given.dtype == torch.int64 and given.dim() == 2 and given.shape[1] == 2, partial(str, message))

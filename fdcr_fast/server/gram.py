@@ -203,9 +203,7 @@ class _Clients:
     high: Tensor | None
 
     @classmethod
-    def of(
-        cls, updates: Tensor | UpdateStore | ClientUpdates, fishers: Tensor | None, importance: bool
-    ) -> _Clients:
+    def of(cls, updates: Tensor | UpdateStore | ClientUpdates, fishers: Tensor | None, importance: bool) -> _Clients:
         if isinstance(updates, UpdateStore):
             updates = updates.client_updates()
         if isinstance(updates, ClientUpdates):
