@@ -342,9 +342,9 @@ fdcr::GramTransform gram_transform(const std::string& name) {
 
 // The rows of an int64 tensor [R, 2], if they are ascending, disjoint ranges of the parameters.
 std::vector<fdcr::ParamRange> parameter_ranges(const Tensor& ranges, int64_t params) {
-  STD_TORCH_CHECK(ranges.is_cpu() && ranges.scalar_type() == ScalarType::Long && ranges.dim() == 2 &&
-                      ranges.size(1) == 2,
-                  "ranges must be int64 [R, 2] on the CPU");
+  STD_TORCH_CHECK(
+      ranges.is_cpu() && ranges.scalar_type() == ScalarType::Long && ranges.dim() == 2 && ranges.size(1) == 2,
+      "ranges must be int64 [R, 2] on the CPU");
   const int64_t* from = static_cast<const int64_t*>(ranges.const_data_ptr());
   std::vector<fdcr::ParamRange> result;
   int64_t end = 0;
@@ -371,9 +371,9 @@ Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
   std::vector<double> low, high;
   if (fishers.has_value()) {
     p.fishers = client_matrix(*fishers, params, "fishers");
-    STD_TORCH_CHECK(fishers->size(0) == updates.size(0) && fishers->size(1) == K &&
-                        fishers->size(2) == updates.size(2),
-                    "fishers differ in shape from updates");
+    STD_TORCH_CHECK(
+        fishers->size(0) == updates.size(0) && fishers->size(1) == K && fishers->size(2) == updates.size(2),
+        "fishers differ in shape from updates");
     low = numbers(*fisher_min, K, "fisher_min");
     high = numbers(*fisher_max, K, "fisher_max");
     p.fisher_min = low.data();

@@ -120,7 +120,7 @@ struct GramView {
 
 struct GramProblem {
   int64_t clients = 0, params = 0;
-  ClientMatrix updates, fishers;  // fishers: null where no view reads them
+  ClientMatrix updates, fishers;       // fishers: null where no view reads them
   const double* fisher_min = nullptr;  // [clients], null where no view reweights
   const double* fisher_max = nullptr;
   const int64_t* rows = nullptr;  // [row_count], ascending: the clients that are read
@@ -144,7 +144,8 @@ struct Kernels {
   // result[v] = global[v] + sum_k weights[k] * (1 + tanh(I / 2)) * update, contiguous, of global's type.
   void (*rescaled_mean)(const AggregationProblem&, const Source& global, int64_t global_stride, void* result,
                         ParallelFor);
-  // total[view][i][j] += the inner product of clients i and j, for those that are read; contiguous, symmetric.
+  // total[view][i][j] += the inner product of clients i and j, for those that are read; contiguous,
+  // symmetric.
   void (*gram)(const GramProblem&, double* total, ParallelFor);
 };
 

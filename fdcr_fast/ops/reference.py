@@ -222,7 +222,8 @@ def gram(
                     fisher_min[read, None],
                     fisher_max[read, None],
                 )
-            result[view, both] += (x @ x.t()).flatten()
+            products = (x @ x.t()).tril()  # a product with itself is not bit for bit symmetric
+            result[view, both] += (products + products.tril(-1).t()).flatten()
         first = stop
     return result
 

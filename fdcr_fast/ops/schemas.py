@@ -235,18 +235,18 @@ def gram(
     - ``"reweighted_update"``: ``I_k[v] * updates_k[v]``, ``I_k = (F_k - min F_k) / (max F_k - min F_k)``
     - ``"fourth_root_fisher"``: ``F_k[v]^(1/4)``
 
-    Where ``float64`` is false and no argument is float64, entries and products are float32, summed in float32 over at
-    most 128 parameters (each client's entries divided by a power of two there, if their products could leave the range
-    of float32) and from there in float64. An element then differs from the exact sum by at most
-    ``1e-5 * sum_v |x_i[v] x_j[v]|``, typically by a hundredth of that or less; with float64 by ``1e-12`` of it. NaN or
-    infinity, the root of a negative Fisher entry, and the importance of a constant Fisher make the row and column of
-    that client non-finite, no others. ``total`` threaded through successive spans of tiles gives the same bits as one
-    call for all of them.
+    Computed in float64 if ``float64`` is set or any data are float64. Else entries and products are float32, summed in
+    float32 over at most 128 parameters and from there in float64; a client's entries are divided by a power of two
+    there, if their products could leave the range of float32; :func:`fdcr_fast.grams` states the error. NaN, infinity,
+    the root of a negative Fisher entry, and the importance of a constant Fisher make the row and column of that client
+    non-finite, and no others. ``total`` threaded through successive spans of tiles gives the same bits as one call for
+    all of them.
 
     Args:
         updates: Tiled client matrix ``[T, K, L]``.
         fishers: Tiled like ``updates``, or None where all transforms are ``"update"``.
-        fisher_min: ``[K]`` float64, or None without ``fishers``; of all parameters, not only those given here.
+        fisher_min: ``[K]`` float64 over all parameters, not only those given here; read by ``"reweighted_update"``
+            alone. None without ``fishers``.
         fisher_max: Likewise.
         read: bool ``[K]``, on the CPU. The rows and columns of the other clients, which are not read, are NaN.
         transforms: One name for each of ``M`` views.

@@ -72,6 +72,26 @@ class MatrixTiles:
     fishers: Tensor | None
     num_params: int
 
+    @classmethod
+    def of(cls, updates: Tensor, fishers: Tensor | None) -> MatrixTiles:
+        """View ``updates [K, P]`` and ``fishers [K, P]``, of any strides, as one tile; nothing is copied.
+
+        Raises:
+            TypeError: not floating-point tensors.
+            ValueError: shapes or devices do not fit, or there is no client or no parameter.
+        """
+        check_floating("updates", updates, "[K, P]")
+        K, P = updates.shape
+        if K == 0 or P == 0:
+            raise ValueError(f"expected at least one client and one parameter, got updates [{K}, {P}]")
+        if fishers is not None:
+            check_floating("fishers", fishers, "[K, P]")
+            if fishers.shape != (K, P):
+                raise ValueError(f"expected fishers [{K}, {P}] like updates, got {list(fishers.shape)}")
+            check_device("fishers", fishers, updates)
+            fishers = fishers.detach().unsqueeze(0)
+        return cls(updates.detach().unsqueeze(0), fishers, P)
+
     @property
     def tile(self) -> int:
         """``L``, the number of parameters in a tile."""
@@ -139,25 +159,15 @@ class ClientUpdates:
             TypeError: not floating-point tensors, or sample counts that are not numbers.
             ValueError: shapes, devices, or client ids do not fit, or there is no client.
         """
-        check_floating("updates", updates, "[K, P]")
+        tiles = MatrixTiles.of(updates, fishers)
         K, P = updates.shape
-        if K == 0 or P == 0:
-            raise ValueError(f"expected at least one client and one parameter, got updates [{K}, {P}]")
         counts = _sample_counts(num_samples, K)
         ids = tuple(range(K)) if client_ids is None else tuple(client_ids)
         if len(ids) != K or len(set(ids)) != K:
             raise ValueError(f"expected {K} different client ids, got {list(ids)}")
-        updates = updates.detach().unsqueeze(0)
-        low = high = None
-        if fishers is not None:
-            check_floating("fishers", fishers, "[K, P]")
-            if fishers.shape != (K, P):
-                raise ValueError(f"expected fishers [{K}, {P}] like updates, got {list(fishers.shape)}")
-            check_device("fishers", fishers, updates)
-            fishers = fishers.detach().unsqueeze(0)
-            low, high = ops.importance_range(fishers, P)
-        norm = ops.squared_norm(updates, P).cpu()
-        return cls(MatrixTiles(updates, fishers, P), counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
+        low, high = (None, None) if tiles.fishers is None else ops.importance_range(tiles.fishers, P)
+        norm = ops.squared_norm(tiles.updates, P).cpu()
+        return cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
 
     @property
     def num_params(self) -> int:

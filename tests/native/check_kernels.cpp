@@ -361,6 +361,59 @@ void check_fill_row(const fdcr::Kernels& kernels) {
   }
 }
 
+template <class T>
+void check_gram(const fdcr::Kernels& kernels, bool large) {
+  const int64_t K = large ? draw(257, 300) : draw(1, 20), P = draw(1, large ? 60 : 5000);
+  const int64_t L = draw(1, 3) * P / 2 + 1, tiles = (P + L - 1) / L;
+  std::vector<T> updates = numbers<T>(tiles * K * L), fishers = numbers<T>(tiles * K * L);
+  for (T& f : fishers) f = f * f;
+  if (draw(0, 3) == 0)
+    for (T& u : updates) u *= T(1e30);  // beyond float32 when multiplied
+  fdcr::GramProblem p;
+  p.clients = K;
+  p.params = P;
+  p.updates = {source(updates), L, K * L, L, 1};
+  p.fishers = {source(fishers), L, K * L, L, 1};
+  const std::vector<double> low(static_cast<size_t>(K), -1.0), high(static_cast<size_t>(K), 3.0);
+  p.fisher_min = low.data();
+  p.fisher_max = high.data();
+  std::vector<int64_t> rows;
+  for (int64_t k = 0; k < K; ++k)
+    if (K == 1 || draw(0, 4) != 0) rows.push_back(k);
+  p.rows = rows.data();
+  p.row_count = static_cast<int64_t>(rows.size());
+  p.float64 = sizeof(T) == 8 || draw(0, 1) == 1;
+  const std::vector<fdcr::ParamRange> all{{0, P}}, some{{P / 5, P / 5}, {P / 4, P / 3}, {P / 3, P / 2 + 1}};
+  using Transform = fdcr::GramTransform;
+  std::vector<fdcr::GramView> views;
+  for (const Transform transform : {Transform::kUpdate, Transform::kFisherUpdate,
+                                    Transform::kReweightedUpdate, Transform::kFourthRootFisher}) {
+    const std::vector<fdcr::ParamRange>& ranges = draw(0, 1) == 1 ? all : some;
+    views.push_back({transform, ranges.data(), static_cast<int64_t>(ranges.size())});
+  }
+  p.views = views.data();
+  p.view_count = static_cast<int64_t>(views.size());
+  std::vector<double> total(views.size() * static_cast<size_t>(K * K), 1.0), expected = total;
+  kernels.gram(p, total.data(), pool);
+
+  for (size_t view = 0; view < views.size(); ++view)
+    for (int64_t r = 0; r < views[view].count; ++r)
+      for (int64_t v = views[view].ranges[r].start; v < views[view].ranges[r].stop; ++v) {
+        std::vector<double> x;
+        for (const int64_t k : rows) {
+          const size_t i = static_cast<size_t>((v / L * K + k) * L + v % L);
+          const double u = static_cast<double>(updates[i]), f = static_cast<double>(fishers[i]);
+          const double entry[] = {u, std::sqrt(f) * u, (f + 1) / 4 * u, std::sqrt(std::sqrt(f))};
+          x.push_back(entry[view]);
+        }
+        for (size_t i = 0; i < x.size(); ++i)
+          for (size_t j = 0; j < x.size(); ++j)
+            expected[(view * static_cast<size_t>(K) + static_cast<size_t>(rows[i])) * static_cast<size_t>(K) +
+                     static_cast<size_t>(rows[j])] += x[i] * x[j];
+      }
+  require_close(total, expected, p.float64 ? 1e-12 : 1e-5, "inner products");
+}
+
 #ifdef FDCR_PLANT_RACE
 // Two threads add to one number: a detector that finds nothing here finds nothing anywhere.
 void plant_race() {
@@ -394,6 +447,10 @@ int main(int argc, char** argv) {
       check_fill_row<double>(*table[i]);
       check_aggregation<float>(*table[i]);
       check_aggregation<double>(*table[i]);
+      if (round % 5 == 0) {
+        check_gram<float>(*table[i], round % 25 == 0);
+        check_gram<double>(*table[i], round % 25 == 0);
+      }
     }
     std::printf("%s: %d rounds right\n", table[i]->name, rounds);
   }

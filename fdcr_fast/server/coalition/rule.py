@@ -93,9 +93,7 @@ class CoalitionFDCR(AggregationRule):
             return Selection(clients.valid)
         groups = ParamGroups.whole(clients.num_params) if self.groups is None else self.groups
         means = self.state.remember(ids, round_views(clients, groups, self.regularisation))
-        views = Views(
-            standardised(means.update), standardised(means.importance), standard_scores(means.concentration)
-        )
+        views = Views(standardised(means.update), standardised(means.importance), standard_scores(means.concentration))
         members, score = find_coalition(views)
         dropped = members if self._stands_out(views, score) else torch.zeros_like(members)
         kept = clients.valid.clone()
@@ -115,9 +113,7 @@ class CoalitionFDCR(AggregationRule):
         return bool(score - chance.mean() >= 3 * chance.std(correction=0))
 
 
-def _explanation(
-    clients: list[Any], views: Views, members: Tensor, dropped: Tensor
-) -> dict[Hashable, CoalitionShare]:
+def _explanation(clients: list[Any], views: Views, members: Tensor, dropped: Tensor) -> dict[Hashable, CoalitionShare]:
     inside, outside = members.double(), (~members).double()
     A, B, c = views.update, views.importance, views.concentration
 

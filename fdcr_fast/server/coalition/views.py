@@ -54,9 +54,7 @@ class ParamGroups:
         """Where a model has fewer layers than that, the features are all but the head, and else everything."""
 
         def ranges(modules: list[str], inside: bool) -> tuple[slice, ...]:
-            return tuple(
-                layout.slices[name] for name in layout.names if (name.rpartition(".")[0] in modules) == inside
-            )
+            return tuple(layout.slices[name] for name in layout.names if (name.rpartition(".")[0] in modules) == inside)
 
         if not linear:
             return cls.whole(layout.numel)
@@ -88,7 +86,10 @@ def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: flo
     )
     valid = clients.valid
     mean_fisher = _mean_fisher(clients)
-    head, kurtosis = _head_importance(clients, groups, mean_fisher), _kurtosis(clients, groups, mean_fisher, regularisation)
+    head, kurtosis = (
+        _head_importance(clients, groups, mean_fisher),
+        _kurtosis(clients, groups, mean_fisher, regularisation),
+    )
     return Views(
         standardised(_cosines(update[valid][:, valid])),
         standardised(_cosines(importance[valid][:, valid])),
