@@ -43,8 +43,8 @@ class CoalitionShare:
 class CoalitionFDCR(AggregationRule):
     r"""Drop the minority of clients that resemble each other most, as attackers who plant one backdoor do.
 
-    With ``D_k`` the update of client ``k``, ``F_k`` its diagonal Fisher, ``Phi_k = F_k / sum F_k`` and ``Pbar`` the mean
-    of the ``Phi_k``, each round gives
+    With ``D_k`` the update of client ``k``, ``F_k`` its diagonal Fisher, ``Phi_k = F_k / sum F_k`` and ``Pbar`` the
+    mean of the ``Phi_k``, each round gives
 
     - ``A_ij = cos(sqrt(F_i) D_i, sqrt(F_j) D_j)``: updates measured in Fisher length,
     - ``B_ij = cos(F_i^(1/4), F_j^(1/4))`` over the features: similarity of importances,
@@ -52,10 +52,11 @@ class CoalitionFDCR(AggregationRule):
       with ``q = D_k^2 / (Pbar + regularisation mean Pbar)``; ``c = zs(r) + zs(kappa)``,
 
     all standardised over the round's clients, averaged over the rounds that clients and pairs took part in, and
-    standardised again. The set ``S`` with the largest ``J`` (see :func:`fdcr_fast.server.coalition.search.find_coalition`)
-    is dropped and the others are averaged by sample count, without rescaling. Nothing depends on the scale of any update
-    or Fisher. It takes an honest majority: ``|S| <= floor((K - 1) / 2)``, and with fewer than 3 clients nobody is
-    dropped. Without the gate somebody is always dropped, attack or not.
+    standardised again. The set ``S`` with the largest ``J``, see
+    :func:`fdcr_fast.server.coalition.search.find_coalition`, is dropped and the others are averaged by sample count,
+    without rescaling. Nothing depends on the scale of any update or Fisher. It takes an honest majority:
+    ``|S| <= floor((K - 1) / 2)``, and with fewer than 3 clients nobody is dropped. Without the gate somebody is always
+    dropped, attack or not.
 
     The rule remembers earlier rounds in ``state``, which every call of ``aggregate`` updates.
 

@@ -105,9 +105,11 @@ def _cosines(gram: Tensor) -> Tensor:
 def _mean_fisher(clients: ClientUpdates) -> Tensor:
     """``Pbar [P]``, the mean of the valid clients' Fishers, each divided by its sum; float64."""
     everything = [slice(0, clients.num_params)]
-    total = sum(fishers.sum(1) for _, _, fishers in _blocks(clients, everything))
+    total = _zeros(clients)
+    for _, _, fishers in _blocks(clients, everything):
+        total += fishers.sum(1)
     share = 1 / (len(total) * total)
-    mean = torch.empty(clients.num_params, dtype=torch.float64, device=clients.tiles.device)
+    mean = torch.empty(clients.num_params, dtype=torch.float64, device=total.device)
     for columns, _, fishers in _blocks(clients, everything):
         mean[columns] = share @ fishers
     return mean
@@ -115,8 +117,7 @@ def _mean_fisher(clients: ClientUpdates) -> Tensor:
 
 def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor) -> Tensor:
     """``r_k``: how important the parameters of the head are that a client changes."""
-    weighted: Tensor | float = 0.0
-    plain: Tensor | float = 0.0
+    weighted, plain = _zeros(clients), _zeros(clients)
     for columns, updates, _ in _blocks(clients, groups.head):
         squares = updates.square_()
         weighted += squares @ mean_fisher[columns]
@@ -128,13 +129,16 @@ def _kurtosis(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor, 
     """``kappa_k``: how much a client's update concentrates on unimportant features."""
     floor = regularisation * mean_fisher.mean()
     size = sum(group.stop - group.start for group in groups.features)
-    first: Tensor | float = 0.0
-    second: Tensor | float = 0.0
+    first, second = _zeros(clients), _zeros(clients)
     for columns, updates, _ in _blocks(clients, groups.features):
         q = updates.square_() / (mean_fisher[columns] + floor)
         first += q.sum(1)
         second += q.square_().sum(1)
     return torch.log((second / size) / (first / size) ** 2).cpu()
+
+
+def _zeros(clients: ClientUpdates) -> Tensor:
+    return torch.zeros(int(clients.valid.sum()), dtype=torch.float64, device=clients.tiles.device)
 
 
 def _blocks(clients: ClientUpdates, ranges: Iterable[slice]) -> Iterator[tuple[slice, Tensor, Tensor]]:
