@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -35,6 +35,7 @@ class AggregationResult:
         labels: Cluster of each client by ascending mean discrepancy, int64 ``[K]``; -1 for rejected clients.
         clients: ``K`` client ids.
         rejected: Reason by client id of the clients whose contribution could not be used.
+        explanation: What the rule says about each client, by client id; empty under rules that say nothing.
     """
 
     params: Tensor
@@ -44,6 +45,7 @@ class AggregationResult:
     labels: Tensor
     clients: tuple[Hashable, ...]
     rejected: dict[Hashable, str]
+    explanation: Mapping[Hashable, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,13 @@ class Selection:
         kept: bool ``[K]``.
         discrepancy: ``V_k [K]``, or None where the rule has no such score.
         labels: int64 ``[K]``, or None for 0 where kept and 1 where dropped.
+        explanation: What else there is to say about each client, by client id.
     """
 
     kept: Tensor
     discrepancy: Tensor | None = None
     labels: Tensor | None = None
+    explanation: Mapping[Hashable, Any] = field(default_factory=dict)
 
 
 class AggregationRule(ABC):
@@ -141,6 +145,7 @@ class AggregationRule(ABC):
             labels=torch.where(valid, labels, -1),
             clients=clients.clients,
             rejected=clients.rejected,
+            explanation=selection.explanation,
         )
 
     @property
@@ -192,7 +197,7 @@ class FedAvg(AggregationRule):
     norm_bound: float | None = None
 
     def __post_init__(self) -> None:
-        _check_norm_bound(self.norm_bound)
+        check_norm_bound(self.norm_bound)
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Keep everybody."""
@@ -251,7 +256,7 @@ class FDCR(AggregationRule):
         check_density(self.eps, self.min_samples)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        _check_norm_bound(self.norm_bound)
+        check_norm_bound(self.norm_bound)
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Cluster the discrepancies and drop the cluster with the largest mean."""
@@ -269,7 +274,8 @@ class FDCR(AggregationRule):
         return Selection(kept, score(distance / self.learning_rate**2, clients.num_params), labels)
 
 
-def _check_norm_bound(norm_bound: float | None) -> None:
+def check_norm_bound(norm_bound: float | None) -> None:
+    """Raise unless ``norm_bound`` is one that a rule can have."""
     if norm_bound is not None and not norm_bound >= 1:
         raise ValueError(f"norm_bound must be None or at least 1 (the median client itself), got {norm_bound}")
 
