@@ -165,17 +165,36 @@ def test_degenerate_uploads():
     assert rule.state.concentration.isfinite().all()
 
 
-def test_the_gate_opens_for_a_coalition_and_not_for_noise():
-    quiet, loud = (CoalitionFDCR(groups=GROUPS, gate=True, gate_from=0) for _ in range(2))
-    kept = {"quiet": [], "loud": []}
-    for seed in range(6):
-        kept["quiet"].append(kept_by(quiet, *uploads(10, seed), "tensors").kept)
-        D, F, n = uploads(10, seed, (2, 5, 8))
-        kinds = np.random.default_rng(0).exponential(size=(2, P))
-        F = kinds[np.isin(np.arange(10), (2, 5, 8)).astype(int)] * np.exp(0.2 * F)
-        kept["loud"].append(kept_by(loud, D, F, n, "tensors").kept)
-    assert sum(int((~k).sum()) for k in kept["quiet"]) < 6
-    assert all((~k).nonzero().flatten().tolist() == [2, 5, 8] for k in kept["loud"])
+@pytest.mark.parametrize(("score", "dropped"), [(4.9, []), (5.1, [0, 1])])
+def test_the_gate_compares_the_score_with_those_of_permuted_views(monkeypatch, score, dropped):
+    """Chance scores of mean 2 and standard deviation 1: the gate opens at 5."""
+    searched = []
+
+    def scored(views):
+        searched.append(views)
+        chance = 2 + [0, 1.5**0.5, -(1.5**0.5)][len(searched) % 3]
+        return torch.arange(8) < 2, score if len(searched) == 1 else chance
+
+    monkeypatch.setattr("fdcr_fast.server.coalition.rule.find_coalition", scored)
+    rule = CoalitionFDCR(groups=GROUPS, gate=True, gate_from=0)
+    result = kept_by(rule, *uploads(8, 0), "tensors")
+    assert (~result.kept).nonzero().flatten().tolist() == dropped
+    first, *permuted = searched
+    assert len(permuted) == 19
+    for views in permuted:
+        assert torch.equal(views.update, first.update)
+        assert torch.equal(views.concentration.sort().values, first.concentration.sort().values)
+        assert torch.equal(views.importance.flatten().sort().values, first.importance.flatten().sort().values)
+        assert torch.equal(views.importance, views.importance.T)
+    assert any(not torch.equal(views.importance, first.importance) for views in permuted)
+
+
+def test_the_gate_is_open_in_the_first_rounds():
+    rule = CoalitionFDCR(groups=GROUPS, gate=True, gate_from=2)
+    always = CoalitionFDCR(groups=GROUPS)
+    for seed in range(2):
+        data = uploads(8, seed)
+        assert torch.equal(kept_by(rule, *data, "tensors").kept, kept_by(always, *data, "tensors").kept)
 
 
 def test_groups_of_models():
