@@ -58,12 +58,14 @@ class RunState:
         rounds: Of every finished round.
         clients: Of every client in every finished round.
         similarity: Of the clients' importances, ``[K, K]``; after the last round only.
+        memory: What the server remembers of its clients, as text; empty for one that remembers nothing.
     """
 
     params: Tensor
     rounds: list[RoundRecord]
     clients: list[ClientRecord]
     similarity: Tensor | None = None
+    memory: str = ""
 
 
 class RunFolder:
@@ -117,6 +119,7 @@ class RunFolder:
             params=state.params.numpy(),
             csv_sizes=np.array(sizes, dtype=np.int64),
             similarity=similarity,
+            memory=np.array(state.memory),
         )
         write_atomically(self.checkpoint_path, buffer.getvalue())
 
@@ -134,6 +137,7 @@ class RunFolder:
         with np.load(self.checkpoint_path, allow_pickle=False) as arrays:
             params, similarity = torch.from_numpy(arrays["params"]), torch.from_numpy(arrays["similarity"])
             sizes = arrays["csv_sizes"].tolist()
+            memory = str(arrays["memory"])
         for path, size in zip(files, sizes, strict=True):
             found = path.stat().st_size if path.exists() else 0
             if found < size:
@@ -144,4 +148,5 @@ class RunFolder:
             read_records(self.rounds_path, RoundRecord),
             read_records(self.clients_path, ClientRecord),
             similarity if similarity.numel() else None,
+            memory,
         )

@@ -135,6 +135,7 @@ class SimulationConfig(BaseModel):
         default=100.0,
         description="FDCR: reject updates beyond so many times the median norm; none is the bare paper rule.",
     )
+    gate: bool = Field(default=False, description="coalition-fdcr: drop nobody where no coalition stands out.")
 
     rounds: PositiveInt = Field(default=50, description="Communication rounds.")
     model: Annotated[str, OneOf(*MODELS)] = Field(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fdcr_fast import UpdateStore
+from fdcr_fast import CoalitionFDCR, CoalitionState, ParamGroups, UpdateStore
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
 from fdcr_fast.sim.attacks import ATTACKER_FISHERS, ATTACKS
 from fdcr_fast.sim.checkpoint import RunFolder, RunState, write_atomically
@@ -73,11 +73,12 @@ class SimulationResult:
     summary: Summary
 
 
-def build_rule(config: SimulationConfig, attackers: frozenset[int]) -> AggregationRule:
+def build_rule(config: SimulationConfig, attackers: frozenset[int], groups: ParamGroups) -> AggregationRule:
     """The configured server; only the informed baselines are handed the attackers."""
     if config.server in INFORMED_BASELINES:
         return INFORMED_BASELINES[config.server](attackers)
-    options = ServerOptions(**{field.name: getattr(config, field.name) for field in fields(ServerOptions)})
+    configured = {field.name for field in fields(ServerOptions)} - {"groups"}
+    options = ServerOptions(groups=groups, **{name: getattr(config, name) for name in configured})
     return SERVERS[config.server](options)
 
 
@@ -92,7 +93,6 @@ class Federation:
     def __init__(self, config: SimulationConfig) -> None:
         self.config = config
         self.attackers = config.attackers()
-        self.rule = build_rule(config, self.attackers)
         dataset = load_dataset(config.dataset, config.data_dir)
         dataset = dataset.subset(config.max_train_samples, config.max_test_samples, config.seed)
         self.attack = ATTACKS[config.attack](config.target, config.poison_share, config.trigger, config.trigger_value)
@@ -112,6 +112,7 @@ class Federation:
                 self.images[rows], self.labels[rows], torch_generator(config.seed, "poison", client)
             )
         self.worker = Worker(build_model(config.model, dataset.image_shape, dataset.num_classes, config.seed))
+        self.rule = build_rule(config, self.attackers, ParamGroups.from_module(self.worker.model))
         self.initial_params = self.worker.params()
         self.store = UpdateStore(self.worker.layout.numel, config.clients)
 
@@ -254,6 +255,8 @@ def resume(out: str | Path, progress: Progress | None = None) -> SimulationResul
     with _num_threads(config.threads):
         federation = Federation(config)
         state = folder.load() or RunState(federation.initial_params, [], [])
+        if isinstance(federation.rule, CoalitionFDCR) and state.memory:
+            federation.rule = replace(federation.rule, state=CoalitionState.from_json(state.memory))
         return _run(federation, state, folder, progress)
 
 
@@ -265,6 +268,8 @@ def _run(
         state.params, record, clients = federation.run_round(round, state.params, progress)
         state.rounds.append(record)
         state.clients.extend(clients)
+        if isinstance(federation.rule, CoalitionFDCR):
+            state.memory = federation.rule.state.to_json()
         if round == config.rounds:
             state.similarity = importance_similarity(federation.store, config.clients)
         if folder is not None:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fdcr_fast import FDCR, FedAvg
+from fdcr_fast import FDCR, CoalitionFDCR, FedAvg, ParamGroups
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.rules import AggregationRule, Selection
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What a server may know of the configuration; see :class:`fdcr_fast.FDCR`."""
+    """What a server may know; see :class:`fdcr_fast.FDCR`, and :class:`fdcr_fast.CoalitionFDCR` for the last two."""
 
     discrepancy: str
     cluster: str | None
@@ -27,6 +27,8 @@ class ServerOptions:
     importance: bool
     norm_bound: float | None
     lr: float
+    gate: bool
+    groups: ParamGroups
 
 
 def fedavg(_options: ServerOptions) -> AggregationRule:
@@ -47,6 +49,11 @@ def fdcr(options: ServerOptions) -> AggregationRule:
     )
 
 
+def coalition_fdcr(options: ServerOptions) -> AggregationRule:
+    """Drop the clients that resemble each other most, over all rounds."""
+    return CoalitionFDCR(groups=options.groups, gate=options.gate, norm_bound=options.norm_bound)
+
+
 @dataclass(frozen=True)
 class Oracle(AggregationRule):
     """Baseline that is told who is malicious, drops exactly them and averages the others by sample count."""
@@ -58,5 +65,9 @@ class Oracle(AggregationRule):
         return Selection(torch.tensor([client not in self.attackers for client in clients.clients]))
 
 
-SERVERS: dict[str, Callable[[ServerOptions], AggregationRule]] = {"fedavg": fedavg, "fdcr": fdcr}
+SERVERS: dict[str, Callable[[ServerOptions], AggregationRule]] = {
+    "fedavg": fedavg,
+    "fdcr": fdcr,
+    "coalition-fdcr": coalition_fdcr,
+}
 INFORMED_BASELINES: dict[str, Callable[[frozenset[int]], AggregationRule]] = {"oracle": Oracle}

@@ -34,8 +34,9 @@ def without_costs(result: SimulationResult) -> list[dict[str, object]]:
     return [record.model_dump(exclude=costs) for record in result.rounds]
 
 
-def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
-    config = tiny_config(rounds=4, attacker_fisher="random", threads=1)
+@pytest.mark.parametrize("server", ["fdcr", "coalition-fdcr"])
+def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path, server: str) -> None:
+    config = tiny_config(rounds=4, attacker_fisher="random", threads=1, server=server)
     expected = simulate(config)
     kill_in(config, tmp_path, round=3, clients_done=2)
     assert not (tmp_path / "summary.json").exists()

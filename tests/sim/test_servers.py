@@ -7,10 +7,12 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from fdcr_fast import FDCR, FedAvg, UpdateStore
+from fdcr_fast import FDCR, CoalitionFDCR, FedAvg, ParamGroups, UpdateStore
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.federation import build_rule
 from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions
+
+GROUPS = ParamGroups((slice(40, 50),), (slice(0, 30),))
 
 
 def uploads(clients: int = 6, num_params: int = 50) -> tuple[torch.Tensor, UpdateStore]:
@@ -46,7 +48,7 @@ def test_permuting_the_truth_changes_no_decision(server: str) -> None:
     outcomes = []
     for malicious in ((0, 1), (4, 5), (), tuple(range(6))):
         config = tiny_config(clients=6, server=server, malicious=malicious)
-        outcomes.append(build_rule(config, config.attackers()).aggregate(w, store))
+        outcomes.append(build_rule(config, config.attackers(), GROUPS).aggregate(w, store))
     for other in outcomes[1:]:
         for name in ("params", "weights", "kept", "labels"):
             assert torch.equal(getattr(outcomes[0], name), getattr(other, name)), name
@@ -55,7 +57,7 @@ def test_permuting_the_truth_changes_no_decision(server: str) -> None:
 def test_the_oracle_drops_exactly_the_attackers() -> None:
     w, store = uploads()
     config = tiny_config(clients=6, server="oracle", malicious=(0, 4))
-    result = build_rule(config, config.attackers()).aggregate(w, store)
+    result = build_rule(config, config.attackers(), GROUPS).aggregate(w, store)
     assert result.kept.tolist() == [False, True, True, True, False, True]
     counts = torch.tensor([0, 11, 12, 13, 0, 15], dtype=torch.float64)
     torch.testing.assert_close(result.weights, counts / counts.sum())
@@ -65,8 +67,8 @@ def test_the_oracle_drops_exactly_the_attackers() -> None:
 
 
 def test_options_reach_the_rule() -> None:
-    assert build_rule(SimulationConfig(server="fedavg"), frozenset()) == FedAvg()
-    assert build_rule(SimulationConfig(lr=0.1), frozenset()) == FDCR(learning_rate=0.1)
+    assert build_rule(SimulationConfig(server="fedavg"), frozenset(), GROUPS) == FedAvg()
+    assert build_rule(SimulationConfig(lr=0.1), frozenset(), GROUPS) == FDCR(learning_rate=0.1)
     options = {
         "discrepancy": "l2",
         "cluster": None,
@@ -75,4 +77,6 @@ def test_options_reach_the_rule() -> None:
         "importance": False,
         "norm_bound": None,
     }
-    assert build_rule(SimulationConfig(**options), frozenset()) == FDCR(learning_rate=0.01, **options)
+    assert build_rule(SimulationConfig(**options), frozenset(), GROUPS) == FDCR(learning_rate=0.01, **options)
+    coalition = SimulationConfig(server="coalition-fdcr", gate=True, norm_bound=7)
+    assert build_rule(coalition, frozenset(), GROUPS) == CoalitionFDCR(groups=GROUPS, gate=True, norm_bound=7)
