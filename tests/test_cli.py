@@ -91,7 +91,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--server", "krum"], "--server: expected one of fedavg, fdcr, oracle (got 'krum')"),
+        (["--server", "krum"], "--server: expected one of fedavg, fdcr, coalition-fdcr, oracle (got 'krum')"),
         (["--dataset", "imagenet"], "--dataset: expected one of digits"),
         (["--clients", "3", "--malicious", "4,"], "malicious: no clients [4]"),
         (["--malicious", "5"], "'5'"),
