@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -210,7 +212,7 @@ Tensor sum_squared_grads_embedding(const Tensor& grad, const Tensor& indices, in
   return result;
 }
 
-// --- aggregation
+// --- client matrices
 
 fdcr::ClientMatrix client_matrix(const Tensor& x, int64_t params, const char* name) {
   STD_TORCH_CHECK(x.dim() == 3, name, " must be a client matrix [T, K, L]");
@@ -220,6 +222,37 @@ fdcr::ClientMatrix client_matrix(const Tensor& x, int64_t params, const char* na
       " tiles of ", length, " do not hold exactly ", params, " parameters");
   return {source(x, name), length, x.stride(0), x.stride(1), x.stride(2)};
 }
+
+Tensor fill_row(const std::vector<Tensor>& values, Tensor row, const Tensor& statistics) {
+  STD_TORCH_CHECK(row.dim() == 2, "expected a row of a tiled client matrix, [T, L]");
+  fdcr::FillRowProblem p;
+  std::vector<fdcr::VectorSegment> segments;
+  segments.reserve(values.size());
+  for (const Tensor& piece : values) {
+    STD_TORCH_CHECK(piece.dim() == 1, "values must be vectors");
+    segments.push_back({source(piece, "values"), p.params, piece.size(0), piece.stride(0)});
+    p.params += piece.size(0);
+  }
+  const fdcr::ClientMatrix to = client_matrix(torch::stable::unsqueeze(row, 1), p.params, "row");
+  p.segments = segments.data();
+  p.count = static_cast<int64_t>(segments.size());
+  p.row = row.mutable_data_ptr();
+  p.element = to.source.element;
+  p.tile_length = to.tile_length;
+  p.tile_stride = to.tile_stride;
+  p.stride = to.stride;
+  const std::vector<double> before = numbers(statistics, 3, "statistics");
+  fdcr::RowStatistics total{before[0], before[1], before[2]};
+  if (p.params > 0) fdcr::kernels().fill_row(p, &total, torch_pool);
+  Tensor result = torch::stable::new_empty(statistics, {3});
+  double* to_result = static_cast<double*>(result.mutable_data_ptr());
+  to_result[0] = total.squared_norm;
+  to_result[1] = total.low;
+  to_result[2] = total.high;
+  return result;
+}
+
+// --- aggregation
 
 // The tensors behind an AggregationProblem; the vectors live as long as this does.
 struct Aggregation {
@@ -297,15 +330,113 @@ Tensor rescaled_mean(const Tensor& global, const Tensor& updates, const std::opt
   return narrow;
 }
 
+// --- inner products
+
+fdcr::GramTransform gram_transform(const std::string& name) {
+  if (name == "update") return fdcr::GramTransform::kUpdate;
+  if (name == "fisher_update") return fdcr::GramTransform::kFisherUpdate;
+  if (name == "reweighted_update") return fdcr::GramTransform::kReweightedUpdate;
+  STD_TORCH_CHECK(name == "fourth_root_fisher", "unknown transform ", name);
+  return fdcr::GramTransform::kFourthRootFisher;
+}
+
+// The rows of an int64 tensor [R, 2], if they are ascending, disjoint ranges of the parameters.
+std::vector<fdcr::ParamRange> parameter_ranges(const Tensor& ranges, int64_t params) {
+  STD_TORCH_CHECK(
+      ranges.is_cpu() && ranges.scalar_type() == ScalarType::Long && ranges.dim() == 2 && ranges.size(1) == 2,
+      "ranges must be int64 [R, 2] on the CPU");
+  const int64_t* from = static_cast<const int64_t*>(ranges.const_data_ptr());
+  std::vector<fdcr::ParamRange> result;
+  int64_t end = 0;
+  for (int64_t i = 0; i < ranges.size(0); ++i, from += ranges.stride(0)) {
+    const int64_t start = from[0], stop = from[ranges.stride(1)];
+    STD_TORCH_CHECK(end <= start && start <= stop && stop <= params, "the range [", start, ", ", stop,
+                    ") is not an ascending part of the rest of ", params, " parameters");
+    result.push_back({start, end = stop});
+  }
+  return result;
+}
+
+Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
+            const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
+            const Tensor& read, const std::vector<std::string>& transforms, const std::vector<Tensor>& ranges,
+            const Tensor& total, int64_t params, bool float64) {
+  fdcr::GramProblem p;
+  p.updates = client_matrix(updates, params, "updates");
+  p.params = params;
+  const int64_t K = updates.size(1), V = p.view_count = static_cast<int64_t>(transforms.size());
+  STD_TORCH_CHECK(
+      fishers.has_value() == fisher_min.has_value() && fishers.has_value() == fisher_max.has_value(),
+      "fishers, fisher_min and fisher_max go together");
+  std::vector<double> low, high;
+  if (fishers.has_value()) {
+    p.fishers = client_matrix(*fishers, params, "fishers");
+    STD_TORCH_CHECK(
+        fishers->size(0) == updates.size(0) && fishers->size(1) == K && fishers->size(2) == updates.size(2),
+        "fishers differ in shape from updates");
+    low = numbers(*fisher_min, K, "fisher_min");
+    high = numbers(*fisher_max, K, "fisher_max");
+    p.fisher_min = low.data();
+    p.fisher_max = high.data();
+  }
+  STD_TORCH_CHECK(
+      read.is_cpu() && read.scalar_type() == ScalarType::Bool && read.dim() == 1 && read.size(0) == K,
+      "read must be bool [", K, "] on the CPU");
+  STD_TORCH_CHECK(total.is_cpu() && total.scalar_type() == ScalarType::Double && total.dim() == 3 &&
+                      total.size(0) == V && total.size(1) == K && total.size(2) == K,
+                  "total must be float64 [", V, ", ", K, ", ", K, "] on the CPU");
+  const bool* is_read = static_cast<const bool*>(read.const_data_ptr());
+  std::vector<int64_t> rows;
+  for (int64_t k = 0; k < K; ++k)
+    if (is_read[k * read.stride(0)]) rows.push_back(k);
+  p.rows = rows.data();
+  p.row_count = static_cast<int64_t>(rows.size());
+  STD_TORCH_CHECK(ranges.size() == transforms.size(), "expected ranges for each of ", V, " transforms");
+  std::vector<std::vector<fdcr::ParamRange>> selected;
+  std::vector<fdcr::GramView> views;
+  for (size_t i = 0; i < transforms.size(); ++i) {
+    const fdcr::GramTransform transform = gram_transform(transforms[i]);
+    STD_TORCH_CHECK(fishers.has_value() || transform == fdcr::GramTransform::kUpdate, transforms[i],
+                    " reads Fishers, and there are none");
+    selected.push_back(parameter_ranges(ranges[i], params));
+    views.push_back({transform, selected.back().data(), static_cast<int64_t>(selected.back().size())});
+  }
+  p.views = views.data();
+  p.float64 = float64 || fdcr::Element::kFloat64 == p.updates.source.element ||
+              (fishers.has_value() && fdcr::Element::kFloat64 == p.fishers.source.element);
+
+  // The kernel sums one triangle of the clients that are read.
+  const int64_t n = p.row_count;
+  Tensor sums = torch::stable::new_empty(total, {V, n, n});
+  Tensor result = torch::stable::new_empty(total, {V, K, K});
+  double *const triangle = doubles(sums), *const symmetric = doubles(result);
+  const double* before = static_cast<const double*>(total.const_data_ptr());
+  for (int64_t v = 0; v < V; ++v)
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = i; j < n; ++j)
+        triangle[(v * n + i) * n + j] =
+            before[v * total.stride(0) + rows[i] * total.stride(1) + rows[j] * total.stride(2)];
+  fdcr::kernels().gram(p, triangle, torch_pool);
+  if (n < K) std::fill_n(symmetric, V * K * K, std::numeric_limits<double>::quiet_NaN());
+  for (int64_t v = 0; v < V; ++v)
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = i; j < n; ++j)
+        symmetric[(v * K + rows[i]) * K + rows[j]] = symmetric[(v * K + rows[j]) * K + rows[i]] =
+            triangle[(v * n + i) * n + j];
+  return result;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
   library.impl("sum_squared_grads_linear", TORCH_BOX(&sum_squared_grads_linear));
   library.impl("sum_squared_grads_conv", TORCH_BOX(&sum_squared_grads_conv));
   library.impl("sum_squared_grads_norm", TORCH_BOX(&sum_squared_grads_norm));
   library.impl("sum_squared_grads_embedding", TORCH_BOX(&sum_squared_grads_embedding));
+  library.impl("fill_row", TORCH_BOX(&fill_row));
   library.impl("importance_range", TORCH_BOX(&importance_range));
   library.impl("squared_norm", TORCH_BOX(&squared_norm));
   library.impl("discrepancy", TORCH_BOX(&discrepancy));
   library.impl("rescaled_mean", TORCH_BOX(&rescaled_mean));
+  library.impl("gram", TORCH_BOX(&gram));
 }
 
 }  // namespace

@@ -5,6 +5,10 @@ from fdcr_fast._version import __version__
 from fdcr_fast.importance.fisher import diagonal_fisher, diagonal_fisher_stacked
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.ops.backends import BackendStatus, backends, info
+from fdcr_fast.server.coalition.rule import CoalitionFDCR, CoalitionShare
+from fdcr_fast.server.coalition.state import CoalitionState
+from fdcr_fast.server.coalition.views import ParamGroups
+from fdcr_fast.server.gram import GramEstimate, GramView, estimate_gram, gram, grams
 from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule, FedAvg, Selection
 from fdcr_fast.server.state_dicts import aggregate_state_dicts
 from fdcr_fast.server.store import UpdateStore
@@ -14,7 +18,13 @@ __all__ = [
     "AggregationResult",
     "AggregationRule",
     "BackendStatus",
+    "CoalitionFDCR",
+    "CoalitionShare",
+    "CoalitionState",
     "FedAvg",
+    "GramEstimate",
+    "GramView",
+    "ParamGroups",
     "ParamLayout",
     "Selection",
     "UpdateStore",
@@ -23,6 +33,9 @@ __all__ = [
     "backends",
     "diagonal_fisher",
     "diagonal_fisher_stacked",
+    "estimate_gram",
+    "gram",
+    "grams",
     "info",
     "ops",
 ]

@@ -15,14 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
-def as_tensor(values: Tensor | NDArray[Any]) -> Tensor:
-    """A detached tensor on the same memory; an array that torch cannot share is copied.
+def as_tensor(values: Any) -> Tensor:
+    """A detached tensor on the memory of a tensor, an array, or any object with ``__dlpack__``.
+
+    An array that torch cannot share is copied.
 
     Raises:
-        TypeError: neither a tensor nor an array of a dtype that torch has.
+        TypeError: it is none of these, or of a dtype that torch has not.
     """
     if isinstance(values, Tensor):
         return values.detach()
+    if hasattr(values, "__dlpack__") and not isinstance(values, np.ndarray):
+        return torch.utils.dlpack.from_dlpack(values)
     if not isinstance(values, np.ndarray):
         raise TypeError(f"expected a torch.Tensor or numpy.ndarray, got {type(values).__name__}")
     # torch shares neither foreign byte orders, nor negative strides, nor (without a warning) read-only
@@ -96,9 +100,22 @@ class ParamLayout:
         """Copy the parameters into one new vector ``[P]``, detached.
 
         Args:
+            source: See :meth:`tensors`.
+            dtype: Of the result; by default the common type of the parameters.
+        """
+        tensors = self.tensors(source)
+        if not tensors:
+            return torch.empty(0, dtype=dtype)
+        return torch.cat([tensor.reshape(-1).to(dtype or tensor.dtype) for tensor in tensors])
+
+    def tensors(
+        self, source: nn.Module | Mapping[str, Tensor | NDArray[Any]] | Sequence[Tensor | NDArray[Any]]
+    ) -> list[Tensor]:
+        """The parameters of a source in the layout's order, detached, not copied.
+
+        Args:
             source: A module, a mapping by name such as a ``state_dict`` (entries that are not in the layout,
                 such as buffers, are ignored), or a sequence in the layout's order.
-            dtype: Of the result; by default the common type of the parameters.
 
         Raises:
             ValueError: parameters are missing, too many, or of another shape; the message names them.
@@ -123,9 +140,7 @@ class ParamLayout:
         ]
         if wrong:
             raise ValueError(f"parameters of the wrong shape: {'; '.join(wrong)}")
-        if not tensors:
-            return torch.empty(0, dtype=dtype)
-        return torch.cat([tensor.reshape(-1).to(dtype or tensor.dtype) for tensor in tensors])
+        return tensors
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a flat vector ``[P]`` by name, each in its parameter's shape.

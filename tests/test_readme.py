@@ -9,10 +9,10 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.skipif(not README.exists(), reason="not a checkout")
-def test_the_quickstart_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_examples_run_one_after_the_other(capsys):
     names = {}
-    exec(code, names)
+    for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
+        exec(code, names)
     assert names["result"].kept.any()
     assert names["result"].rejected == {}
     assert "client-0" in capsys.readouterr().out

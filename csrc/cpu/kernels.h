@@ -68,6 +68,27 @@ struct SquaredEmbeddingGradsProblem {
   void* result = nullptr;            // contiguous [rows, columns]; float64 if grad is, else float32
 };
 
+// Numbers [first, first + size) of a vector that arrives in pieces.
+struct VectorSegment {
+  Source source;
+  int64_t first = 0, size = 0, stride = 0;
+};
+
+// A vector that is copied into tiles: number p to row[(p / tile_length) * tile_stride + (p % tile_length) *
+// stride].
+struct FillRowProblem {
+  const VectorSegment* segments = nullptr;  // in order, without gaps
+  int64_t count = 0, params = 0;
+  void* row = nullptr;
+  Element element = Element::kFloat32;
+  int64_t tile_length = 0, tile_stride = 0, stride = 0;
+};
+
+// Of numbers as they are kept; NaN in any makes all three NaN.
+struct RowStatistics {
+  double squared_norm, low, high;
+};
+
 // Parameter p of client k is data[(p / tile_length) * tile_stride + k * client_stride + (p % tile_length) *
 // stride].
 struct ClientMatrix {
@@ -83,11 +104,39 @@ struct AggregationProblem {
   const double* weights = nullptr;  // [clients]; a client with weight 0 is not read
 };
 
+// Parameters [start, stop).
+struct ParamRange {
+  int64_t start, stop;
+};
+
+enum class GramTransform : int { kUpdate, kFisherUpdate, kReweightedUpdate, kFourthRootFisher };
+
+// The rows whose inner products are wanted: a transform of updates and Fishers, over some of the columns.
+struct GramView {
+  GramTransform transform;
+  const ParamRange* ranges;  // [count], ascending, disjoint, not beyond the parameters
+  int64_t count;
+};
+
+struct GramProblem {
+  int64_t params = 0;
+  ClientMatrix updates, fishers;       // fishers: null where no view reads them
+  const double* fisher_min = nullptr;  // [clients], null where no view reweights
+  const double* fisher_max = nullptr;
+  const int64_t* rows = nullptr;  // [row_count]: the clients
+  int64_t row_count = 0;
+  const GramView* views = nullptr;
+  int64_t view_count = 0;
+  bool float64 = false;  // computes in float64, else in float32 over short runs of columns
+};
+
 struct Kernels {
   const char* name;
   void (*squared_grads)(const SquaredGradsProblem&, ParallelFor);
   void (*squared_norm_grads)(const SquaredNormGradsProblem&, ParallelFor);
   void (*squared_embedding_grads)(const SquaredEmbeddingGradsProblem&, ParallelFor);
+  // Adds the row's statistics to those of the numbers before it.
+  void (*fill_row)(const FillRowProblem&, RowStatistics*, ParallelFor);
   void (*range)(const ClientMatrix&, int64_t clients, int64_t params, double* low, double* high, ParallelFor);
   void (*squared_norm)(const ClientMatrix&, int64_t clients, int64_t params, double* result, ParallelFor);
   // result[k] = sum_v (u_v - u_{k,v})^2, NaN where weights[k] == 0.
@@ -95,6 +144,9 @@ struct Kernels {
   // result[v] = global[v] + sum_k weights[k] * (1 + tanh(I / 2)) * update, contiguous, of global's type.
   void (*rescaled_mean)(const AggregationProblem&, const Source& global, int64_t global_stride, void* result,
                         ParallelFor);
+  // total[view][i][j] += the inner product of rows[i] and rows[j] for i <= j, contiguous [row_count,
+  // row_count].
+  void (*gram)(const GramProblem&, double* total, ParallelFor);
 };
 
 // The kernels in use: the widest that the processor supports, unless FDCR_FAST_SIMD or select_kernels chose

@@ -7,6 +7,8 @@ holds the same operators for ``torch.compile`` and ``torch.library.opcheck``.
 
 from fdcr_fast.ops.schemas import (
     discrepancy,
+    fill_row,
+    gram,
     importance_range,
     rescaled_mean,
     squared_norm,
@@ -18,6 +20,8 @@ from fdcr_fast.ops.schemas import (
 
 __all__ = [
     "discrepancy",
+    "fill_row",
+    "gram",
     "importance_range",
     "rescaled_mean",
     "squared_norm",

@@ -5,7 +5,9 @@ Work is done in blocks, so that no temporary grows with ``K * P`` or with the nu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +106,25 @@ def sum_squared_grads_embedding(grad_output: Tensor, indices: Tensor, num_embedd
     return result
 
 
+def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tensor:
+    """Copy a vector into tiles, with statistics of what is kept; see ``schemas``."""
+    length = row.shape[1]
+    tiles, rest = divmod(num_params := sum(piece.shape[0] for piece in values), max(length, 1))
+    if num_params == 0:
+        return statistics.clone()
+    vector = torch.cat([piece.to(row.device, row.dtype) for piece in values])
+    row[:tiles].copy_(vector[: tiles * length].view(tiles, length))
+    if rest:
+        row[tiles, :rest].copy_(vector[tiles * length :])
+    norm, low, high = statistics.unbind()
+    for start in range(0, num_params, _BLOCK_ELEMENTS):
+        block = vector[start : start + _BLOCK_ELEMENTS].double()
+        norm = norm + block.square().sum().to(statistics.device)
+        low = torch.minimum(low, block.amin().to(statistics.device))
+        high = torch.maximum(high, block.amax().to(statistics.device))
+    return torch.stack([norm, low, high])
+
+
 def importance_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest Fisher entry per client; see ``schemas``."""
     clients = fishers.shape[1]
@@ -163,6 +184,66 @@ def rescaled_mean(
         result[start:stop] = global_params[start:stop].double() + weights[read] @ delta
         start = stop
     return result
+
+
+def gram(
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    read: Tensor,
+    transforms: Sequence[str],
+    ranges: Sequence[Tensor],
+    total: Tensor,
+    num_params: int,
+    float64: bool,
+) -> Tensor:
+    """Inner products of transformed clients, always in float64; see ``schemas``."""
+    for pairs in ranges:
+        bounds = [0, *pairs.flatten().tolist(), num_params]
+        message = f"ranges must be ascending, disjoint parts of {num_params} parameters, got {pairs.tolist()}"
+        torch._check(all(a <= b for a, b in itertools.pairwise(bounds)), partial(str, message))
+    read = read.to(updates.device)
+    result = total.clone(memory_format=torch.contiguous_format)
+    both = read.unsqueeze(0) & read.unsqueeze(1)
+    result[:, ~both] = torch.nan
+    first = 0
+    for block, tile in _column_blocks(updates, num_params):
+        stop = first + block.shape[1]
+        for view, transform in enumerate(transforms):
+            columns = _selected(ranges[view], first, stop).to(updates.device)
+            delta = block[read][:, columns].double()
+            if fishers is None or fisher_min is None or fisher_max is None:
+                x = delta
+            else:
+                x = GRAM_TRANSFORMS[transform](
+                    delta,
+                    fishers[tile[0], :, tile[1]][read][:, columns].double(),
+                    fisher_min[read, None],
+                    fisher_max[read, None],
+                )
+            products = (x @ x.t()).tril()  # a product with itself is not bit for bit symmetric
+            result[view, both] += (products + products.tril(-1).t()).flatten()
+        first = stop
+    return result
+
+
+def _selected(ranges: Tensor, first: int, stop: int) -> Tensor:
+    """Which parameters of ``[first, stop)`` the ranges hold, counted from ``first``."""
+    params = torch.arange(first, stop)
+    if len(ranges) == 0:
+        return params[:0]
+    last_begun = torch.searchsorted(ranges[:, 0].contiguous(), params, right=True) - 1
+    return ((last_begun >= 0) & (params < ranges[last_begun, 1])).nonzero().squeeze(1)
+
+
+# Transformed rows from updates, Fishers, and the Fishers' smallest and largest entries.
+GRAM_TRANSFORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "update": lambda delta, fisher, low, high: delta,
+    "fisher_update": lambda delta, fisher, low, high: fisher.sqrt() * delta,
+    "reweighted_update": lambda delta, fisher, low, high: (fisher - low) / (high - low) * delta,
+    "fourth_root_fisher": lambda delta, fisher, low, high: fisher.sqrt().sqrt(),
+}
 
 
 def _importance(

@@ -110,6 +110,25 @@ def sum_squared_grads_embedding(grad_output: Tensor, indices: Tensor, num_embedd
     return cast(Tensor, torch.ops.fdcr_fast.sum_squared_grads_embedding(grad_output, indices, num_embeddings))
 
 
+def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tensor:
+    """Copy a vector into one client's row of a tiled client matrix, and take statistics of it, in one pass.
+
+    Number ``p`` of the concatenated ``values`` goes to ``row[p // L, p % L]``, rounded to its dtype; what lies behind
+    the last number is not touched. The statistics are those of the rounded numbers, NaN if any of them is NaN.
+
+    Args:
+        values: Vectors that make up one vector ``[P]``; floating, any strides and dtypes.
+        row: ``[T, L]``, floating; written.
+        statistics: Of the numbers before these: float64 ``(squared norm, smallest, largest)``; ``(0, inf, -inf)`` where
+            there are none. The compiled kernels give a vector that is copied in pieces of whole tiles, in order, the
+            same bits as in one.
+
+    Returns:
+        ``[3]`` float64, the statistics with these numbers.
+    """
+    return cast(Tensor, torch.ops.fdcr_fast.fill_row(list(values), row, statistics))
+
+
 def importance_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest entry of every client's diagonal Fisher (paper eq. 6); NaN if any entry is NaN.
 
@@ -192,6 +211,59 @@ def rescaled_mean(
     return cast(
         Tensor,
         torch.ops.fdcr_fast.rescaled_mean(global_params, updates, fishers, fisher_min, fisher_max, weights),
+    )
+
+
+def gram(
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    read: Tensor,
+    transforms: Sequence[str],
+    ranges: Sequence[Tensor],
+    total: Tensor,
+    num_params: int,
+    float64: bool,
+) -> Tensor:
+    """Inner products of all pairs of transformed clients, for several views of them in one pass.
+
+    ``total[m, i, j] + sum_v x_i[v] x_j[v]`` with ``v`` in the ranges of view ``m`` and ``x_k[v]`` by its transform
+
+    - ``"update"``: ``updates_k[v]``
+    - ``"fisher_update"``: ``sqrt(F_k[v]) * updates_k[v]``
+    - ``"reweighted_update"``: ``I_k[v] * updates_k[v]``, ``I_k = (F_k - min F_k) / (max F_k - min F_k)``
+    - ``"fourth_root_fisher"``: ``F_k[v]^(1/4)``
+
+    Computed in float64 if ``float64`` is set or any data are float64. Else entries and products are float32, summed in
+    float32 over at most 128 parameters and from there in float64; a client's entries are divided by a power of two
+    there, if their products could leave the range of float32; :func:`fdcr_fast.grams` states the error. NaN, infinity,
+    the root of a negative Fisher entry, and the importance of a constant Fisher make the row and column of that client
+    non-finite, and no others. ``total`` threaded through successive spans of tiles gives the same bits as one call for
+    all of them.
+
+    Args:
+        updates: Tiled client matrix ``[T, K, L]``.
+        fishers: Tiled like ``updates``, or None where all transforms are ``"update"``.
+        fisher_min: ``[K]`` float64 over all parameters, not only those given here; read by ``"reweighted_update"``
+            alone. None without ``fishers``.
+        fisher_max: Likewise.
+        read: bool ``[K]``, on the CPU. The rows and columns of the other clients, which are not read, are NaN.
+        transforms: One name for each of ``M`` views.
+        ranges: For each view int64 ``[R, 2]`` on the CPU: ranges ``[start, stop)`` of the ``P`` parameters, ascending
+            and disjoint.
+        total: ``[M, K, K]`` float64, symmetric.
+        num_params: ``P``.
+        float64: Whether to compute in float64 throughout.
+
+    Returns:
+        ``[M, K, K]``, float64, symmetric.
+    """
+    return cast(
+        Tensor,
+        torch.ops.fdcr_fast.gram(
+            updates, fishers, fisher_min, fisher_max, read, transforms, ranges, total, num_params, float64
+        ),
     )
 
 
@@ -283,6 +355,18 @@ def _check_embedding(grad_output: Tensor, indices: Tensor, num_embeddings: int) 
     torch._check(num_embeddings >= 0, lambda: f"num_embeddings must not be negative, got {num_embeddings}")
 
 
+def _check_fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> None:
+    for piece in values:
+        _check_floating(values=piece)
+        torch._check(piece.dim() == 1, partial("values must be vectors, got {}".format, tuple(piece.shape)))
+    torch._check(row.dim() == 2, lambda: f"expected a row [T, L], got {tuple(row.shape)}")
+    _check_clients(sum(piece.shape[0] for piece in values), row[:, None])
+    torch._check(
+        statistics.dtype == torch.float64 and statistics.shape == (3,),
+        lambda: f"statistics must be float64 [3], got {statistics.dtype} {tuple(statistics.shape)}",
+    )
+
+
 def _check_clients(
     num_params: int,
     updates: Tensor,
@@ -348,6 +432,40 @@ def _check_rescaled_mean(
     _check_clients(global_params.numel(), updates, fishers, fisher_min, fisher_max, weights)
 
 
+def _check_gram(
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    read: Tensor,
+    transforms: Sequence[str],
+    ranges: Sequence[Tensor],
+    total: Tensor,
+    num_params: int,
+    float64: bool,
+) -> None:
+    _check_clients(num_params, updates, fishers, fisher_min, fisher_max)
+    clients = updates.shape[1]
+    torch._check(
+        read.dtype == torch.bool and read.shape == (clients,),
+        lambda: f"read must be bool [{clients}], got {read.dtype} {tuple(read.shape)}",
+    )
+    for transform in transforms:
+        message = f"unknown transform {transform}, expected one of {sorted(reference.GRAM_TRANSFORMS)}"
+        torch._check(transform in reference.GRAM_TRANSFORMS, partial(str, message))
+        message = f"{transform} reads Fishers, and there are none"
+        torch._check(transform == "update" or fishers is not None, partial(str, message))
+    torch._check(len(ranges) == len(transforms), lambda: f"expected ranges for each of {len(transforms)} transforms")
+    for given in ranges:
+        message = f"ranges must be int64 [R, 2], got {given.dtype} {tuple(given.shape)}"
+        torch._check(given.dtype == torch.int64 and given.dim() == 2 and given.shape[1] == 2, partial(str, message))
+    expected = (len(transforms), clients, clients)
+    torch._check(
+        total.dtype == torch.float64 and total.shape == expected,
+        lambda: f"total must be float64 {expected}, got {total.dtype} {tuple(total.shape)}",
+    )
+
+
 # --- fake kernels: shapes and dtypes without data ---------------------------------------------------------------------
 
 
@@ -373,6 +491,10 @@ def _fake_embedding(grad_output: Tensor, indices: Tensor, num_embeddings: int) -
     return grad_output.new_empty(num_embeddings, grad_output.shape[2], dtype=dtype)
 
 
+def _fake_fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tensor:
+    return torch.empty_like(statistics)
+
+
 def _fake_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
     return _per_client(fishers), _per_client(fishers)
 
@@ -383,6 +505,10 @@ def _per_client(clients: Tensor, *_: object) -> Tensor:
 
 def _fake_rescaled_mean(global_params: Tensor, *_: object) -> Tensor:
     return torch.empty_like(global_params, memory_format=torch.contiguous_format)
+
+
+def _fake_gram(*args: Any) -> Tensor:
+    return torch.empty_like(args[7], memory_format=torch.contiguous_format)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -411,6 +537,11 @@ OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]] = {
         _check_embedding,
         _fake_embedding,
     ),
+    "fill_row": (
+        "(Tensor[] values, Tensor(a!) row, Tensor statistics) -> Tensor",
+        _check_fill_row,
+        _fake_fill_row,
+    ),
     "importance_range": ("(Tensor fishers, int num_params) -> (Tensor, Tensor)", _check_range, _fake_range),
     "squared_norm": ("(Tensor updates, int num_params) -> Tensor", _check_squared_norm, _per_client),
     "discrepancy": (
@@ -422,6 +553,12 @@ OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]] = {
         f"(Tensor global_params, {_CLIENTS}, Tensor weights) -> Tensor",
         _check_rescaled_mean,
         _fake_rescaled_mean,
+    ),
+    "gram": (
+        f"({_CLIENTS}, Tensor read, str[] transforms, Tensor[] ranges, Tensor total, int num_params, bool float64) "
+        "-> Tensor",
+        _check_gram,
+        _fake_gram,
     ),
 }
 

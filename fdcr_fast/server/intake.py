@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,15 +16,117 @@ _FEWEST_SAMPLES, _MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range
 
 
 @dataclass(frozen=True)
+class Span:
+    """Consecutive parameters of all clients, ``[first, first + num_params)``, as tiled client matrices.
+
+    Attributes:
+        first: The first parameter.
+        num_params: How many there are.
+        updates: Tiled ``[T', K, L]``.
+        fishers: Likewise, or None where there are none.
+    """
+
+    first: int
+    num_params: int
+    updates: Tensor
+    fishers: Tensor | None
+
+
+class ClientTiles(Protocol):
+    """The rows of one round, wherever they lie."""
+
+    @property
+    def num_params(self) -> int:
+        """``P``."""
+
+    @property
+    def tile(self) -> int:
+        """``L``, the number of parameters in a tile."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the spans."""
+
+    @property
+    def with_fishers(self) -> bool:
+        """Whether the spans have Fishers."""
+
+    def spans(self) -> Iterator[Span]:
+        """The whole round in the order of the parameters, cut between tiles; a span is valid until the next one."""
+
+    def window(self, first: int, num_params: int) -> Span:
+        """The parameters ``[first, first + num_params)`` alone, which must lie in one tile."""
+
+
+@dataclass(frozen=True)
+class MatrixTiles:
+    """Rows in tiled client matrices in memory, in one span.
+
+    Attributes:
+        updates: Tiled ``[T, K, L]``.
+        fishers: Likewise, or None.
+        num_params: ``P``.
+    """
+
+    updates: Tensor
+    fishers: Tensor | None
+    num_params: int
+
+    @classmethod
+    def of(cls, updates: Tensor, fishers: Tensor | None) -> MatrixTiles:
+        """View ``updates [K, P]`` and ``fishers [K, P]``, of any strides, as one tile; nothing is copied.
+
+        Raises:
+            TypeError: not floating-point tensors.
+            ValueError: shapes or devices do not fit, or there is no client or no parameter.
+        """
+        check_floating("updates", updates, "[K, P]")
+        K, P = updates.shape
+        if K == 0 or P == 0:
+            raise ValueError(f"expected at least one client and one parameter, got updates [{K}, {P}]")
+        if fishers is not None:
+            check_floating("fishers", fishers, "[K, P]")
+            if fishers.shape != (K, P):
+                raise ValueError(f"expected fishers [{K}, {P}] like updates, got {list(fishers.shape)}")
+            check_device("fishers", fishers, updates)
+            fishers = fishers.detach().unsqueeze(0)
+        return cls(updates.detach().unsqueeze(0), fishers, P)
+
+    @property
+    def tile(self) -> int:
+        """``L``, the number of parameters in a tile."""
+        return self.updates.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the matrices."""
+        return self.updates.device
+
+    @property
+    def with_fishers(self) -> bool:
+        """Whether there are Fishers."""
+        return self.fishers is not None
+
+    def spans(self) -> Iterator[Span]:
+        """Everything at once."""
+        yield Span(0, self.num_params, self.updates, self.fishers)
+
+    def window(self, first: int, num_params: int) -> Span:
+        """Views of the parameters ``[first, first + num_params)``, which must lie in one tile."""
+        tile, column = divmod(first, self.tile)
+        columns = slice(column, column + num_params)
+        fishers = None if self.fishers is None else self.fishers[tile : tile + 1, :, columns]
+        return Span(first, num_params, self.updates[tile : tile + 1, :, columns], fishers)
+
+
+@dataclass(frozen=True)
 class ClientUpdates:
-    """One round of ``K`` clients in rows; tiled client matrices ``[T, K, L]`` as in :mod:`fdcr_fast.ops`.
+    """One round of ``K`` clients in rows.
 
     Vectors over clients lie on the CPU, but ``fisher_min`` and ``fisher_max`` on the device of the Fishers.
 
     Attributes:
-        updates: Tiled ``delta_k = w_k - w``.
-        fishers: Tiled diagonal Fishers ``F_k``, or None where no rule needs them.
-        num_params: ``P``.
+        tiles: Updates ``delta_k = w_k - w`` and diagonal Fishers ``F_k``.
         num_samples: ``n_k``, float64 ``[K]``.
         clients: ``K`` client ids.
         squared_norm: ``||delta_k||^2``, float64 ``[K]``.
@@ -34,9 +136,7 @@ class ClientUpdates:
         rejected: Reason by client id, of rejected rows and of clients that got no row.
     """
 
-    updates: Tensor
-    fishers: Tensor | None
-    num_params: int
+    tiles: ClientTiles
     num_samples: Tensor
     clients: tuple[Hashable, ...]
     squared_norm: Tensor
@@ -59,25 +159,24 @@ class ClientUpdates:
             TypeError: not floating-point tensors, or sample counts that are not numbers.
             ValueError: shapes, devices, or client ids do not fit, or there is no client.
         """
-        check_floating("updates", updates, "[K, P]")
+        tiles = MatrixTiles.of(updates, fishers)
         K, P = updates.shape
-        if K == 0 or P == 0:
-            raise ValueError(f"expected at least one client and one parameter, got updates [{K}, {P}]")
         counts = _sample_counts(num_samples, K)
         ids = tuple(range(K)) if client_ids is None else tuple(client_ids)
         if len(ids) != K or len(set(ids)) != K:
             raise ValueError(f"expected {K} different client ids, got {list(ids)}")
-        updates = updates.detach().unsqueeze(0)
-        low = high = None
-        if fishers is not None:
-            check_floating("fishers", fishers, "[K, P]")
-            if fishers.shape != (K, P):
-                raise ValueError(f"expected fishers [{K}, {P}] like updates, got {list(fishers.shape)}")
-            check_device("fishers", fishers, updates)
-            fishers = fishers.detach().unsqueeze(0)
-            low, high = ops.importance_range(fishers, P)
-        norm = ops.squared_norm(updates, P).cpu()
-        return cls(updates, fishers, P, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
+        low, high = (None, None) if tiles.fishers is None else ops.importance_range(tiles.fishers, P)
+        norm = ops.squared_norm(tiles.updates, P).cpu()
+        return cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
+
+    @property
+    def num_params(self) -> int:
+        """``P``."""
+        return self.tiles.num_params
+
+    def spans(self) -> Iterator[Span]:
+        """See :meth:`ClientTiles.spans`."""
+        return self.tiles.spans()
 
     @property
     def alpha(self) -> Tensor:
@@ -91,7 +190,8 @@ class ClientUpdates:
             importance: Whether the rule takes importances, which a constant Fisher leaves undefined.
             norm_bound: Largest update norm in units of the median norm of the clients that are otherwise
                 valid (for an even number of them the lower median: of two clients the smaller sets the
-                scale); None for no bound.
+                scale). Updates of zero do not count in it: clients that send nothing new would else have all
+                others rejected. None for no bound.
         """
         reasons: list[str | None] = []
         for n, norm, low, high in zip(
@@ -104,7 +204,7 @@ class ClientUpdates:
         usable = torch.tensor([reason is None for reason in reasons], dtype=torch.bool)
         if norm_bound is not None and usable.any():
             norms = self.squared_norm.sqrt()
-            median = norms[usable].median().item()
+            median = median_size(norms[usable])
             for k in torch.nonzero(usable & (norms > norm_bound * median)).flatten().tolist():
                 reasons[k] = f"the update's norm {norms[k]:.4g} is beyond {norm_bound:g} times the median {median:.4g}"
         rejected = {client: reason for client, reason in zip(self.clients, reasons, strict=True) if reason}
@@ -137,6 +237,12 @@ def rejection_reason(
     return None
 
 
+def median_size(sizes: Tensor) -> float:
+    """The lower median of those that are not zero; infinity where all are."""
+    sizes = sizes[sizes > 0]
+    return sizes.median().item() if len(sizes) else math.inf
+
+
 def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:
     """``n_k / sum n`` over the chosen clients, 0 for the others (eq. 11); float64 ``[K]``."""
     counts = torch.where(chosen, num_samples, 0)
@@ -153,7 +259,7 @@ def check_floating(name: str, tensor: object, shape: str) -> None:
         raise ValueError(f"expected {name} {shape}, got shape {list(tensor.shape)}")
 
 
-def check_device(name: str, tensor: Tensor, updates: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, updates: Tensor | ClientTiles) -> None:
     """Raise unless ``tensor`` lies where the updates lie."""
     if tensor.device != updates.device:
         raise ValueError(f"expected {name} on the device of the updates, {updates.device}, got {tensor.device}")

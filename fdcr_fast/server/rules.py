@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -35,6 +35,7 @@ class AggregationResult:
         labels: Cluster of each client by ascending mean discrepancy, int64 ``[K]``; -1 for rejected clients.
         clients: ``K`` client ids.
         rejected: Reason by client id of the clients whose contribution could not be used.
+        explanation: What the rule says about each client, by client id; empty under rules that say nothing.
     """
 
     params: Tensor
@@ -44,6 +45,7 @@ class AggregationResult:
     labels: Tensor
     clients: tuple[Hashable, ...]
     rejected: dict[Hashable, str]
+    explanation: Mapping[Hashable, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,13 @@ class Selection:
         kept: bool ``[K]``.
         discrepancy: ``V_k [K]``, or None where the rule has no such score.
         labels: int64 ``[K]``, or None for 0 where kept and 1 where dropped.
+        explanation: What else there is to say about each client, by client id.
     """
 
     kept: Tensor
     discrepancy: Tensor | None = None
     labels: Tensor | None = None
+    explanation: Mapping[Hashable, Any] = field(default_factory=dict)
 
 
 class AggregationRule(ABC):
@@ -141,6 +145,7 @@ class AggregationRule(ABC):
             labels=torch.where(valid, labels, -1),
             clients=clients.clients,
             rejected=clients.rejected,
+            explanation=selection.explanation,
         )
 
     @property
@@ -165,19 +170,20 @@ class AggregationRule(ABC):
             clients = ClientUpdates.from_matrices(
                 updates, fishers if self.needs_fishers else None, num_samples, client_ids
             )
-        if self.needs_fishers and clients.fishers is None:
+        if self.needs_fishers and not clients.tiles.with_fishers:
             raise ValueError(f"{self!r} takes importances: fishers must be given")
         return clients
 
     def _mean(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
         if not weights.any():
             return global_params.clone()
-        weights = weights.to(clients.updates.device)
-        if not self.rescale:
-            return ops.rescaled_mean(global_params, clients.updates, None, None, None, weights)
-        return ops.rescaled_mean(
-            global_params, clients.updates, clients.fishers, clients.fisher_min, clients.fisher_max, weights
-        )
+        weights = weights.to(clients.tiles.device)
+        params = torch.empty_like(global_params, memory_format=torch.contiguous_format)
+        for span in clients.spans():
+            part = slice(span.first, span.first + span.num_params)
+            fishers = (span.fishers, clients.fisher_min, clients.fisher_max) if self.rescale else (None,) * 3
+            params[part] = ops.rescaled_mean(global_params[part], span.updates, *fishers, weights)
+        return params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +197,7 @@ class FedAvg(AggregationRule):
     norm_bound: float | None = None
 
     def __post_init__(self) -> None:
-        _check_norm_bound(self.norm_bound)
+        check_norm_bound(self.norm_bound)
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Keep everybody."""
@@ -250,13 +256,15 @@ class FDCR(AggregationRule):
         check_density(self.eps, self.min_samples)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        _check_norm_bound(self.norm_bound)
+        check_norm_bound(self.norm_bound)
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Cluster the discrepancies and drop the cluster with the largest mean."""
-        fishers = (clients.fishers, clients.fisher_min, clients.fisher_max) if self.importance else (None,) * 3
-        alpha = clients.alpha.to(clients.updates.device)
-        distance = ops.discrepancy(clients.updates, *fishers, alpha, clients.num_params).cpu()
+        alpha = clients.alpha.to(clients.tiles.device)
+        distance = torch.zeros_like(clients.alpha)
+        for span in clients.spans():
+            fishers = (span.fishers, clients.fisher_min, clients.fisher_max) if self.importance else (None,) * 3
+            distance += ops.discrepancy(span.updates, *fishers, alpha, span.num_params).cpu()
         score = SCORES[self.discrepancy]
         scores = score(distance[clients.valid], clients.num_params)
         labels = torch.zeros(len(clients.clients), dtype=torch.int64)
@@ -266,7 +274,8 @@ class FDCR(AggregationRule):
         return Selection(kept, score(distance / self.learning_rate**2, clients.num_params), labels)
 
 
-def _check_norm_bound(norm_bound: float | None) -> None:
+def check_norm_bound(norm_bound: float | None) -> None:
+    """Raise unless ``norm_bound`` is one that a rule can have."""
     if norm_bound is not None and not norm_bound >= 1:
         raise ValueError(f"norm_bound must be None or at least 1 (the median client itself), got {norm_bound}")
 
@@ -277,6 +286,6 @@ def _check_global(global_params: Tensor, clients: ClientUpdates) -> None:
         raise ValueError(
             f"expected global_params [{clients.num_params}] like the updates, got [{global_params.numel()}]"
         )
-    check_device("global_params", global_params, clients.updates)
+    check_device("global_params", global_params, clients.tiles)
     if not all(bound.isfinite() for bound in global_params.aminmax()):
         raise ValueError("global_params are not finite")

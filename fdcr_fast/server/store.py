@@ -2,37 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+import dataclasses
+import heapq
+import os
+import threading
+from collections.abc import Hashable, Iterator
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fdcr_fast import ops
-from fdcr_fast.layout import as_tensor
-from fdcr_fast.server.intake import ClientUpdates, rejection_reason
+from fdcr_fast.layout import ParamLayout
+from fdcr_fast.server.file_rows import DEFAULT_RESIDENT, FileRows
+from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, rejection_reason
+from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, MemoryRows, StoreShape, Vectors
+from fdcr_fast.server.vectors import shown, vector_pieces
 
 _BLOCK_BYTES = 1 << 19  # one tile of all clients should fit into a core's second-level cache
 
 
-class UpdateStore:
-    """Updates and Fishers of up to ``capacity`` clients in one tensor ``[T, capacity, 2, L]``, Fisher first.
+class Contribution(NamedTuple):
+    """What the store holds of one client.
 
-    Parameter ``p`` lies in tile ``p // L`` at ``p % L``, so that every pass over all clients reads memory in
-    sequence, and what one pass read of a tile is still cached for the next. Clients may arrive in any order,
-    each with one copy.
+    Attributes:
+        client: Its id.
+        update: ``delta_k [P]``, a copy.
+        fisher: ``F_k [P]`` likewise, or None in a store without Fishers.
+        num_samples: ``n_k``.
+    """
+
+    client: Hashable
+    update: Tensor
+    fisher: Tensor | None
+    num_samples: float
+
+
+class UpdateStore:
+    """Updates and Fishers of up to ``capacity`` clients in tiles ``[T, capacity, 2, L]``, Fisher first.
+
+    Parameter ``p`` lies in tile ``p // L`` at ``p % L``, so that every pass over all clients reads memory or file in
+    sequence, and what one pass read of a tile is still cached for the next. A contribution is validated in the one
+    pass that copies it. All methods may be called from many threads at once; contributions are then copied side by
+    side, and views that the store has given out hold until a client is removed or replaced or the store is cleared.
+
+    **Order.** Clients lie in rows in the order in which their ``put`` began; where one was rejected or removed, a later
+    client takes the row, or else the last one moves there. The order decides how sums are rounded, nothing else.
+
+    **Files.** With ``path`` the rows lie in a new file (docs/store-format.md) that may be larger than memory, and rules
+    read it span by span. When ``put`` has returned, the contribution outlives a crash. Ids are then str or int. What
+    was rejected is not written down.
 
     Args:
         num_params: ``P``.
         capacity: Largest number of accepted clients in a round.
-        dtype: In which updates and Fishers are kept.
+        dtype: In which updates and Fishers are kept: float32, float64, bfloat16 or float16.
         tile: ``L``; by default such that a tile of all clients fits into cache.
         device: Where they are kept.
         with_fishers: False for a store without Fishers, for rules that need none; half the memory.
+        layout: Names and shapes of the parameters, so that clients may send mappings by name.
+        buffer_dtype: Of the numbers in raw buffers (``bytes``); by default ``dtype``.
+        on_invalid: ``"reject"`` records a contribution that cannot be used; ``"raise"`` raises ValueError as well.
+        path: Of a file to create; None for memory.
+        max_resident: With ``path``, the largest buffers, in bytes, through which it is written and read.
+        sync: With ``path``, False trades crash safety for speed: nothing is flushed to the disk before the system does.
 
     Attributes:
         rejected: Reason by client id of those that were not accepted.
+
+    Raises:
+        ValueError: a size is not positive, or the memory that is left does not hold the store.
+        FileExistsError: there is a file at ``path``; see :meth:`open`.
     """
 
     def __init__(
@@ -44,32 +84,116 @@ class UpdateStore:
         tile: int | None = None,
         device: torch.device | str = "cpu",
         with_fishers: bool = True,
+        layout: ParamLayout | None = None,
+        buffer_dtype: torch.dtype | None = None,
+        on_invalid: Literal["reject", "raise"] = "reject",
+        path: str | os.PathLike[str] | None = None,
+        max_resident: int = DEFAULT_RESIDENT,
+        sync: bool = True,
     ) -> None:
-        if not dtype.is_floating_point:
-            raise TypeError(f"expected a floating-point dtype, got {dtype}")
-        matrices = 2 if with_fishers else 1
         if tile is None:
-            cached = _BLOCK_BYTES // (matrices * max(capacity, 1) * dtype.itemsize)
-            tile = min(max(cached // 64 * 64, 64), max(num_params, 1))
-        for name, size in (("num_params", num_params), ("capacity", capacity), ("tile", tile)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        self.num_params = num_params
-        self.capacity = capacity
-        self.with_fishers = with_fishers
-        self.tile = tile
-        self._rows: dict[Hashable, int] = {}
-        self.rejected: dict[Hashable, str] = {}
+            tile = _memory_tile(num_params, capacity, dtype, with_fishers)
+            if path is not None:
+                tile = FileRows.tile(num_params, capacity, dtype, with_fishers, max_resident)
+        shape = StoreShape(num_params, capacity, tile, dtype, with_fishers)
+        device = torch.device(device)
+        if path is not None and device.type != "cpu":
+            raise ValueError(f"a store in a file is read on the CPU, not on {device}")
+        rows = MemoryRows(shape, device) if path is None else FileRows.create(path, shape, max_resident, sync)
+        self._start(rows, {}, layout, buffer_dtype, on_invalid)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        mode: Literal["r", "r+"] = "r",
+        *,
+        layout: ParamLayout | None = None,
+        buffer_dtype: torch.dtype | None = None,
+        on_invalid: Literal["reject", "raise"] = "reject",
+        max_resident: int = DEFAULT_RESIDENT,
+        sync: bool = True,
+        verify: bool = False,
+    ) -> UpdateStore:
+        """The store in a file: exactly the clients whose ``put`` had returned when it was last written.
+
+        Args:
+            path: Of the file.
+            mode: ``"r"`` reads what is there now, also while another process writes; if that process then removes or
+                replaces clients, reading raises RuntimeError instead of giving a mixture. ``"r+"`` goes on writing;
+                only one process can.
+            layout: As of a new store, and so are ``buffer_dtype``, ``on_invalid``, ``max_resident`` and ``sync``.
+            verify: Also read all data and compare checksums.
+
+        Raises:
+            ValueError: it is no store, or it is damaged; the message says where.
+            BlockingIOError: another process has it open for writing, and so would this one.
+        """
+        if mode not in ("r", "r+"):
+            raise ValueError(f"mode must be 'r' or 'r+', got {mode!r}")
+        rows, accepted = FileRows.open(path, mode == "r+", max_resident, sync, verify)
+        store = cls.__new__(cls)
+        store._start(rows, accepted, layout, buffer_dtype, on_invalid)
+        return store
+
+    @staticmethod
+    def required_bytes(
+        num_params: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        tile: int | None = None,
+        with_fishers: bool = True,
+    ) -> int:
+        """Memory that such a store takes, ``nbytes``, without making it."""
+        tile = _memory_tile(num_params, capacity, dtype, with_fishers) if tile is None else tile
+        return StoreShape(num_params, capacity, tile, dtype, with_fishers).nbytes
+
+    def _start(
+        self,
+        rows: MemoryRows | FileRows,
+        accepted: dict[Hashable, Accepted],
+        layout: ParamLayout | None,
+        buffer_dtype: torch.dtype | None,
+        on_invalid: Literal["reject", "raise"],
+    ) -> None:
+        shape = rows.shape
+        if layout is not None and layout.numel != shape.num_params:
+            raise ValueError(f"the layout has {layout.numel} parameters, the store {shape.num_params}")
+        if on_invalid not in ("reject", "raise"):
+            raise ValueError(f"on_invalid must be 'reject' or 'raise', got {on_invalid!r}")
+        self._rows = rows
+        self._layout = layout
+        self._buffer_dtype = buffer_dtype or shape.dtype
+        self._on_invalid = on_invalid
+        self._changed = threading.Condition()
+        self._accepted = accepted
+        self._arriving: set[Hashable] = set()
+        taken = {client.row for client in accepted.values()}
+        self._free = [row for row in range(shape.capacity) if row not in taken]  # a heap, the first row first
         self._arrived = 0
-        tiles = -(-num_params // tile)
-        self._data = torch.empty(tiles, capacity, matrices, tile, dtype=dtype, device=device)
-        self._num_samples = torch.empty(capacity, dtype=torch.float64)
-        self._squared_norm = torch.empty(capacity, dtype=torch.float64)
-        self._fisher_min = torch.empty(capacity, dtype=torch.float64, device=device)
-        self._fisher_max = torch.empty(capacity, dtype=torch.float64, device=device)
+        self.rejected: dict[Hashable, str] = {}
+
+    def __enter__(self) -> UpdateStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._accepted)
+
+    def __contains__(self, client_id: Hashable) -> bool:
+        return client_id in self._accepted
+
+    def __iter__(self) -> Iterator[Contribution]:
+        """The accepted contributions, one by one, in the order of the rows."""
+        for client in self._in_order():
+            row = self._rows.read(client.row)
+            fisher = row[FISHER] if self.with_fishers else None
+            yield Contribution(client.client, row[UPDATE], fisher, client.num_samples)
 
     def __repr__(self) -> str:
         return (
@@ -78,146 +202,233 @@ class UpdateStore:
         )
 
     @property
-    def clients(self) -> tuple[Hashable, ...]:
-        """Ids of the accepted clients in order of arrival: the rows of everything else."""
-        return tuple(self._rows)
+    def num_params(self) -> int:
+        """``P``."""
+        return self._rows.shape.num_params
+
+    @property
+    def capacity(self) -> int:
+        """Largest number of accepted clients."""
+        return self._rows.shape.capacity
+
+    @property
+    def tile(self) -> int:
+        """``L``, the number of parameters in a tile."""
+        return self._rows.shape.tile
+
+    @property
+    def with_fishers(self) -> bool:
+        """Whether the store holds Fishers."""
+        return self._rows.shape.with_fishers
 
     @property
     def dtype(self) -> torch.dtype:
         """In which updates and Fishers are kept."""
-        return self._data.dtype
+        return self._rows.shape.dtype
 
     @property
     def device(self) -> torch.device:
         """Where updates and Fishers are kept."""
-        return self._data.device
+        return self._rows.device
 
     @property
     def nbytes(self) -> int:
-        """Memory of updates and Fishers at full capacity."""
-        return self._data.nbytes
+        """Memory, or file, of updates and Fishers at full capacity."""
+        return self._rows.shape.nbytes
+
+    @property
+    def clients(self) -> tuple[Hashable, ...]:
+        """Ids of the accepted clients: the rows of everything else."""
+        return tuple(client.client for client in self._in_order())
 
     @property
     def updates(self) -> Tensor:
-        """Tiled client matrix ``[T, K, L]`` of the accepted clients' updates; a view."""
-        return self._data[:, : len(self), -1]
+        """Tiled client matrix ``[T, K, L]`` of the accepted clients' updates; a view, of a store in memory only."""
+        return self._matrices().updates
 
     @property
     def fishers(self) -> Tensor | None:
-        """Tiled client matrix ``[T, K, L]`` of the accepted clients' Fishers; None in a store without."""
-        return self._data[:, : len(self), 0] if self.with_fishers else None
+        """Tiled client matrix ``[T, K, L]`` of the Fishers likewise; None in a store without."""
+        return self._matrices().fishers
 
     @property
     def num_samples(self) -> Tensor:
         """Sample counts of the accepted clients, float64 ``[K]``."""
-        return self._num_samples[: len(self)]
+        return self.client_updates().num_samples
 
     def clear(self) -> None:
-        """Forget everything for the next round; the memory is kept."""
-        self._rows = {}
-        self.rejected = {}
-        self._arrived = 0
+        """Forget everything for the next round; memory and file are kept."""
+        with self._changed:
+            self._wait_for_arrivals()
+            self._rows.forget([client.row for client in self._accepted.values()])
+            self._accepted = {}
+            self._free = list(range(self.capacity))
+            self._arrived = 0
+            self.rejected = {}
+
+    def close(self) -> None:
+        """Let go of the file, which others can then write; a store in memory needs no closing."""
+        with self._changed:
+            self._wait_for_arrivals()
+            self._rows.close()
 
     def reject(self, client_id: Hashable, reason: str) -> None:
         """Record that a client has no usable contribution this round, such as one that sent nothing."""
-        if client_id in self._rows:
-            raise ValueError(f"client {client_id!r} is already accepted")
-        self.rejected[client_id] = reason
+        with self._changed:
+            if client_id in self._accepted:
+                raise ValueError(f"client {client_id!r} is already accepted")
+            self.rejected[client_id] = reason
+
+    def remove(self, client_id: Hashable) -> None:
+        """Take back an accepted contribution; its client may send another one.
+
+        Raises:
+            KeyError: no such client is accepted.
+        """
+        with self._changed:
+            if client_id not in self._accepted:
+                raise KeyError(f"client {client_id!r} is not in the store")
+            self._release(self._accepted.pop(client_id).row)
 
     def put(
         self,
-        update: Tensor | NDArray[Any],
-        fisher: Tensor | NDArray[Any] | None,
+        update: Any,
+        fisher: Any,
         num_samples: float | Tensor,
         client_id: Hashable | None = None,
+        *,
+        replace: bool = False,
     ) -> bool:
         """Copy one client's contribution into the store, if it can be used.
 
         Args:
-            update: ``delta_k = w_k - w [P]``, any floating dtype.
+            update: ``delta_k = w_k - w [P]`` in floating point, of any strides: a tensor, a NumPy array, an object with
+                ``__dlpack__``, a mapping by parameter name (of a store with a layout), or a buffer of ``P`` numbers.
             fisher: ``F_k [P]`` likewise; None for a store without Fishers.
             num_samples: ``n_k``.
             client_id: By default the number of earlier calls in this round.
+            replace: Whether a contribution under an accepted id takes the place of the first one, which stays until the
+                new one is accepted; that takes a free row. By default it is not accepted.
 
         Returns:
-            Whether it was accepted; if not, ``rejected`` tells why. A second contribution under an accepted
-            id is not accepted, and the first one stays.
+            Whether it was accepted; if not, ``rejected`` tells why.
 
         Raises:
             RuntimeError: the store is full.
+            ValueError: it was not accepted, and ``on_invalid`` is ``"raise"``.
         """
-        client = self._arrived if client_id is None else client_id
-        self._arrived += 1
-        if client in self._rows:
-            self.rejected[client] = "sent a second contribution, which was ignored; the first one counts"
-            return False
-        if len(self) == self.capacity:
-            raise RuntimeError(f"the store is full: its capacity is {self.capacity} clients")
-        reason = self._fill_next_row(update, fisher, num_samples)
-        if reason is not None:
-            self.rejected[client] = reason
-            return False
-        self.rejected.pop(client, None)
-        self._rows[client] = len(self)
+        with self._changed:
+            client = self._arrived if client_id is None else client_id
+            self._arrived += 1
+            if client in self._arriving or (client in self._accepted and not replace):
+                return self._refuse(client, "sent a second contribution, which was ignored; the first one counts")
+            if not self._free:
+                raise RuntimeError(f"the store is full: its capacity is {self.capacity} clients")
+            row = heapq.heappop(self._free)
+            self._arriving.add(client)
+        try:
+            accepted = self._receive(row, client, update, fisher, num_samples)
+        except BaseException as error:
+            with self._changed:
+                self._arriving.discard(client)
+                heapq.heappush(self._free, row)
+                self._changed.notify_all()
+                if isinstance(error, ValueError):
+                    return self._refuse(client, str(error))
+            raise
+        with self._changed:
+            self._arriving.discard(client)
+            self._changed.notify_all()
+            self.rejected.pop(client, None)
+            earlier = self._accepted.pop(client, None)
+            self._accepted[client] = accepted
+            if earlier is not None:
+                self._release(earlier.row)
         return True
 
     def client_updates(self) -> ClientUpdates:
-        """The round so far, as rules see it."""
-        K = len(self)
+        """The round so far, as rules see it; waits for contributions that are being copied."""
+        with self._changed:
+            clients = self._in_order()
+            tiles = self._rows.tiles([client.row for client in clients])
+            rejected = dict(self.rejected)
+
+        def numbers(name: str) -> Tensor:
+            return torch.tensor([getattr(client, name) for client in clients], dtype=torch.float64)
+
         return ClientUpdates(
-            updates=self.updates,
-            fishers=self.fishers,
-            num_params=self.num_params,
-            num_samples=self.num_samples,
-            clients=self.clients,
-            squared_norm=self._squared_norm[:K],
-            fisher_min=self._fisher_min[:K] if self.with_fishers else None,
-            fisher_max=self._fisher_max[:K] if self.with_fishers else None,
-            valid=torch.ones(K, dtype=torch.bool),
-            rejected=dict(self.rejected),
+            tiles=tiles,
+            num_samples=numbers("num_samples"),
+            clients=tuple(client.client for client in clients),
+            squared_norm=numbers("squared_norm"),
+            fisher_min=numbers("fisher_min").to(tiles.device) if self.with_fishers else None,
+            fisher_max=numbers("fisher_max").to(tiles.device) if self.with_fishers else None,
+            valid=torch.ones(len(clients), dtype=torch.bool),
+            rejected=rejected,
         )
 
-    def _fill_next_row(self, update: Any, fisher: Any, num_samples: Any) -> str | None:
-        """Write row ``K``, which is nobody's until its client is accepted; the reason if it cannot be."""
-        K, P = len(self), self.num_params
-        try:
-            count = _number(num_samples)
-            vectors = {-1: self._vector("update", update)}
-            if self.with_fishers:
-                vectors[0] = self._vector("Fisher", fisher)
-        except (TypeError, ValueError) as error:
-            return str(error)
-        norm = ops.squared_norm(vectors[-1].view(1, 1, P), P).item()
-        low = high = None
+    def _receive(self, row: int, client: Hashable, update: Any, fisher: Any, num_samples: Any) -> Accepted:
+        """Fill a row that is nobody's until its client is accepted; ValueError says why the client cannot be."""
+        count = _number(num_samples)
+        vectors: Vectors = {UPDATE: self._pieces("update", update)}
         if self.with_fishers:
-            low, high = (bound.item() for bound in ops.importance_range(vectors[0].view(1, 1, P), P))
-            self._fisher_min[K], self._fisher_max[K] = low, high
+            vectors = {**vectors, FISHER: self._pieces("Fisher", fisher)}
+        statistics, checksum = self._rows.fill(row, vectors)
+        norm = statistics[UPDATE][0].item()
+        low, high = statistics[FISHER][1:].tolist() if self.with_fishers else (None, None)
         reason = rejection_reason(count, norm, low, high)
         if reason is not None:
-            return reason
-        self._num_samples[K], self._squared_norm[K] = count, norm
-        full = P // self.tile
-        for matrix, vector in vectors.items():
-            tiles = self._data[:, K, matrix]
-            tiles[:full].copy_(vector[: full * self.tile].view(full, self.tile))
-            tiles[-1, : P - full * self.tile].copy_(vector[full * self.tile :])
-        return None
+            raise ValueError(reason)
+        accepted = Accepted(client, row, count, norm, low or 0.0, high or 0.0, checksum)
+        self._rows.commit(accepted)
+        return accepted
 
-    def _vector(self, name: str, values: Any) -> Tensor:
-        """The values as they will be kept, contiguous; a copy only where dtype, device or strides differ."""
-        try:
-            vector = as_tensor(values)
-        except TypeError as error:
-            raise TypeError(f"the {name} is no vector: {error}") from None
-        if not vector.is_floating_point():
-            raise TypeError(f"the {name} must be floating point, got {vector.dtype}")
-        if tuple(vector.shape) != (self.num_params,):
-            raise ValueError(f"the {name} must be a vector of {self.num_params} parameters, got {list(vector.shape)}")
-        return vector.to(self.device, self.dtype).contiguous()
+    def _pieces(self, name: str, values: Any) -> list[Tensor]:
+        pieces = vector_pieces(name, values, self.num_params, self._layout, self._buffer_dtype)
+        return [piece.to(self.device) for piece in pieces]
+
+    def _refuse(self, client: Hashable, reason: str) -> Literal[False]:
+        self.rejected[client] = reason
+        if self._on_invalid == "raise":
+            raise ValueError(f"client {client!r} was not accepted: {reason}")
+        return False
+
+    def _release(self, row: int) -> None:
+        self._rows.forget([row])
+        heapq.heappush(self._free, row)
+
+    def _wait_for_arrivals(self) -> None:
+        self._changed.wait_for(lambda: not self._arriving)
+
+    def _in_order(self) -> list[Accepted]:
+        """The accepted clients by row, the last ones in the gaps that others have left."""
+        with self._changed:
+            self._wait_for_arrivals()
+            by_row = {client.row: client for client in self._accepted.values()}
+            last = sorted(by_row)
+            clients = [by_row[k] if k in by_row else by_row[last.pop()] for k in range(len(by_row))]
+            rows = self._rows.pack([client.row for client in clients])
+            if rows != [client.row for client in clients]:
+                clients = [dataclasses.replace(client, row=row) for client, row in zip(clients, rows, strict=True)]
+                self._accepted = {client.client: client for client in clients}
+                self._free = list(range(len(clients), self.capacity))
+            return clients
+
+    def _matrices(self) -> MatrixTiles:
+        tiles = self.client_updates().tiles
+        if not isinstance(tiles, MatrixTiles):
+            raise ValueError("the store is in a file: iterate over it, or over client_updates().spans()")
+        return tiles
+
+
+def _memory_tile(num_params: int, capacity: int, dtype: torch.dtype, with_fishers: bool) -> int:
+    matrices = 2 if with_fishers else 1
+    cached = _BLOCK_BYTES // (matrices * max(capacity, 1) * dtype.itemsize)
+    return min(max(cached // 64 * 64, 64), max(num_params, 1))
 
 
 def _number(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise TypeError(f"the sample count must be a number, got {value!r}") from None
+    except Exception:  # the object is the client's, and so is whatever it raises
+        raise ValueError(f"the sample count must be a number, got {shown(value)}") from None

@@ -146,15 +146,17 @@ def importance_similarity(store: UpdateStore, clients: int) -> Tensor:
         ValueError: the store holds no Fishers.
     """
     uploads = store.client_updates()
-    if uploads.fishers is None or uploads.fisher_min is None or uploads.fisher_max is None:
+    if uploads.fisher_min is None or uploads.fisher_max is None:
         raise ValueError("the store holds no Fishers")
     low, spread = uploads.fisher_min[:, None], (uploads.fisher_max - uploads.fisher_min)[:, None]
-    num_tiles, rows, tile = uploads.fishers.shape
+    rows = len(uploads.clients)
     gram = torch.zeros(rows, rows, dtype=torch.float64)
-    for index in range(num_tiles):
-        block = uploads.fishers[index, :, : min(tile, uploads.num_params - index * tile)].double()
-        importance = (block - low) / spread
-        gram += importance @ importance.T
+    for span in uploads.spans():
+        assert span.fishers is not None  # there are ranges of them
+        for index, block in enumerate(span.fishers.unbind()):
+            fishers = block[:, : span.num_params - index * uploads.tiles.tile].double()
+            importance = (fishers - low) / spread
+            gram += importance @ importance.T
     norms = gram.diagonal().sqrt()
     similarity = torch.full((clients, clients), float("nan"), dtype=torch.float64)
     ids = torch.tensor(uploads.clients, dtype=torch.int64)

@@ -313,6 +313,107 @@ void check_aggregation(const fdcr::Kernels& kernels) {
   require_close(result, e_result, sizeof(T) == 4 ? 1e-6 : 1e-13, "rescaled mean");
 }
 
+template <class T>
+void check_fill_row(const fdcr::Kernels& kernels) {
+  const int64_t P = draw(1, 9000), L = draw(1, 3) * P / 2 + 1, tiles = (P + L - 1) / L, gap = draw(0, 9);
+  std::vector<std::vector<T>> pieces;
+  std::vector<fdcr::VectorSegment> segments;
+  std::vector<T> expected;
+  for (int64_t first = 0; first < P;) {
+    const int64_t size = draw(1, P - first), stride = draw(1, 2);
+    pieces.push_back(numbers<T>((size - 1) * stride + 1));
+    segments.push_back({source(pieces.back()), first, size, stride});
+    for (int64_t i = 0; i < size; ++i) expected.push_back(pieces.back()[static_cast<size_t>(i * stride)]);
+    first += size;
+  }
+  const T padding = static_cast<T>(-77);
+  std::vector<T> row(static_cast<size_t>(tiles * (L + gap) - gap), padding);
+  fdcr::FillRowProblem p;
+  p.segments = segments.data();
+  p.count = static_cast<int64_t>(segments.size());
+  p.params = P;
+  p.row = row.data();
+  p.element = source(row).element;
+  p.tile_length = L;
+  p.tile_stride = L + gap;
+  p.stride = 1;
+  fdcr::RowStatistics statistics{1, INFINITY, -INFINITY};
+  kernels.fill_row(p, &statistics, pool);
+
+  double norm = 1, low = INFINITY, high = -INFINITY;
+  for (int64_t v = 0; v < P; ++v) {
+    const double x = static_cast<double>(expected[static_cast<size_t>(v)]);
+    norm += x * x;
+    low = std::min(low, x);
+    high = std::max(high, x);
+    T& kept = row[static_cast<size_t>(v / L * (L + gap) + v % L)];
+    require(static_cast<double>(kept) == x, "copied row");
+    kept = padding;
+  }
+  for (const T x : row) require(x == padding, "padding of a row");
+  require(statistics.low == low && statistics.high == high, "range of a row");
+  require(std::abs(statistics.squared_norm - norm) <= 1e-12 * norm, "squared norm of a row");
+
+  std::vector<uint16_t> narrow(static_cast<size_t>(tiles * (L + gap) - gap));
+  p.row = narrow.data();
+  for (const fdcr::Element element : {fdcr::Element::kBFloat16, fdcr::Element::kFloat16}) {
+    p.element = element;
+    kernels.fill_row(p, &statistics, pool);
+    require(std::isfinite(statistics.squared_norm), "statistics of a narrow row");
+  }
+}
+
+template <class T>
+void check_gram(const fdcr::Kernels& kernels, bool large) {
+  const int64_t K = large ? draw(257, 300) : draw(1, 20), P = draw(1, large ? 60 : 5000);
+  const int64_t L = draw(1, 3) * P / 2 + 1, tiles = (P + L - 1) / L;
+  std::vector<T> updates = numbers<T>(tiles * K * L), fishers = numbers<T>(tiles * K * L);
+  for (T& f : fishers) f = f * f;
+  if (draw(0, 3) == 0)
+    for (T& u : updates) u *= T(1e30);  // beyond float32 when multiplied
+  fdcr::GramProblem p;
+  p.params = P;
+  p.updates = {source(updates), L, K * L, L, 1};
+  p.fishers = {source(fishers), L, K * L, L, 1};
+  const std::vector<double> low(static_cast<size_t>(K), -1.0), high(static_cast<size_t>(K), 3.0);
+  p.fisher_min = low.data();
+  p.fisher_max = high.data();
+  std::vector<int64_t> rows;
+  for (int64_t k = 0; k < K; ++k)
+    if (K == 1 || draw(0, 4) != 0) rows.push_back(k);
+  p.rows = rows.data();
+  p.row_count = static_cast<int64_t>(rows.size());
+  p.float64 = sizeof(T) == 8 || draw(0, 1) == 1;
+  const std::vector<fdcr::ParamRange> all{{0, P}}, some{{P / 5, P / 5}, {P / 4, P / 3}, {P / 3, P / 2 + 1}};
+  using Transform = fdcr::GramTransform;
+  std::vector<fdcr::GramView> views;
+  for (const Transform transform : {Transform::kUpdate, Transform::kFisherUpdate,
+                                    Transform::kReweightedUpdate, Transform::kFourthRootFisher}) {
+    const std::vector<fdcr::ParamRange>& ranges = draw(0, 1) == 1 ? all : some;
+    views.push_back({transform, ranges.data(), static_cast<int64_t>(ranges.size())});
+  }
+  p.views = views.data();
+  p.view_count = static_cast<int64_t>(views.size());
+  const size_t n = rows.size();
+  std::vector<double> total(views.size() * n * n, 1.0), expected = total;
+  kernels.gram(p, total.data(), pool);
+
+  for (size_t view = 0; view < views.size(); ++view)
+    for (int64_t r = 0; r < views[view].count; ++r)
+      for (int64_t v = views[view].ranges[r].start; v < views[view].ranges[r].stop; ++v) {
+        std::vector<double> x;
+        for (const int64_t k : rows) {
+          const size_t i = static_cast<size_t>((v / L * K + k) * L + v % L);
+          const double u = static_cast<double>(updates[i]), f = static_cast<double>(fishers[i]);
+          const double entry[] = {u, std::sqrt(f) * u, (f + 1) / 4 * u, std::sqrt(std::sqrt(f))};
+          x.push_back(entry[view]);
+        }
+        for (size_t i = 0; i < n; ++i)
+          for (size_t j = i; j < n; ++j) expected[(view * n + i) * n + j] += x[i] * x[j];
+      }
+  require_close(total, expected, p.float64 ? 1e-12 : 1e-5, "inner products");
+}
+
 #ifdef FDCR_PLANT_RACE
 // Two threads add to one number: a detector that finds nothing here finds nothing anywhere.
 void plant_race() {
@@ -342,8 +443,14 @@ int main(int argc, char** argv) {
       check_norm_grads<double>(*table[i]);
       check_embedding_grads<float>(*table[i]);
       check_embedding_grads<double>(*table[i]);
+      check_fill_row<float>(*table[i]);
+      check_fill_row<double>(*table[i]);
       check_aggregation<float>(*table[i]);
       check_aggregation<double>(*table[i]);
+      if (round % 5 == 0) {
+        check_gram<float>(*table[i], round % 25 == 0);
+        check_gram<double>(*table[i], round % 25 == 0);
+      }
     }
     std::printf("%s: %d rounds right\n", table[i]->name, rounds);
   }

@@ -18,6 +18,7 @@ def clients(K=3, P=10, dtype=torch.float32):
 def samples():
     updates, fishers, low, high, alpha = clients()
     conv = (torch.randn(2, 4, 3, 3), torch.randn(2, 2, 5, 5), [3, 3], [1, 1], [0, 0], [1, 1], 2)
+    ranges, sums = [torch.tensor([[0, 3], [4, 10]])] * 2, torch.zeros(2, 3, 3, dtype=torch.float64)
     return {
         "sum_squared_grads_linear": [
             (torch.randn(2, 3, 4), torch.randn(2, 3, 5)),
@@ -29,12 +30,23 @@ def samples():
             (*torch.randn(2, 2, 3, 1, 4, 1), torch.zeros(1, 4), torch.ones(1, 4), 1e-5),
         ],
         "sum_squared_grads_embedding": [(torch.randn(2, 3, 4), torch.tensor([[0, 1, 0], [4, -1, 2]]), 5)],
+        "fill_row": [
+            (
+                [torch.randn(4), torch.randn(6, dtype=torch.bfloat16)],
+                torch.zeros(3, 4),
+                torch.tensor([0.0, torch.inf, -torch.inf], dtype=torch.float64),
+            )
+        ],
         "importance_range": [(fishers, 10)],
         "squared_norm": [(updates, 10)],
         "discrepancy": [(updates, fishers, low, high, alpha, 10), (updates, None, None, None, alpha, 10)],
         "rescaled_mean": [
             (torch.randn(10), updates, fishers, low, high, alpha),
             (torch.randn(10, dtype=torch.bfloat16), updates, None, None, None, alpha),
+        ],
+        "gram": [
+            (updates, fishers, low, high, alpha > 0, ["update", "fourth_root_fisher"], ranges, sums, 10, False),
+            (updates.double(), None, None, None, alpha > 0, ["update"], ranges[:1], sums[:1], 10, True),
         ],
     }
 

@@ -1,0 +1,222 @@
+"""The minority of clients that is most of a coalition, given how clients resemble each other."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_EXACT = 14  # up to so many clients all minorities are compared
+_STARTS = 64  # as many clients as this are grown into sets
+_POLISHED = 8  # as many of the sets are improved client by client
+_SWAPPED = 32  # swaps are of so many clients inside with so many outside
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a coalition is looked for in; all float64, standardised over the clients.
+
+    Attributes:
+        update: ``A [K, K]``, similarity of updates; symmetric, diagonal 0.
+        importance: ``B [K, K]``, similarity of importances; likewise.
+        concentration: ``c [K]``, how much a client's update stands out by itself.
+    """
+
+    update: Tensor
+    importance: Tensor
+    concentration: Tensor
+
+    def __len__(self) -> int:
+        return len(self.concentration)
+
+    @cached_property
+    def update_rows(self) -> Tensor:
+        """Sums of the rows of ``A``."""
+        return self.update.sum(1)
+
+    @cached_property
+    def importance_rows(self) -> Tensor:
+        """Sums of the rows of ``B``."""
+        return self.importance.sum(1)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over sets of clients, from which their score follows; a batch of any shape.
+
+    ``a`` is the sum of ``A`` within the set, ``da`` that over its rows; likewise ``b`` and ``db``; ``c`` that of ``c``.
+    """
+
+    size: Tensor
+    a: Tensor
+    da: Tensor
+    b: Tensor
+    db: Tensor
+    c: Tensor
+
+
+def _score(sums: _Sums, views: Views) -> Tensor:
+    K = len(views)
+    s, r = sums.size, K - sums.size
+    total_b, total_c = views.importance_rows.sum(), views.concentration.sum()
+    a = torch.where(s > 1, sums.a / (s * (s - 1)).clamp(min=1) - (sums.da - sums.a) / (s * r).clamp(min=1), 0)
+    b = (total_b - 2 * sums.db + sums.b) / (r * (r - 1)).clamp(min=1) - (sums.db - sums.b) / (s * r).clamp(min=1)
+    c = sums.c / s.clamp(min=1) - (total_c - sums.c) / r
+    return (s * r).sqrt() * (a + b + c)
+
+
+class _Sets:
+    """A batch of sets ``[R, K]`` and, for every client, its similarity to each of them."""
+
+    def __init__(self, members: Tensor, views: Views, to_a: Tensor | None = None, to_b: Tensor | None = None) -> None:
+        inside = members.double()
+        self.members = members
+        self.views = views
+        self.rows_a, self.rows_b = views.update_rows, views.importance_rows
+        self.to_a = inside @ views.update if to_a is None else to_a
+        self.to_b = inside @ views.importance if to_b is None else to_b
+        self.sums = _Sums(
+            inside.sum(1),
+            (inside * self.to_a).sum(1),
+            inside @ self.rows_a,
+            (inside * self.to_b).sum(1),
+            inside @ self.rows_b,
+            inside @ views.concentration,
+        )
+
+    def scores(self) -> Tensor:
+        """``J [R]``."""
+        return _score(self.sums, self.views)
+
+    def flipped(self, clients: Tensor) -> _Sets:
+        """Every set with its client of ``clients [R]`` in where it was out, and out where it was in."""
+        sets = torch.arange(len(clients))
+        sign = torch.where(self.members[sets, clients], -1.0, 1.0).double()[:, None]
+        members = self.members.clone()
+        members[sets, clients] ^= True
+        A, B = self.views.update, self.views.importance
+        return _Sets(members, self.views, self.to_a + sign * A[clients], self.to_b + sign * B[clients])
+
+    def changed(self, sign: int) -> Tensor:
+        """``J [R, K]`` of every set with one client more, or one less; -inf where there is none such."""
+        t = self.sums
+        sums = _Sums(
+            t.size[:, None] + sign,
+            t.a[:, None] + 2 * sign * self.to_a,
+            t.da[:, None] + sign * self.rows_a,
+            t.b[:, None] + 2 * sign * self.to_b,
+            t.db[:, None] + sign * self.rows_b,
+            t.c[:, None] + sign * self.views.concentration,
+        )
+        possible = ~self.members if sign > 0 else self.members
+        return torch.where(possible, _score(sums, self.views), -torch.inf)
+
+    def swapped(self, leave: Tensor, join: Tensor) -> Tensor:
+        """``J [len(leave), len(join)]`` of the first set without a client that leaves and with one that joins."""
+        t, A, B, c = self.sums, self.views.update, self.views.importance, self.views.concentration
+        out, block = leave[:, None], (leave[:, None], join)
+        a, b = self.to_a[0], self.to_b[0]
+        sums = _Sums(
+            t.size[0],
+            t.a[0] - 2 * a[out] + 2 * (a[join] - A[block]),
+            t.da[0] - self.rows_a[out] + self.rows_a[join],
+            t.b[0] - 2 * b[out] + 2 * (b[join] - B[block]),
+            t.db[0] - self.rows_b[out] + self.rows_b[join],
+            t.c[0] - c[out] + c[join],
+        )
+        return _score(sums, self.views)
+
+
+def find_coalition(views: Views) -> tuple[Tensor, float]:
+    r"""The set ``S`` of at most ``floor((K - 1) / 2)`` clients with the largest score
+
+    .. math:: J(S) = \sqrt{|S||R|} \left[ (A_{SS} - A_{SR}) + (B_{RR} - B_{SR}) + (c_S - c_R) \right]
+
+    where ``R`` are the others, two indices mean the mean over a block without the diagonal, and the first bracket is 0
+    for a single client. All sets are compared up to 14 clients; beyond, sets are grown greedily from the clients of
+    the best pairs, and the best of them improved by adding, removing and swapping clients until nothing helps (of the
+    swaps those of the 32 clients that one would rather remove with the 32 that one would rather add).
+
+    Args:
+        views: Of ``K >= 3`` clients.
+
+    Returns:
+        Membership, bool ``[K]``, and ``J``.
+    """
+    K = len(views)
+    if K < 3:
+        raise ValueError(f"a minority takes at least 3 clients, got {K}")
+    if K <= _EXACT:
+        sets = _Sets(_minorities(K), views)
+        best = sets.scores().argmax()
+        return sets.members[best], sets.scores()[best].item()
+    candidates = [_improved(members, views) for members in _grown(views)]
+    return max(candidates, key=lambda found: found[1])
+
+
+def _largest(K: int) -> int:
+    return (K - 1) // 2
+
+
+def _minorities(K: int) -> Tensor:
+    sets = itertools.chain.from_iterable(itertools.combinations(range(K), s) for s in range(1, _largest(K) + 1))
+    chosen = list(sets)
+    members = torch.zeros(len(chosen), K, dtype=torch.bool)
+    rows = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(s) for s in chosen]))
+    members[rows, torch.tensor(list(itertools.chain.from_iterable(chosen)))] = True
+    return members
+
+
+def _grown(views: Views) -> list[Tensor]:
+    """The best sets met while single clients are grown to half of all, one best client at a time."""
+    K = len(views)
+    singles = _Sets(torch.eye(K, dtype=torch.bool), views)
+    pairs = singles.changed(+1).amax(1)
+    starts = pairs.topk(min(_STARTS, K)).indices
+    sets = _Sets(singles.members[starts], views)
+    best, best_scores = sets.members, sets.scores()
+    for _ in range(_largest(K) - 1):
+        added = sets.changed(+1).max(1)
+        sets = sets.flipped(added.indices)
+        better = added.values > best_scores
+        best = torch.where(better[:, None], sets.members, best)
+        best_scores = torch.where(better, added.values, best_scores)
+    order = best_scores.argsort(descending=True, stable=True)
+    return _distinct(best[order])[:_POLISHED]
+
+
+def _distinct(sets: Tensor) -> list[Tensor]:
+    found: dict[bytes, Tensor] = {}
+    for members in sets:
+        found.setdefault(members.numpy().tobytes(), members)
+    return list(found.values())
+
+
+def _improved(members: Tensor, views: Views) -> tuple[Tensor, float]:
+    """Add, remove or swap the clients that help most, until none do."""
+    sets = _Sets(members[None], views)
+    while True:
+        score = sets.scores()[0].item()
+        moved = _moved(sets)
+        if moved.scores()[0] <= score + 1e-9 * abs(score):  # not by rounding alone, or it would never end
+            return sets.members[0], score
+        sets = moved
+
+
+def _moved(sets: _Sets) -> _Sets:
+    members, size = sets.members[0], int(sets.members.sum())
+    add, remove = sets.changed(+1)[0], sets.changed(-1)[0]
+    leave = remove.topk(min(_SWAPPED, size)).indices
+    join = add.topk(min(_SWAPPED, len(members) - size)).indices
+    swaps = sets.swapped(leave, join)
+    moves = {
+        swaps.max().item(): [leave[swaps.argmax() // len(join)], join[swaps.argmax() % len(join)]],
+        remove.max().item() if size > 1 else -torch.inf: [remove.argmax()],
+        add.max().item() if size < _largest(len(members)) else -torch.inf: [add.argmax()],
+    }
+    for client in moves[max(moves)]:
+        sets = sets.flipped(client[None])
+    return sets

@@ -1,0 +1,130 @@
+"""What the server remembers of its clients from earlier rounds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fdcr_fast.server.coalition.search import Views
+
+_FORMAT = "fdcr_fast.CoalitionState 1"
+
+ClientId = str | int
+
+
+@dataclass
+class CoalitionState:
+    """Sums of the views over rounds, by client and by pair of clients that took part together.
+
+    Memory is ``3 M^2`` numbers for the ``M`` clients ever seen; :meth:`forget` those who left.
+
+    Attributes:
+        clients: ``M`` ids, strings or integers.
+        update: Sums of ``std(A)``, float64 ``[M, M]``.
+        importance: Sums of ``std(B)``, likewise.
+        together: Rounds that two clients took part in together, float64 ``[M, M]``; on the diagonal a client's own.
+        concentration: Sums of ``c``, float64 ``[M]``.
+    """
+
+    clients: list[ClientId] = field(default_factory=list)
+    update: Tensor = field(default_factory=lambda: _zeros(0, 0))
+    importance: Tensor = field(default_factory=lambda: _zeros(0, 0))
+    together: Tensor = field(default_factory=lambda: _zeros(0, 0))
+    concentration: Tensor = field(default_factory=lambda: _zeros(0))
+
+    def remember(self, clients: Sequence[ClientId], views: Views) -> Views:
+        """Add a round's views, and return the means over all rounds so far; 0 for pairs that never met before."""
+        rows = self._rows(clients)
+        block = (rows[:, None], rows)
+        self.update[block] += views.update
+        self.importance[block] += views.importance
+        self.concentration[rows] += views.concentration
+        self.together[block] += 1
+        met = self.together[block]
+        return Views(self.update[block] / met, self.importance[block] / met, self.concentration[rows] / met.diagonal())
+
+    def forget(self, clients: Iterable[ClientId]) -> None:
+        """Drop clients, such as those who left, and everything known of them; unknown ones are ignored."""
+        gone = set(clients)
+        rows = torch.tensor([i for i, client in enumerate(self.clients) if client not in gone], dtype=torch.int64)
+        block = (rows[:, None], rows)
+        self.clients = [client for client in self.clients if client not in gone]
+        self.update, self.importance, self.together = (x[block] for x in (self.update, self.importance, self.together))
+        self.concentration = self.concentration[rows]
+
+    def to_json(self) -> str:
+        """The state as text; exact, to be read by :meth:`from_json`."""
+        lower = torch.tril_indices(len(self.clients), len(self.clients)).unbind()
+        pairs = {name: getattr(self, name)[lower].tolist() for name in ("update", "importance", "together")}
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "clients": self.clients,
+                **pairs,
+                "concentration": self.concentration.tolist(),
+            },
+            allow_nan=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> CoalitionState:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: the text is not such a state.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a coalition state: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise ValueError(f"expected a coalition state of format {_FORMAT!r}")
+        clients = data.get("clients")
+        if not isinstance(clients, list) or not all(type(c) in (str, int) for c in clients):
+            raise ValueError("the clients of a coalition state are strings or integers")
+        M = len(clients)
+        if len(set(clients)) != M:
+            raise ValueError("a coalition state names a client twice")
+        lower = torch.tril_indices(M, M).unbind()
+        matrices = {}
+        for name in ("update", "importance", "together"):
+            below = _zeros(M, M)
+            below[lower] = _numbers(data, name, M * (M + 1) // 2)
+            matrices[name] = below + below.tril(-1).T
+        return cls(clients, **matrices, concentration=_numbers(data, "concentration", M))
+
+    def _rows(self, clients: Sequence[ClientId]) -> Tensor:
+        """Rows of the clients, new ones appended."""
+        for client in clients:
+            if type(client) not in (str, int):
+                raise ValueError(f"the ids of clients to remember are strings or integers, got {client!r}")
+        known = {client: row for row, client in enumerate(self.clients)}
+        new = [client for client in clients if client not in known]
+        if new:
+            self.clients = [*self.clients, *new]
+            known = {client: row for row, client in enumerate(self.clients)}
+            grow = (0, len(new), 0, len(new))
+            pad = torch.nn.functional.pad
+            self.update, self.importance = pad(self.update, grow), pad(self.importance, grow)
+            self.together, self.concentration = pad(self.together, grow), pad(self.concentration, grow[:2])
+        return torch.tensor([known[client] for client in clients], dtype=torch.int64)
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def _numbers(data: dict[str, object], name: str, size: int) -> Tensor:
+    values = data.get(name)
+    if (
+        not isinstance(values, list)
+        or len(values) != size
+        or not all(type(x) in (int, float) and math.isfinite(x) for x in values)
+    ):
+        raise ValueError(f"expected {name} of a coalition state to be {size} finite numbers")
+    return torch.tensor(values, dtype=torch.float64)

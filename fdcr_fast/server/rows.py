@@ -1,0 +1,162 @@
+"""Where a store keeps its clients' rows: the shape that memory and file share, and the memory."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fdcr_fast import ops
+from fdcr_fast.server.intake import ClientTiles, MatrixTiles
+
+UPDATE, FISHER = -1, 0  # positions of a row's matrices; a store without Fishers has the updates alone
+
+
+@dataclass(frozen=True)
+class StoreShape:
+    """Rows ``[T, capacity, matrices, L]``; parameter ``p`` lies in tile ``p // L`` at ``p % L``."""
+
+    num_params: int
+    capacity: int
+    tile: int
+    dtype: torch.dtype
+    with_fishers: bool
+
+    def __post_init__(self) -> None:
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"expected a floating-point dtype, got {self.dtype}")
+        for name in ("num_params", "capacity", "tile"):
+            size = getattr(self, name)
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+
+    @property
+    def matrices(self) -> int:
+        """Two, Fisher and update, or one."""
+        return 2 if self.with_fishers else 1
+
+    @property
+    def tiles(self) -> int:
+        """``T``."""
+        return -(-self.num_params // self.tile)
+
+    @property
+    def piece_bytes(self) -> int:
+        """Of one client in one tile."""
+        return self.matrices * self.tile * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows."""
+        return self.tiles * self.capacity * self.piece_bytes
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A client's row, the statistics of what it holds, and in a file its checksum."""
+
+    client: Hashable
+    row: int
+    num_samples: float
+    squared_norm: float
+    fisher_min: float
+    fisher_max: float
+    checksum: int
+
+
+Vectors = Mapping[int, Sequence[Tensor]]  # by UPDATE and FISHER, each in pieces that make up [P]
+Statistics = dict[int, Tensor]  # likewise: float64 (squared norm, smallest, largest)
+
+NO_STATISTICS = torch.tensor([0.0, torch.inf, -torch.inf], dtype=torch.float64)
+
+
+class MemoryRows:
+    """Rows in one tensor.
+
+    Raises:
+        ValueError: the memory that is left does not hold them.
+    """
+
+    def __init__(self, shape: StoreShape, device: torch.device) -> None:
+        self.shape = shape
+        self.device = device
+        self.data = _allocate(shape, device)
+
+    def fill(self, row: int, vectors: Vectors) -> tuple[Statistics, int]:
+        """Copy a client's vectors into a row that is nobody's yet; their statistics, and no checksum."""
+        return {
+            matrix: ops.fill_row(pieces, self.data[:, row, matrix], NO_STATISTICS) for matrix, pieces in vectors.items()
+        }, 0
+
+    def commit(self, accepted: Accepted) -> None:
+        """Memory has nothing to write down."""
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Nor to take back."""
+
+    def pack(self, rows: Sequence[int]) -> list[int]:
+        """Move the given rows to the front, in this order, where they are not; each moves into a gap."""
+        for position, row in enumerate(rows):
+            if position != row:
+                self.data[:, position].copy_(self.data[:, row])
+        return list(range(len(rows)))
+
+    def read(self, row: int) -> Tensor:
+        """One client's row ``[matrices, P]``, a copy."""
+        return self.data[:, row].transpose(0, 1).flatten(1)[:, : self.shape.num_params].clone()
+
+    def tiles(self, rows: Sequence[int]) -> ClientTiles:
+        """The packed rows, as rules read them; views."""
+        packed = self.data[:, : len(rows)]
+        return MatrixTiles(
+            packed[:, :, UPDATE], packed[:, :, FISHER] if self.shape.with_fishers else None, self.shape.num_params
+        )
+
+    def close(self) -> None:
+        """Memory is freed with its last view."""
+
+
+def _allocate(shape: StoreShape, device: torch.device) -> Tensor:
+    size = (shape.tiles, shape.capacity, shape.matrices, shape.tile)
+    if device.type != "cpu":
+        return torch.empty(size, dtype=shape.dtype, device=device)
+    available = available_memory()
+    if available is not None and shape.nbytes > available:
+        raise ValueError(
+            f"a store of {shape.capacity} clients with {shape.num_params} parameters takes {_giga(shape.nbytes)}, and "
+            f"{_giga(available)} of memory are left: take fewer clients, a narrower dtype, or a file (path=)"
+        )
+    return page_buffer(shape.nbytes).view(shape.dtype).view(size)
+
+
+def page_buffer(nbytes: int) -> Tensor:
+    """Zeros, uint8, at the start of a page and in huge pages where the system has them."""
+    pages = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take, by the system and by its control group; None where unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int(group.joinpath("memory.max").read_text())  # "max" without a limit
+        statistics = dict(line.split() for line in group.joinpath("memory.stat").read_text().splitlines())
+        used = int(group.joinpath("memory.current").read_text()) - int(statistics["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return available
+    return min(available, max(limit - used, 0))
+
+
+def _giga(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.3g} GiB"

@@ -1,0 +1,111 @@
+"""What a client may send as its vector ``[P]``: seen as tensors on the memory that it came in, whatever its form."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdcr_fast.layout import ParamLayout, as_tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def vector_pieces(
+    name: str, values: Any, num_params: int, layout: ParamLayout | None, buffer_dtype: torch.dtype
+) -> list[Tensor]:
+    """Vectors that make up the client's vector ``[P]``; copied only where torch cannot share the memory.
+
+    Args:
+        name: What the vector is, for messages.
+        values: A tensor or anything that speaks DLPack, a NumPy array, a mapping by parameter name (with a layout), or
+            a buffer (``bytes``, ``bytearray``, ``memoryview``).
+        num_params: ``P``.
+        layout: Order of the parameters of a mapping.
+        buffer_dtype: Of the numbers in a buffer.
+
+    Raises:
+        ValueError: it is anything else, or has another length; the message says what came.
+    """
+    try:
+        if isinstance(values, Mapping):
+            return _pieces_by_name(values, layout)
+        vector = _from_buffer(values, buffer_dtype) if _is_buffer(values) else _plain(_shared(values))
+    except Exception as error:  # the object is the client's, and so is whatever it raises
+        raise ValueError(f"the {name} is no vector: {shown(error, str)}") from None
+    if vector.dtype not in FLOATS:
+        raise ValueError(f"the {name} must be floating point (64 bits to 16), got {vector.dtype}")
+    if tuple(vector.shape) != (num_params,):
+        raise ValueError(f"the {name} must be a vector of {num_params} parameters, got {list(vector.shape)}")
+    return [vector]
+
+
+def shown(value: Any, form: Callable[[Any], str] = repr) -> str:
+    """A client's object in a message; it may be long, or fail at being shown."""
+    try:
+        return form(value)[:200]
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def _pieces_by_name(values: Mapping[Any, Any], layout: ParamLayout | None) -> list[Tensor]:
+    if layout is None:
+        raise TypeError("it is a mapping by parameter name, and the store has no layout")
+    pieces = [_plain(tensor) for tensor in layout.tensors(values)]
+    for name, piece in zip(layout.names, pieces, strict=True):
+        if piece.dtype not in FLOATS:
+            raise TypeError(f"parameter {name} must be floating point, got {piece.dtype}")
+    return [piece.reshape(-1) for piece in pieces]
+
+
+def _is_buffer(values: Any) -> bool:
+    return isinstance(values, bytes | bytearray | memoryview)
+
+
+def _from_buffer(values: Any, dtype: torch.dtype) -> Tensor:
+    array = np.frombuffer(values, np.uint8)
+    if array.size % dtype.itemsize:
+        raise ValueError(f"{array.size} bytes are no whole number of {dtype}")
+    return _borrowed(array, dtype)
+
+
+def _shared(values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    if isinstance(values, np.ndarray) and not values.flags.writeable and values.flags.c_contiguous:
+        writable = np.empty(0, values.dtype.newbyteorder("="))
+        if values.dtype == writable.dtype:
+            return _borrowed(values, torch.from_numpy(writable).dtype).reshape(values.shape)
+    return as_tensor(values)
+
+
+def _borrowed(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
+    """A tensor on read-only memory, which torch would copy or warn about; never to be written."""
+    if array.size == 0:
+        return torch.empty(0, dtype=dtype)
+    memory = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
+    memory.owner = array  # type: ignore[attr-defined]  # the tensor keeps `memory`, and so the array, alive
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same numbers as a tensor without a class or gradient of its own."""
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"a {type(tensor).__name__} has no memory that could be copied")
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = tensor.detach().as_subclass(Tensor)
+    if plain.layout != torch.strided or plain.is_nested or plain.is_quantized:
+        kind = "nested" if plain.is_nested else "quantized" if plain.is_quantized else f"sparse ({plain.layout})"
+        raise TypeError(f"it is a {kind} tensor, not a dense one")
+    if plain.is_meta:
+        raise TypeError("it is a tensor without data (device meta)")
+    reach = plain.storage_offset() + sum(
+        (n - 1) * stride for n, stride in zip(plain.shape, plain.stride(), strict=True)
+    )
+    if plain.numel() and (reach + 1) * plain.element_size() > plain.untyped_storage().nbytes():
+        raise TypeError("its memory was freed")
+    return plain

@@ -1,0 +1,200 @@
+"""CoalitionFDCR against the formulas written with NumPy on whole matrices."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fdcr_fast import CoalitionFDCR, CoalitionState, ParamGroups, ParamLayout, UpdateStore
+
+P = 60
+GROUPS = ParamGroups((slice(50, 60),), (slice(0, 20), slice(25, 40)))
+
+
+def features():
+    return np.r_[0:20, 25:40]
+
+
+def standard(M):
+    off = ~np.eye(len(M), dtype=bool)
+    return np.where(off, (M - M[off].mean()) / M[off].std(), 0.0)
+
+
+def z(x):
+    return (x - x.mean()) / x.std()
+
+
+def cosines(x):
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return x @ x.T
+
+
+def reference_views(D, F):
+    Pbar = (F / F.sum(1, keepdims=True)).mean(0)
+    head, feat = np.arange(50, 60), features()
+    r = np.log((Pbar[head] * D[:, head] ** 2).sum(1) / (D[:, head] ** 2).sum(1))
+    q = D[:, feat] ** 2 / (Pbar[feat] + 0.01 * Pbar.mean())
+    kappa = np.log((q**2).mean(1) / q.mean(1) ** 2)
+    return standard(cosines(np.sqrt(F) * D)), standard(cosines(F[:, feat] ** 0.25)), z(r) + z(kappa)
+
+
+def reference_score(A, B, c, S):
+    K, s = len(c), len(S)
+    R = [k for k in range(K) if k not in S]
+    SR = np.ix_(S, R)
+    bracket = B[np.ix_(R, R)].sum() / (len(R) * (len(R) - 1)) - B[SR].mean() + c[S].mean() - c[R].mean()
+    if s > 1:
+        bracket += A[np.ix_(S, S)].sum() / (s * (s - 1)) - A[SR].mean()
+    return math.sqrt(s * (K - s)) * bracket
+
+
+class Reference:
+    """All clients in every round."""
+
+    def __init__(self):
+        self.sums = [0, 0, 0]
+
+    def dropped(self, D, F):
+        K = len(D)
+        self.sums = [total + view for total, view in zip(self.sums, reference_views(D, F), strict=True)]
+        A, B, c = standard(self.sums[0]), standard(self.sums[1]), z(self.sums[2])
+        sets = itertools.chain.from_iterable(itertools.combinations(range(K), s) for s in range(1, (K - 1) // 2 + 1))
+        return list(max(sets, key=lambda S: reference_score(A, B, c, list(S))))
+
+
+def uploads(K, seed, coalition=()):
+    generator = np.random.default_rng(seed)
+    D, F = generator.normal(size=(K, P)), generator.exponential(size=(K, P))
+    D[list(coalition)] += 2 * generator.normal(size=P)
+    return D, F, generator.integers(10, 90, K)
+
+
+def kept_by(rule, D, F, n, form, clients=None):
+    w = torch.zeros(P, dtype=torch.float64)
+    if form == "tensors":
+        return rule.aggregate(w, torch.tensor(D), torch.tensor(F), n, client_ids=clients)
+    store = UpdateStore(P, len(D), torch.float64, tile=7)
+    for k in range(len(D)):
+        store.put(D[k], F[k], n[k], client_id=k if clients is None else clients[k])
+    return rule.aggregate(w, store)
+
+
+@pytest.mark.parametrize("form", ["tensors", "store"])
+@pytest.mark.parametrize("K", [3, 5, 8])
+def test_drops_whom_the_formulas_drop_round_after_round(form, K):
+    rule, reference = CoalitionFDCR(groups=GROUPS), Reference()
+    for seed in range(4):
+        D, F, n = uploads(K, seed)
+        result = kept_by(rule, D, F, n, form)
+        dropped = reference.dropped(D, F)
+        assert (~result.kept).nonzero().flatten().tolist() == dropped
+        weights = np.where(result.kept, n, 0) / n[result.kept.numpy()].sum()
+        np.testing.assert_allclose(result.params.numpy(), weights @ D, rtol=1e-12, atol=1e-14)
+        for client, share in result.explanation.items():
+            assert share.kept == result.kept[client]
+
+
+def test_the_shares_add_up_to_the_score():
+    rule, reference = CoalitionFDCR(groups=GROUPS), Reference()
+    D, F, n = uploads(8, 0, (1, 4, 6))
+    result = kept_by(rule, D, F, n, "tensors")
+    dropped = reference.dropped(D, F)
+    assert dropped == [1, 4, 6]
+    A, B, c = reference_views(D, F)
+    shares = [result.explanation[k] for k in dropped]
+    brackets = sum(np.mean([getattr(s, view) for s in shares]) for view in ("update", "importance", "concentration"))
+    assert math.sqrt(3 * 5) * brackets == pytest.approx(reference_score(A, B, z(c), dropped))
+
+
+def test_scales_of_updates_and_fishers_do_not_matter():
+    D, F, n = uploads(9, 3, (0, 5))
+    scale = np.logspace(-3, 3, 9)[:, None]
+    plain, scaled = (
+        kept_by(CoalitionFDCR(groups=GROUPS, norm_bound=None), *data, n, "tensors").kept
+        for data in ((D, F), (D * scale, F * scale[::-1]))
+    )
+    assert torch.equal(plain, scaled)
+
+
+def test_clients_come_and_go_and_the_state_goes_with_the_server():
+    rounds = [["a", "b", "c", "d", "e"], ["c", "d", "e", "f"], ["f", "a", "b", "new", "e", "d"]]
+    rule, stored = CoalitionFDCR(groups=GROUPS), CoalitionFDCR(groups=GROUPS)
+    for seed, clients in enumerate(rounds):
+        D, F, n = uploads(len(clients), seed)
+        one = kept_by(rule, D, F, n, "store", clients)
+        other = kept_by(stored, D, F, n, "tensors", clients)
+        assert torch.equal(one.kept, other.kept)
+        stored = CoalitionFDCR(groups=GROUPS, state=CoalitionState.from_json(stored.state.to_json()))
+    assert stored.state.clients == ["a", "b", "c", "d", "e", "f", "new"]
+
+
+def test_rejected_clients_leave_no_trace():
+    D, F, n = uploads(7, 1, (2, 3))
+    D[6] = np.nan
+    with_bad = CoalitionFDCR(groups=GROUPS)
+    result = kept_by(with_bad, D, F, n, "tensors")
+    without = CoalitionFDCR(groups=GROUPS)
+    expected = kept_by(without, D[:6], F[:6], n[:6], "tensors")
+    assert torch.equal(result.kept[:6], expected.kept)
+    assert torch.equal(result.params, expected.params)
+    assert set(result.rejected) == {6}
+    assert with_bad.state.clients == without.state.clients
+    assert 6 not in result.explanation
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_too_few_for_a_majority_are_all_kept(K):
+    D, F, n = uploads(K, 0)
+    assert kept_by(CoalitionFDCR(), D, F, n, "tensors").kept.all()
+
+
+def test_degenerate_uploads():
+    """Zero updates and equal clients have no angles: nothing becomes NaN."""
+    D, F, n = uploads(6, 0)
+    D[:] = D[0]
+    F[:] = F[0]
+    result = kept_by(CoalitionFDCR(groups=GROUPS), D, F, n, "tensors")
+    assert result.params.isfinite().all()
+    D[2] = 0
+    rule = CoalitionFDCR(groups=GROUPS)
+    assert kept_by(rule, D, F, n, "tensors").params.isfinite().all()
+    assert rule.state.update.isfinite().all()
+    assert rule.state.concentration.isfinite().all()
+
+
+def test_the_gate_opens_for_a_coalition_and_not_for_noise():
+    quiet, loud = (CoalitionFDCR(groups=GROUPS, gate=True, gate_from=0) for _ in range(2))
+    kept = {"quiet": [], "loud": []}
+    for seed in range(6):
+        kept["quiet"].append(kept_by(quiet, *uploads(10, seed), "tensors").kept)
+        D, F, n = uploads(10, seed, (2, 5, 8))
+        kinds = np.random.default_rng(0).exponential(size=(2, P))
+        F = kinds[np.isin(np.arange(10), (2, 5, 8)).astype(int)] * np.exp(0.2 * F)
+        kept["loud"].append(kept_by(loud, D, F, n, "tensors").kept)
+    assert sum(int((~k).sum()) for k in kept["quiet"]) < 6
+    assert all((~k).nonzero().flatten().tolist() == [2, 5, 8] for k in kept["loud"])
+
+
+def test_groups_of_models():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4), nn.Linear(4, 3)
+    )
+    layout = ParamLayout.from_module(model)
+    by_shape, by_type = ParamGroups.from_layout(layout), ParamGroups.from_module(model)
+    assert by_shape == by_type
+    assert by_type.head == (layout.slices["5.weight"], layout.slices["5.bias"])
+    assert by_type.features == tuple(layout.slices[f"{i}.{p}"] for i in (0, 2) for p in ("weight", "bias"))
+    two = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    assert ParamGroups.from_module(two).features == (slice(0, 12), slice(12, 16))
+    one = nn.Linear(3, 4)
+    assert ParamGroups.from_module(one).features == ParamGroups.from_module(one).head == (slice(0, 12), slice(12, 16))
+    assert ParamGroups.from_module(nn.Conv2d(1, 2, 3)) == ParamGroups.whole(20)
+
+
+@pytest.mark.parametrize("regularisation", [0.0, -1.0, math.inf, math.nan])
+def test_regularisation_must_be_positive(regularisation):
+    with pytest.raises(ValueError, match="regularisation must be positive and finite"):
+        CoalitionFDCR(regularisation=regularisation)
