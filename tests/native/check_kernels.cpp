@@ -98,7 +98,9 @@ void check_squared_grads(const fdcr::Kernels& kernels, bool large) {
   const std::vector<T> in = numbers<T>(p.samples * C * p.input[0] * p.input[1] * p.input[2]);
   p.grad = source(grad);
   p.in = source(in);
-  std::vector<T> weight(static_cast<size_t>(O * p.in_channels * volume)), bias(static_cast<size_t>(O));
+  const T unset = std::numeric_limits<T>::quiet_NaN();
+  std::vector<T> weight(static_cast<size_t>(O * p.in_channels * volume), unset);
+  std::vector<T> bias(static_cast<size_t>(O), unset);
   p.weight = weight.data();
   p.bias = bias.data();
   kernels.squared_grads(p, pool);

@@ -38,13 +38,17 @@ def test_linear_against_one_sample_at_a_time(implementation, data):
 
 
 # Large enough for every path of the compiled kernels: sums owned by tasks, chunks of packed samples, blocks of samples.
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "channels_last", "offset"])
 @pytest.mark.parametrize(
     ("n", "channels", "out", "size", "kernel", "stride", "padding", "groups"),
     [
         (3, 64, 130, (6, 6), (3, 3), (1, 1), (1, 1), 1),
         (2, 96, 96, (5, 7), (3, 3), (2, 1), (1, 0), 1),
         (70, 33, 64, (16, 16), (3, 3), (1, 1), (1, 1), 1),
+        (9, 3, 6, (32, 31), (5, 5), (1, 1), (0, 0), 1),
+        (4, 150, 70, (9, 7), (1, 1), (2, 2), (0, 0), 1),
+        (4, 70, 150, (9, 7), (1, 1), (2, 1), (0, 0), 1),
+        (2, 40, 20, (9, 9), (3, 3), (1, 1), (0, 0), 1),
         (5, 12, 24, (9, 9), (3, 3), (1, 1), (1, 1), 12),
         (4, 5, 11, (1, 1), (1, 1), (2, 2), (0, 0), 1),
         (4, 5, 11, (1, 1), (1, 1), (3, 3), (1, 1), 1),
@@ -59,8 +63,19 @@ def test_large_convolutions(implementation, layout, n, channels, out, size, kern
     check(implementation("sum_squared_grads_conv")(*problem), conv_one_by_one(*problem), [x.dtype])
 
 
-@pytest.mark.parametrize(("n", "t", "out", "in_"), [(1300, 1, 30, 50), (513, 1, 300, 7), (4, 40, 300, 300)])
-def test_large_linear(implementation, n, t, out, in_):
+@pytest.mark.parametrize(
+    ("n", "t", "out", "in_"),
+    [
+        (1300, 1, 30, 50),
+        (513, 1, 300, 7),
+        (4, 40, 300, 300),
+        (90, 17, 260, 270),
+        (3, 5, 4, 0),
+        (3, 1, 4, 0),
+        (3, 5, 0, 4),
+    ],
+)
+def test_large_and_empty_linear(implementation, n, t, out, in_):
     generator = torch.Generator().manual_seed(0)
     grad, x = (torch.randn(n, t, c, generator=generator) for c in (out, in_))
     check(implementation("sum_squared_grads_linear")(grad, x), linear_one_by_one(grad, x), [x.dtype])
