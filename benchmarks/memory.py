@@ -47,7 +47,7 @@ def main(name: str, threads: int) -> None:
         "fisher": peers.ours,
     }
     for make in contenders.values():
-        make(whole.head(1))()
+        make(whole.part(0, 1))()
     print(json.dumps({key: peak_growth(make(whole)) for key, make in contenders.items()}))
 
 

@@ -22,9 +22,10 @@ class Problem:
     inputs: Tensor
     targets: Tensor
 
-    def head(self, n: int) -> Problem:
-        """The same model on the first n samples."""
-        return Problem(self.name, self.model, self.inputs[:n], self.targets[:n])
+    def part(self, first: int, n: int) -> Problem:
+        """The same model on n of the samples."""
+        samples = slice(first, first + n)
+        return Problem(self.name, self.model, self.inputs[samples], self.targets[samples])
 
 
 def lenet() -> nn.Module:
