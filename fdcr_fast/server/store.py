@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.file_rows import DEFAULT_RESIDENT, FileRows
-from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, rejection_reason
+from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refuse, rejection_reason
 from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, MemoryRows, StoreShape, Vectors
 from fdcr_fast.server.vectors import shown, vector_pieces
 
@@ -86,7 +86,7 @@ class UpdateStore:
         with_fishers: bool = True,
         layout: ParamLayout | None = None,
         buffer_dtype: torch.dtype | None = None,
-        on_invalid: Literal["reject", "raise"] = "reject",
+        on_invalid: OnInvalid = "reject",
         path: str | os.PathLike[str] | None = None,
         max_resident: int = DEFAULT_RESIDENT,
         sync: bool = True,
@@ -110,7 +110,7 @@ class UpdateStore:
         *,
         layout: ParamLayout | None = None,
         buffer_dtype: torch.dtype | None = None,
-        on_invalid: Literal["reject", "raise"] = "reject",
+        on_invalid: OnInvalid = "reject",
         max_resident: int = DEFAULT_RESIDENT,
         sync: bool = True,
         verify: bool = False,
@@ -155,13 +155,12 @@ class UpdateStore:
         accepted: dict[Hashable, Accepted],
         layout: ParamLayout | None,
         buffer_dtype: torch.dtype | None,
-        on_invalid: Literal["reject", "raise"],
+        on_invalid: OnInvalid,
     ) -> None:
         shape = rows.shape
         if layout is not None and layout.numel != shape.num_params:
             raise ValueError(f"the layout has {layout.numel} parameters, the store {shape.num_params}")
-        if on_invalid not in ("reject", "raise"):
-            raise ValueError(f"on_invalid must be 'reject' or 'raise', got {on_invalid!r}")
+        refuse({}, on_invalid)
         self._rows = rows
         self._layout = layout
         self._buffer_dtype = buffer_dtype or shape.dtype
@@ -389,8 +388,7 @@ class UpdateStore:
 
     def _refuse(self, client: Hashable, reason: str) -> Literal[False]:
         self.rejected[client] = reason
-        if self._on_invalid == "raise":
-            raise ValueError(f"client {client!r} was not accepted: {reason}")
+        refuse({client: reason}, self._on_invalid)
         return False
 
     def _release(self, row: int) -> None:
