@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import threading
 import time
@@ -27,7 +28,6 @@ from fdcr_fast.server.rows import (
     Statistics,
     StoreShape,
     Vectors,
-    page_buffer,
 )
 
 DEFAULT_RESIDENT = 1 << 28
@@ -350,7 +350,8 @@ class _Pieces:
     """A buffer of pieces, each one client's part of a tile, as numbers and as bytes."""
 
     def __init__(self, count: int, shape: StoreShape) -> None:
-        memory = page_buffer(max(count, 1) * shape.piece_bytes)
+        pages = mmap.mmap(-1, max(count, 1) * shape.piece_bytes)  # reads past the page cache go to whole pages
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
         self.numbers = memory.view(shape.dtype).view(-1, shape.matrices, shape.tile)
         self.bytes = memory.numpy().reshape(-1, shape.piece_bytes)
 
