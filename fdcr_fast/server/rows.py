@@ -124,8 +124,8 @@ def _allocate(shape: StoreShape, device: torch.device) -> Tensor:
     available = available_memory() if device.type == "cpu" else None
     if available is not None and shape.nbytes > available:
         raise ValueError(
-            f"a store of {shape.capacity} clients with {shape.num_params} parameters takes {_giga(shape.nbytes)}, and "
-            f"{_giga(available)} of memory are left: take fewer clients, a narrower dtype, or a file (path=)"
+            f"a store of {shape.capacity} clients with {shape.num_params} parameters takes {giga(shape.nbytes)}, and "
+            f"{giga(available)} of memory are left: take fewer clients, a narrower dtype, or a file (path=)"
         )
     return torch.empty(size, dtype=shape.dtype, device=device)
 
@@ -147,5 +147,6 @@ def available_memory() -> int | None:
     return min(available, max(limit - used, 0))
 
 
-def _giga(nbytes: int) -> str:
+def giga(nbytes: int) -> str:
+    """A size in a message."""
     return f"{nbytes / 2**30:.3g} GiB"
