@@ -30,7 +30,7 @@ from fdcr_fast.server.rows import (
 
 DEFAULT_RESIDENT = 1 << 28
 _CHUNK_BYTES = 1 << 22  # of one client that are converted before they are written
-_ATTEMPTS = 20  # to read a record that another process may be writing
+_ATTEMPTS = 5  # to read a record that another process may be writing
 _PIECE_BYTES = 1 << 16  # of one vector in one tile: long enough to write and read at full speed
 
 
@@ -217,7 +217,7 @@ class FileRows:
             except DamagedStoreError:
                 if attempts == 0:
                     raise
-            time.sleep(0.005)  # a writer may be in the middle of it: look again
+            time.sleep(0.001)  # a writer may be in the middle of it: look again
             data = os.pread(self._fd(), form.RECORD_BYTES, form.record_offset(row))
 
     def _verify(self, client: Accepted) -> None:
