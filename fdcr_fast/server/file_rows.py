@@ -17,7 +17,7 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.server import file_format as form
 from fdcr_fast.server.file_format import PAGE, DamagedStoreError
-from fdcr_fast.server.file_tiles import FileTiles, Pieces, check_epoch, read
+from fdcr_fast.server.file_tiles import STRETCH, FileTiles, Pieces, check_epoch, read, smallest_span
 from fdcr_fast.server.intake import ClientTiles
 from fdcr_fast.server.rows import (
     NO_STATISTICS,
@@ -28,7 +28,7 @@ from fdcr_fast.server.rows import (
     giga,
 )
 
-DEFAULT_RESIDENT = 1 << 28
+_RESIDENT = 1 << 28
 _CHUNK_BYTES = 1 << 22  # of one client that are converted before they are written
 _ATTEMPTS = 5  # to read a record that another process may be writing
 _PIECE_BYTES = 1 << 16  # of one vector in one tile: long enough to write and read at full speed
@@ -43,29 +43,31 @@ class FileRows:
 
     device = FileTiles.device
 
-    def __init__(self, file: FileIO, shape: StoreShape, max_resident: int, sync: bool) -> None:
+    def __init__(self, file: FileIO, shape: StoreShape, max_resident: int | None, sync: bool) -> None:
         self._file = file
         self.shape = shape
-        self._max_resident = max_resident
+        needed = 2 * smallest_span(shape)
+        self._max_resident = max(_RESIDENT, needed) if max_resident is None else max_resident
         self._sync = sync
         self._writable = file.writable()
         self._lock = threading.Lock()
         self._sequence = 0
         self._epoch = form.read_epoch(self._fd())
-        two_tiles = 2 * shape.capacity * shape.piece_bytes
-        if max_resident < two_tiles:
-            raise ValueError(f"max_resident must hold two tiles of all clients, {two_tiles} bytes, got {max_resident}")
+        if self._max_resident < needed:
+            raise ValueError(f"max_resident must be at least {needed}, two spans of all clients, got {max_resident}")
 
     @staticmethod
-    def tile(num_params: int, capacity: int, dtype: torch.dtype, with_fishers: bool, max_resident: int) -> int:
-        """Tiles of whole pages, of at most 64 KiB per vector and client, and such that ``max_resident`` holds four."""
-        matrices = 2 if with_fishers else 1
-        room = max_resident // (4 * max(capacity, 1) * matrices)
-        pages = -(-min(room, _PIECE_BYTES, num_params * dtype.itemsize) // PAGE)
-        return max(pages, 1) * PAGE // dtype.itemsize
+    def tile(num_params: int, capacity: int, dtype: torch.dtype, with_fishers: bool, max_resident: int | None) -> int:
+        """Tiles of whole stretches and pages, up to 64 KiB of a vector, such that ``max_resident`` holds four."""
+        if num_params <= STRETCH:
+            page = PAGE // dtype.itemsize
+            return -(-num_params // page) * page
+        vectors = max(capacity, 1) * (2 if with_fishers else 1)
+        room = min((max_resident or _RESIDENT) // (4 * vectors), _PIECE_BYTES) // dtype.itemsize
+        return max(min(room, num_params) // STRETCH, 1) * STRETCH
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], shape: StoreShape, max_resident: int, sync: bool) -> FileRows:
+    def create(cls, path: str | os.PathLike[str], shape: StoreShape, max_resident: int | None, sync: bool) -> FileRows:
         """A new file, its header written when all its room is reserved."""
         if shape.dtype not in form.DTYPES:
             raise TypeError(f"a file holds float32, float64, bfloat16 or float16, got {shape.dtype}")
@@ -88,7 +90,7 @@ class FileRows:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], writable: bool, max_resident: int, sync: bool, verify: bool
+        cls, path: str | os.PathLike[str], writable: bool, max_resident: int | None, sync: bool, verify: bool
     ) -> tuple[FileRows, dict[Hashable, Accepted]]:
         """An existing file and its clients."""
         file = FileIO(path, "r+" if writable else "r")

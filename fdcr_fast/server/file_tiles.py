@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from fdcr_fast.server import file_format as form
 from fdcr_fast.server.intake import Span
 from fdcr_fast.server.rows import FISHER, UPDATE, StoreShape
 
+STRETCH = 4096  # parameters over which kernels sum scores: spans of whole stretches have the bits of one
 _SPAN_BYTES = 1 << 23  # long enough to read at full speed, short enough for the third-level cache
 
 
@@ -50,8 +52,9 @@ class FileTiles:
         self._shape = shape
         self._rows = rows
         self._epoch = epoch
-        room = min(max_resident // 2, _SPAN_BYTES)
-        self._step = max(1, min(shape.tiles, room // (max(len(rows), 1) * shape.piece_bytes)))
+        smallest = _fewest_tiles(shape)
+        room = min(max_resident // 2, _SPAN_BYTES) // (max(len(rows), 1) * shape.piece_bytes)
+        self._step = max(smallest, min(shape.tiles, room // smallest * smallest))
 
     @property
     def num_params(self) -> int:
@@ -138,6 +141,15 @@ def read(fd: int, to: Any, offset: int) -> None:
         if count == 0:
             raise form.DamagedStoreError("the file ends early: it was truncated while open")
         view, offset = view[count:], offset + count
+
+
+def smallest_span(shape: StoreShape) -> int:
+    """Bytes of the fewest tiles of all clients that a span can have."""
+    return _fewest_tiles(shape) * shape.capacity * shape.piece_bytes
+
+
+def _fewest_tiles(shape: StoreShape) -> int:
+    return min(shape.tiles, STRETCH // math.gcd(shape.tile, STRETCH))
 
 
 def check_epoch(fd: int, epoch: int) -> None:

@@ -14,6 +14,7 @@ from fdcr_fast import ops
 
 OnInvalid: TypeAlias = Literal["reject", "raise"]
 
+_NARROWEST = 1e-300  # range of a Fisher; float32 has none between this and zero
 _FEWEST_SAMPLES, _MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range neither vanish nor overflow
 
 
@@ -190,7 +191,7 @@ class ClientUpdates:
             self.num_samples.tolist(), self.squared_norm.tolist(), *self._fisher_ranges(), strict=True
         ):
             reason = rejection_reason(n, norm, low, high)
-            if reason is None and importance and low == high:
+            if reason is None and importance and low is not None and high is not None and high - low < _NARROWEST:
                 reason = f"the Fisher is constant (every entry is {low:g}): importance is undefined"
             reasons.append(reason)
         usable = torch.tensor([reason is None for reason in reasons], dtype=torch.bool)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout
-from fdcr_fast.server.file_rows import DEFAULT_RESIDENT, FileRows
+from fdcr_fast.server.file_rows import FileRows
 from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refuse, rejection_reason
 from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, MemoryRows, StoreShape, Vectors
 from fdcr_fast.server.vectors import shown, vector_pieces
@@ -64,7 +64,8 @@ class UpdateStore:
         buffer_dtype: Of the numbers in raw buffers (``bytes``); by default ``dtype``.
         on_invalid: ``"reject"`` records a contribution that cannot be used; ``"raise"`` raises ValueError as well.
         path: Of a file to create; None for memory.
-        max_resident: With ``path``, the largest buffers, in bytes, through which it is written and read.
+        max_resident: With ``path``, bytes that the buffers may take through which it is read, and each ``put`` writes;
+            by default 256 MiB, or more where many clients need it.
         sync: With ``path``, False trades crash safety for speed: nothing is flushed to the disk before the system does.
 
     Attributes:
@@ -88,7 +89,7 @@ class UpdateStore:
         buffer_dtype: torch.dtype | None = None,
         on_invalid: OnInvalid = "reject",
         path: str | os.PathLike[str] | None = None,
-        max_resident: int = DEFAULT_RESIDENT,
+        max_resident: int | None = None,
         sync: bool = True,
     ) -> None:
         if tile is None:
@@ -111,7 +112,7 @@ class UpdateStore:
         layout: ParamLayout | None = None,
         buffer_dtype: torch.dtype | None = None,
         on_invalid: OnInvalid = "reject",
-        max_resident: int = DEFAULT_RESIDENT,
+        max_resident: int | None = None,
         sync: bool = True,
         verify: bool = False,
     ) -> UpdateStore:

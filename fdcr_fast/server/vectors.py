@@ -76,6 +76,8 @@ def _from_buffer(values: Any, dtype: torch.dtype) -> Tensor:
 def _shared(values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError("it is a masked array")
     if isinstance(values, np.ndarray) and not values.flags.writeable and values.flags.c_contiguous:
         writable = np.empty(0, values.dtype.newbyteorder("="))
         if values.dtype == writable.dtype:

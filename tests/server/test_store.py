@@ -300,6 +300,7 @@ HOSTILE = {
     "bool": (lambda: torch.ones(3, dtype=torch.bool), "torch.bool"),
     "complex array": (lambda: np.ones(3, dtype=np.complex64), "complex64"),
     "structured array": (lambda: np.zeros(3, dtype=[("x", "f4")]), "no vector"),
+    "masked array": (lambda: np.ma.masked_all(3), "a masked array"),
     "too few bytes": (lambda: b"1234567", "no whole number"),
     "other length": (lambda: bytes(16), "vector of 3 parameters, got [4]"),
     "strided memory": (lambda: memoryview(bytes(24))[::2], "no vector"),

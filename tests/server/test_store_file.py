@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from fdcr_fast.server import file_format, file_rows, file_tiles
 from fdcr_fast.server.file_format import DamagedStoreError
+from fdcr_fast.server.file_rows import FileRows
+from fdcr_fast.server.rows import StoreShape
 from fdcr_fast.server.rules import FDCR, FedAvg
 from fdcr_fast.server.store import UpdateStore
 
@@ -50,7 +52,7 @@ def path(tmp_path):
     P=st.integers(1, 9000),
     K=st.integers(1, 6),
     spare=st.integers(0, 2),
-    tile=st.sampled_from([1024, 2048, 700, 64]),
+    tile=st.sampled_from([None, 1024, 2048, 700, 64]),
     dtype=st.sampled_from(FLOATS),
     with_fishers=st.booleans(),
     removed=st.booleans(),
@@ -59,8 +61,10 @@ def path(tmp_path):
 def test_memory_and_file_are_the_same(tmp_path, P, K, spare, tile, dtype, with_fishers, removed, room):
     path = tmp_path / "same.store"
     path.unlink(missing_ok=True)
+    tile = tile or FileRows.tile(P, K + spare, dtype, with_fishers, None)
     options = {"tile": tile, "with_fishers": with_fishers}
-    resident = room * (K + spare) * 2 * tile * dtype.itemsize
+    shape = StoreShape(P, K + spare, tile, dtype, with_fishers)
+    resident = room * file_tiles.smallest_span(shape)
     memory = UpdateStore(P, K + spare, dtype, **options)
     with UpdateStore(P, K + spare, dtype, path=path, max_resident=resident, sync=False, **options) as file:
         for store in (memory, file):
@@ -169,7 +173,7 @@ def test_what_a_store_refuses(path):
             store.remove(0)
     with pytest.raises(ValueError, match="mode must be"):
         UpdateStore.open(path, "w")
-    with pytest.raises(ValueError, match="must hold two tiles of all clients"):
+    with pytest.raises(ValueError, match="max_resident must be at least"):
         UpdateStore.open(path, max_resident=100)
     with pytest.raises(ValueError, match="on the CPU"):
         UpdateStore(50, 2, path=path.with_name("other"), device="cuda")
