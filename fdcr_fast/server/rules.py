@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdcr_fast import ops
 from fdcr_fast.server.cluster import CLUSTERINGS, check_density, check_partition
-from fdcr_fast.server.intake import ClientUpdates, check_device, check_floating, sample_shares
+from fdcr_fast.server.intake import ClientUpdates, OnInvalid, check_device, check_floating, refuse, sample_shares
 from fdcr_fast.server.scores import SCORES
 from fdcr_fast.server.store import UpdateStore
 
@@ -80,7 +80,9 @@ class AggregationRule(ABC):
         """Decide who is kept, from nothing but the uploads of a round with at least one valid client."""
 
     @overload
-    def aggregate(self, global_params: Tensor, updates: UpdateStore) -> AggregationResult: ...
+    def aggregate(
+        self, global_params: Tensor, updates: UpdateStore, *, on_invalid: OnInvalid = "reject"
+    ) -> AggregationResult: ...
 
     @overload
     def aggregate(
@@ -91,6 +93,7 @@ class AggregationRule(ABC):
         num_samples: Any,
         *,
         client_ids: Sequence[Hashable] | None = None,
+        on_invalid: OnInvalid = "reject",
     ) -> AggregationResult: ...
 
     def aggregate(
@@ -101,6 +104,7 @@ class AggregationRule(ABC):
         num_samples: Any = None,
         *,
         client_ids: Sequence[Hashable] | None = None,
+        on_invalid: OnInvalid = "reject",
     ) -> AggregationResult:
         """New global parameters ``w' = w + sum_k alpha^_k c_k delta_k`` over the kept clients (Algorithm 1).
 
@@ -115,6 +119,8 @@ class AggregationRule(ABC):
                 importances.
             num_samples: ``n_k [K]``, numbers.
             client_ids: ``K`` different ids, by default 0 to K - 1.
+            on_invalid: What becomes of a round with clients whose contribution cannot be used: ``"reject"``
+                aggregates the others, ``"raise"`` raises ValueError naming client and reason.
 
         Raises:
             TypeError: a matrix is not a floating-point tensor, or sample counts are not numbers.
@@ -125,6 +131,7 @@ class AggregationRule(ABC):
         clients = self._intake(updates, fishers, num_samples, client_ids)
         _check_global(global_params, clients)
         clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
+        refuse(clients.rejected, on_invalid)
         valid, rows = clients.valid, len(clients.clients)
         selection = self.select(clients) if valid.any() else Selection(valid)
         kept = selection.kept & valid

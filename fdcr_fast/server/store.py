@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout
-from fdcr_fast.server.file_rows import DEFAULT_RESIDENT, FileRows
-from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, rejection_reason
+from fdcr_fast.server.file_rows import FileRows
+from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refuse, rejection_reason
 from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, MemoryRows, StoreShape, Vectors
 from fdcr_fast.server.vectors import shown, vector_pieces
 
@@ -64,7 +64,8 @@ class UpdateStore:
         buffer_dtype: Of the numbers in raw buffers (``bytes``); by default ``dtype``.
         on_invalid: ``"reject"`` records a contribution that cannot be used; ``"raise"`` raises ValueError as well.
         path: Of a file to create; None for memory.
-        max_resident: With ``path``, the largest buffers, in bytes, through which it is written and read.
+        max_resident: With ``path``, bytes that the buffers may take through which it is read, and each ``put`` writes;
+            by default 256 MiB, or more where many clients need it.
         sync: With ``path``, False trades crash safety for speed: nothing is flushed to the disk before the system does.
 
     Attributes:
@@ -86,9 +87,9 @@ class UpdateStore:
         with_fishers: bool = True,
         layout: ParamLayout | None = None,
         buffer_dtype: torch.dtype | None = None,
-        on_invalid: Literal["reject", "raise"] = "reject",
+        on_invalid: OnInvalid = "reject",
         path: str | os.PathLike[str] | None = None,
-        max_resident: int = DEFAULT_RESIDENT,
+        max_resident: int | None = None,
         sync: bool = True,
     ) -> None:
         if tile is None:
@@ -110,8 +111,8 @@ class UpdateStore:
         *,
         layout: ParamLayout | None = None,
         buffer_dtype: torch.dtype | None = None,
-        on_invalid: Literal["reject", "raise"] = "reject",
-        max_resident: int = DEFAULT_RESIDENT,
+        on_invalid: OnInvalid = "reject",
+        max_resident: int | None = None,
         sync: bool = True,
         verify: bool = False,
     ) -> UpdateStore:
@@ -155,13 +156,12 @@ class UpdateStore:
         accepted: dict[Hashable, Accepted],
         layout: ParamLayout | None,
         buffer_dtype: torch.dtype | None,
-        on_invalid: Literal["reject", "raise"],
+        on_invalid: OnInvalid,
     ) -> None:
         shape = rows.shape
         if layout is not None and layout.numel != shape.num_params:
             raise ValueError(f"the layout has {layout.numel} parameters, the store {shape.num_params}")
-        if on_invalid not in ("reject", "raise"):
-            raise ValueError(f"on_invalid must be 'reject' or 'raise', got {on_invalid!r}")
+        refuse({}, on_invalid)
         self._rows = rows
         self._layout = layout
         self._buffer_dtype = buffer_dtype or shape.dtype
@@ -348,13 +348,14 @@ class UpdateStore:
 
     def client_updates(self) -> ClientUpdates:
         """The round so far, as rules see it; waits for contributions that are being copied."""
-        clients = self._in_order()
-        K = len(clients)
+        with self._changed:
+            clients = self._in_order()
+            tiles = self._rows.tiles([client.row for client in clients])
+            rejected = dict(self.rejected)
 
         def numbers(name: str) -> Tensor:
             return torch.tensor([getattr(client, name) for client in clients], dtype=torch.float64)
 
-        tiles = self._rows.tiles([client.row for client in clients])
         return ClientUpdates(
             tiles=tiles,
             num_samples=numbers("num_samples"),
@@ -362,8 +363,8 @@ class UpdateStore:
             squared_norm=numbers("squared_norm"),
             fisher_min=numbers("fisher_min").to(tiles.device) if self.with_fishers else None,
             fisher_max=numbers("fisher_max").to(tiles.device) if self.with_fishers else None,
-            valid=torch.ones(K, dtype=torch.bool),
-            rejected=dict(self.rejected),
+            valid=torch.ones(len(clients), dtype=torch.bool),
+            rejected=rejected,
         )
 
     def _receive(self, row: int, client: Hashable, update: Any, fisher: Any, num_samples: Any) -> Accepted:
@@ -388,8 +389,7 @@ class UpdateStore:
 
     def _refuse(self, client: Hashable, reason: str) -> Literal[False]:
         self.rejected[client] = reason
-        if self._on_invalid == "raise":
-            raise ValueError(f"client {client!r} was not accepted: {reason}")
+        refuse({client: reason}, self._on_invalid)
         return False
 
     def _release(self, row: int) -> None:

@@ -313,7 +313,8 @@ void check_aggregation(const fdcr::Kernels& kernels) {
 
 template <class T>
 void check_fill_row(const fdcr::Kernels& kernels) {
-  const int64_t P = draw(1, 9000), L = draw(1, 3) * P / 2 + 1, tiles = (P + L - 1) / L, gap = draw(0, 9);
+  const int64_t P = draw(1, draw(0, 4) == 0 ? 60000 : 5000), L = draw(1, 3) * P / 2 + 1,
+                tiles = (P + L - 1) / L, gap = draw(0, 9);
   std::vector<std::vector<T>> pieces;
   std::vector<fdcr::VectorSegment> segments;
   std::vector<T> expected;

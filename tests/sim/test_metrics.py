@@ -81,7 +81,7 @@ def test_similarity_is_the_cosine_of_importances(num_params: int, accepted: list
     clients = len(accepted)
     fishers = rng.random((clients, num_params)).astype(np.float32)
     store = UpdateStore(num_params, clients, tile=tile)
-    store._data.fill_(float("nan"))
+    store._rows.data.fill_(float("nan"))
     for client, good in enumerate(accepted):
         update = np.full(num_params, 1.0 if good else np.nan, dtype=np.float32)
         assert store.put(update, fishers[client], 1, client_id=client) == good
