@@ -6,7 +6,9 @@ holds the same operators for ``torch.compile`` and ``torch.library.opcheck``.
 """
 
 from fdcr_fast.ops.schemas import (
+    STRETCH,
     discrepancy,
+    discrepancy_and_mean,
     fill_row,
     importance_range,
     rescaled_mean,
@@ -18,7 +20,9 @@ from fdcr_fast.ops.schemas import (
 )
 
 __all__ = [
+    "STRETCH",
     "discrepancy",
+    "discrepancy_and_mean",
     "fill_row",
     "importance_range",
     "rescaled_mean",

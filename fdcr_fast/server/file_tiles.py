@@ -71,6 +71,11 @@ class FileTiles:
         """Whether the spans have Fishers."""
         return self._shape.with_fishers
 
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Of updates and Fishers."""
+        return frozenset({self._shape.dtype})
+
     def spans(self) -> Iterator[Span]:
         """The whole round; a span lies in the buffer that the one after the next is read into."""
         starts = range(0, self._shape.tiles, self._step)

@@ -54,6 +54,10 @@ class ClientTiles(Protocol):
     def with_fishers(self) -> bool:
         """Whether the spans have Fishers."""
 
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Of updates and Fishers."""
+
     def spans(self) -> Iterator[Span]:
         """The whole round in the order of the parameters, cut between tiles; a span is valid until the next one."""
 
@@ -89,6 +93,11 @@ class MatrixTiles:
     def with_fishers(self) -> bool:
         """Whether there are Fishers."""
         return self.fishers is not None
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Of updates and Fishers."""
+        return frozenset(x.dtype for x in (self.updates, self.fishers) if x is not None)
 
     def spans(self) -> Iterator[Span]:
         """Everything at once."""

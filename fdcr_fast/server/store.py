@@ -19,7 +19,7 @@ from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refus
 from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, MemoryRows, StoreShape, Vectors
 from fdcr_fast.server.vectors import shown, vector_pieces
 
-_BLOCK_BYTES = 1 << 19  # one tile of all clients should fit into a core's second-level cache
+_MEMORY_TILE = 16  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
 
 
 class Contribution(NamedTuple):
@@ -93,7 +93,7 @@ class UpdateStore:
         sync: bool = True,
     ) -> None:
         if tile is None:
-            tile = _memory_tile(num_params, capacity, dtype, with_fishers)
+            tile = min(_MEMORY_TILE, max(num_params, 1))
             if path is not None:
                 tile = FileRows.tile(num_params, capacity, dtype, with_fishers, max_resident)
         shape = StoreShape(num_params, capacity, tile, dtype, with_fishers)
@@ -147,7 +147,7 @@ class UpdateStore:
         with_fishers: bool = True,
     ) -> int:
         """Memory that such a store takes, ``nbytes``, without making it."""
-        tile = _memory_tile(num_params, capacity, dtype, with_fishers) if tile is None else tile
+        tile = min(_MEMORY_TILE, max(num_params, 1)) if tile is None else tile
         return StoreShape(num_params, capacity, tile, dtype, with_fishers).nbytes
 
     def _start(
@@ -418,12 +418,6 @@ class UpdateStore:
         if not isinstance(tiles, MatrixTiles):
             raise ValueError("the store is in a file: iterate over it, or over client_updates().spans()")
         return tiles
-
-
-def _memory_tile(num_params: int, capacity: int, dtype: torch.dtype, with_fishers: bool) -> int:
-    matrices = 2 if with_fishers else 1
-    cached = _BLOCK_BYTES // (matrices * max(capacity, 1) * dtype.itemsize)
-    return min(max(cached // 64 * 64, 64), max(num_params, 1))
 
 
 def _number(value: Any) -> float:
