@@ -17,7 +17,7 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.server import file_format as form
 from fdcr_fast.server.file_format import PAGE, DamagedStoreError
-from fdcr_fast.server.file_tiles import FileTiles, Pieces, check_epoch, read, smallest_span
+from fdcr_fast.server.file_tiles import BUFFERS, FileTiles, Pieces, check_epoch, read, smallest_span
 from fdcr_fast.server.intake import ClientTiles
 from fdcr_fast.server.rows import (
     NO_STATISTICS,
@@ -46,7 +46,7 @@ class FileRows:
     def __init__(self, file: FileIO, shape: StoreShape, max_resident: int | None, sync: bool) -> None:
         self._file = file
         self.shape = shape
-        needed = 2 * smallest_span(shape)
+        needed = BUFFERS * smallest_span(shape)
         self._max_resident = max(_RESIDENT, needed) if max_resident is None else max_resident
         self._sync = sync
         self._writable = file.writable()
@@ -54,7 +54,9 @@ class FileRows:
         self._sequence = 0
         self._epoch = form.read_epoch(self._fd())
         if self._max_resident < needed:
-            raise ValueError(f"max_resident must be at least {needed}, two spans of all clients, got {max_resident}")
+            raise ValueError(
+                f"max_resident must be at least {needed}, {BUFFERS} spans of all clients, got {max_resident}"
+            )
 
     @staticmethod
     def tile(num_params: int, capacity: int, dtype: torch.dtype, with_fishers: bool, max_resident: int | None) -> int:

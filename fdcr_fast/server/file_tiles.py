@@ -1,12 +1,13 @@
-"""Reading the rows of a store's file: in spans of bounded size, the next one while the last one is used."""
+"""Reading the rows of a store's file: in spans of bounded size, the next ones while the last one is used."""
 
 from __future__ import annotations
 
 import math
 import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from fdcr_fast.server import file_format as form
 from fdcr_fast.server.intake import Span
 from fdcr_fast.server.rows import FISHER, UPDATE, StoreShape
 
+BUFFERS = 3  # one in use, two being read: the disk is busy also while a thread waits for its turn
 _SPAN_BYTES = 1 << 23  # long enough to read at full speed, short enough for the third-level cache
 
 
@@ -25,6 +27,8 @@ class Pieces:
 
     def __init__(self, count: int, shape: StoreShape) -> None:
         pages = mmap.mmap(-1, max(count, 1) * shape.piece_bytes)  # reads past the page cache go to whole pages
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
         memory = torch.frombuffer(pages, dtype=torch.uint8)
         self.numbers = memory.view(shape.dtype).view(-1, shape.matrices, shape.tile)
         self.bytes = memory.numpy().reshape(-1, shape.piece_bytes)
@@ -40,7 +44,7 @@ class FileTiles:
         shape: Of the store.
         rows: Those to read, in this order.
         epoch: Of the file when they were chosen.
-        max_resident: Bytes that two spans may take.
+        max_resident: Bytes that three spans may take.
     """
 
     device = torch.device("cpu")
@@ -53,7 +57,7 @@ class FileTiles:
         self._rows = rows
         self._epoch = epoch
         smallest = _fewest_tiles(shape)
-        room = min(max_resident // 2, _SPAN_BYTES) // (max(len(rows), 1) * shape.piece_bytes)
+        room = min(max_resident // BUFFERS, _SPAN_BYTES) // (max(len(rows), 1) * shape.piece_bytes)
         self._step = max(smallest, min(shape.tiles, room // smallest * smallest))
 
     @property
@@ -77,15 +81,20 @@ class FileTiles:
         return frozenset({self._shape.dtype})
 
     def spans(self) -> Iterator[Span]:
-        """The whole round; a span lies in the buffer that the one after the next is read into."""
+        """The whole round; a span lies in a buffer that a later one is read into."""
         starts = range(0, self._shape.tiles, self._step)
-        buffers = [Pieces(self._step * len(self._rows), self._shape) for _ in range(min(2, len(starts)))]
-        with self._uncached() as fd, ThreadPoolExecutor(1) as thread:
-            reading = thread.submit(self._read, fd, buffers[0], starts[0])
-            for i, first in enumerate(starts):
-                span = reading.result()
-                if first != starts[-1]:
-                    reading = thread.submit(self._read, fd, buffers[(i + 1) % 2], starts[i + 1])
+        buffers = [Pieces(self._step * len(self._rows), self._shape) for _ in starts[:BUFFERS]]
+        ahead = len(buffers) - 1
+        with self._uncached() as fd, ThreadPoolExecutor(max(ahead, 1)) as threads:
+
+            def submit(i: int) -> Future[Span]:
+                return threads.submit(self._read, fd, buffers[i % len(buffers)], starts[i])
+
+            reading = deque(submit(i) for i in range(min(max(ahead, 1), len(starts))))
+            for i in range(len(starts)):
+                span = reading.popleft().result()
+                if len(reading) < ahead and i + ahead < len(starts):
+                    reading.append(submit(i + ahead))
                 yield span
 
     def window(self, first: int, num_params: int) -> Span:

@@ -56,7 +56,7 @@ def path(tmp_path):
     dtype=st.sampled_from(FLOATS),
     with_fishers=st.booleans(),
     removed=st.booleans(),
-    room=st.integers(2, 9),
+    room=st.integers(3, 9),
 )
 def test_memory_and_file_are_the_same(tmp_path, P, K, spare, tile, dtype, with_fishers, removed, room):
     path = tmp_path / "same.store"
