@@ -17,7 +17,7 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.server import file_format as form
 from fdcr_fast.server.file_format import PAGE, DamagedStoreError
-from fdcr_fast.server.file_tiles import STRETCH, FileTiles, Pieces, check_epoch, read, smallest_span
+from fdcr_fast.server.file_tiles import FileTiles, Pieces, check_epoch, read, smallest_span
 from fdcr_fast.server.intake import ClientTiles
 from fdcr_fast.server.rows import (
     NO_STATISTICS,
@@ -59,12 +59,12 @@ class FileRows:
     @staticmethod
     def tile(num_params: int, capacity: int, dtype: torch.dtype, with_fishers: bool, max_resident: int | None) -> int:
         """Tiles of whole stretches and pages, up to 64 KiB of a vector, such that ``max_resident`` holds four."""
-        if num_params <= STRETCH:
+        if num_params <= ops.STRETCH:
             page = PAGE // dtype.itemsize
             return -(-num_params // page) * page
         vectors = max(capacity, 1) * (2 if with_fishers else 1)
         room = min((max_resident or _RESIDENT) // (4 * vectors), _PIECE_BYTES) // dtype.itemsize
-        return max(min(room, num_params) // STRETCH, 1) * STRETCH
+        return max(min(room, num_params) // ops.STRETCH, 1) * ops.STRETCH
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], shape: StoreShape, max_resident: int | None, sync: bool) -> FileRows:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from fdcr_fast import ops
 from fdcr_fast.server import file_format as form
 from fdcr_fast.server.intake import Span
 from fdcr_fast.server.rows import FISHER, UPDATE, StoreShape
 
-STRETCH = 4096  # parameters over which kernels sum scores: spans of whole stretches have the bits of one
 _SPAN_BYTES = 1 << 23  # long enough to read at full speed, short enough for the third-level cache
 
 
@@ -154,7 +154,8 @@ def smallest_span(shape: StoreShape) -> int:
 
 
 def _fewest_tiles(shape: StoreShape) -> int:
-    return min(shape.tiles, STRETCH // math.gcd(shape.tile, STRETCH))
+    """Whole stretches of parameters, so that spans have the bits of one."""
+    return min(shape.tiles, ops.STRETCH // math.gcd(shape.tile, ops.STRETCH))
 
 
 def check_epoch(fd: int, epoch: int) -> None:
