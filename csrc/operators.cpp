@@ -382,10 +382,12 @@ Tensor rescaled_mean(const Tensor& global, const Tensor& updates, const std::opt
   return as_type_of(global, std::move(params));
 }
 
-std::tuple<Tensor, Tensor> discrepancy_and_mean(
-    const Tensor& global, const Tensor& updates, const std::optional<Tensor>& fishers,
-    const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max, const Tensor& alpha,
-    const Tensor& weights, const Tensor& totals, bool reweight, bool rescale, bool single) {
+std::tuple<Tensor, Tensor> discrepancy_and_mean(const Tensor& global, const Tensor& updates,
+                                                const std::optional<Tensor>& fishers,
+                                                const std::optional<Tensor>& fisher_min,
+                                                const std::optional<Tensor>& fisher_max, const Tensor& alpha,
+                                                const Tensor& weights, const Tensor& totals, bool reweight,
+                                                bool rescale, bool single) {
   Tensor params = new_params(global);
   Aggregation aggregation(updates, fishers, fisher_min, fisher_max, params.size(0), single);
   aggregation.want_scores(alpha, totals, reweight);

@@ -104,16 +104,17 @@ struct AggregationProblem {
   const double* fisher_max = nullptr;
   bool single = false;  // products in float instead of double; the caller knows that nothing overflows
 
-  // Scores of the updates, times their importance with `reweight`; alpha == nullptr for none. Each sum is added to
-  // what is there.
+  // Scores of the updates, times their importance with `reweight`; alpha == nullptr for none. Each sum is
+  // added to what is there.
   const double* alpha = nullptr;  // [clients]
   bool reweight = false;
   double* distance = nullptr;     // [clients] sum_v (u_v - u_{k,v})^2 with u = sum_k alpha_k u_k
   double* norm = nullptr;         // [clients] sum_v update^2
   double* mean_square = nullptr;  // sum_v u_v^2
 
-  // result[v] = global[v] + sum_k weights[k] * c * update, c = 1 + tanh(importance / 2) with `rescale`, else 1, kept
-  // within [-limit, limit]; contiguous, float64 if global is, else float32. weights == nullptr for none.
+  // result[v] = global[v] + sum_k weights[k] * c * update, c = 1 + tanh(importance / 2) with `rescale`, else
+  // 1, kept within [-limit, limit]; contiguous, float64 if global is, else float32. weights == nullptr for
+  // none.
   const double* weights = nullptr;  // [clients]
   bool rescale = false;
   Source global;

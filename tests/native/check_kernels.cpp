@@ -310,8 +310,7 @@ void check_aggregation(const fdcr::Kernels& kernels) {
     for (int64_t c = 0; c < K; ++c) {
       const size_t i = static_cast<size_t>(c);
       const double d = static_cast<double>(updates[at(c, v)]);
-      const double importance =
-          (static_cast<double>(fishers[at(c, v)]) - e_low[i]) / (e_high[i] - e_low[i]);
+      const double importance = (static_cast<double>(fishers[at(c, v)]) - e_low[i]) / (e_high[i] - e_low[i]);
       u[i] = reweighted ? importance * d : d;
       mean += weights[i] * u[i];
       sum += weights[i] * d * (rescaled ? 2 / (1 + std::exp(-importance)) : 1.0);
