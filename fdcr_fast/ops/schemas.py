@@ -122,8 +122,8 @@ def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tenso
         values: Vectors that make up one vector ``[P]``; floating, any strides and dtypes.
         row: ``[T, L]``, floating; written.
         statistics: Of the numbers before these: float64 ``(squared norm, smallest, largest)``; ``(0, inf, -inf)`` where
-            there are none. The compiled kernels give a vector that is copied in pieces of whole tiles, in order, the
-            same bits as in one.
+            there are none. The compiled kernels give a vector that is copied in parts of a multiple of
+            :data:`STRETCH` numbers, in order, the same bits as in one, for any tiles.
 
     Returns:
         ``[3]`` float64, the statistics with these numbers.

@@ -17,7 +17,7 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.server import file_format as form
 from fdcr_fast.server.file_format import PAGE, DamagedStoreError
-from fdcr_fast.server.file_tiles import BUFFERS, FileTiles, Pieces, check_epoch, read, smallest_span
+from fdcr_fast.server.file_tiles import BUFFERS, FileTiles, Pieces, check_epoch, read, whole_stretches
 from fdcr_fast.server.intake import ClientTiles
 from fdcr_fast.server.rows import (
     NO_STATISTICS,
@@ -46,7 +46,7 @@ class FileRows:
     def __init__(self, file: FileIO, shape: StoreShape, max_resident: int | None, sync: bool) -> None:
         self._file = file
         self.shape = shape
-        needed = BUFFERS * smallest_span(shape)
+        needed = BUFFERS * whole_stretches(shape, 0) * shape.capacity * shape.piece_bytes
         self._max_resident = max(_RESIDENT, needed) if max_resident is None else max_resident
         self._sync = sync
         self._writable = file.writable()
@@ -120,7 +120,8 @@ class FileRows:
     def fill(self, row: int, vectors: Vectors) -> tuple[Statistics, int]:
         """Write a client's vectors into a row that is nobody's yet; their statistics, and the checksum of the row."""
         fd, shape = self._fd_to_write(), self.shape
-        chunk = max(1, min(shape.tiles, min(_CHUNK_BYTES, self._max_resident) // shape.piece_bytes))
+        room = min(_CHUNK_BYTES, self._max_resident) // shape.piece_bytes
+        chunk = whole_stretches(shape, room)
         buffer = Pieces(chunk, shape)
         statistics = dict.fromkeys(vectors, NO_STATISTICS)
         checksum = 0

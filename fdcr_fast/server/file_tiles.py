@@ -56,9 +56,8 @@ class FileTiles:
         self._shape = shape
         self._rows = rows
         self._epoch = epoch
-        smallest = _fewest_tiles(shape)
         room = min(max_resident // BUFFERS, _SPAN_BYTES) // (max(len(rows), 1) * shape.piece_bytes)
-        self._step = max(smallest, min(shape.tiles, room // smallest * smallest))
+        self._step = whole_stretches(shape, room)
 
     @property
     def num_params(self) -> int:
@@ -157,14 +156,13 @@ def read(fd: int, to: Any, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def smallest_span(shape: StoreShape) -> int:
-    """Bytes of the fewest tiles of all clients that a span can have."""
-    return _fewest_tiles(shape) * shape.capacity * shape.piece_bytes
+def whole_stretches(shape: StoreShape, tiles: int) -> int:
+    """At most so many tiles, at least one stretch, that hold whole stretches of parameters.
 
-
-def _fewest_tiles(shape: StoreShape) -> int:
-    """Whole stretches of parameters, so that spans have the bits of one."""
-    return min(shape.tiles, ops.STRETCH // math.gcd(shape.tile, ops.STRETCH))
+    Spans of whole stretches have the bits of one reading of everything.
+    """
+    fewest = ops.STRETCH // math.gcd(shape.tile, ops.STRETCH)
+    return min(max(tiles // fewest, 1) * fewest, shape.tiles)
 
 
 def check_epoch(fd: int, epoch: int) -> None:

@@ -64,7 +64,7 @@ def test_memory_and_file_are_the_same(tmp_path, P, K, spare, tile, dtype, with_f
     tile = tile or FileRows.tile(P, K + spare, dtype, with_fishers, None)
     options = {"tile": tile, "with_fishers": with_fishers}
     shape = StoreShape(P, K + spare, tile, dtype, with_fishers)
-    resident = room * file_tiles.smallest_span(shape)
+    resident = room * file_tiles.whole_stretches(shape, 0) * shape.capacity * shape.piece_bytes
     memory = UpdateStore(P, K + spare, dtype, **options)
     with UpdateStore(P, K + spare, dtype, path=path, max_resident=resident, sync=False, **options) as file:
         for store in (memory, file):
