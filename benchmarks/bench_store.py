@@ -25,8 +25,9 @@ REPORT = Report(
     "python -m pytest benchmarks/bench_store.py",
     f"""\
 P = {PARAMS:,}, float32, {CLIENTS} clients, ``max_resident`` a third of the file. *of reading the file*: time of
-reading it with ``O_DIRECT`` in pieces of {_READ_BYTES >> 20} MiB over ours, medians of interleaved repeats in one process; the
-page cache is passed by in both. *put*: bytes of updates and Fishers per second into a store that was written before.""",
+reading it with ``O_DIRECT`` in pieces of {_READ_BYTES >> 20} MiB over ours, medians of interleaved repeats in one
+process; the page cache is passed by in both. *put*: bytes of updates and Fishers per second into a store that was
+written before.""",
 )
 
 
