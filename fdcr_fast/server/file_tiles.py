@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -155,7 +154,7 @@ def smallest_span(shape: StoreShape) -> int:
 
 def _fewest_tiles(shape: StoreShape) -> int:
     """Whole stretches of parameters, so that spans have the bits of one."""
-    return min(shape.tiles, ops.STRETCH // math.gcd(shape.tile, ops.STRETCH))
+    return min(shape.tiles, max(1, ops.STRETCH // shape.tile))
 
 
 def check_epoch(fd: int, epoch: int) -> None:
