@@ -294,6 +294,11 @@ struct Aggregation {
       problem.fisher_min = low.data();
       problem.fisher_max = high.data();
     }
+    const auto wide = [](const fdcr::ClientMatrix& m) {
+      return m.source.data != nullptr && m.source.element == fdcr::Element::kFloat64;
+    };
+    STD_TORCH_CHECK(!single || !(wide(problem.updates) || wide(problem.fishers)),
+                    "single is not for float64 updates or fishers");
   }
   Aggregation(const Aggregation&) = delete;
   Aggregation& operator=(const Aggregation&) = delete;

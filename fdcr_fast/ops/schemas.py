@@ -172,8 +172,8 @@ def discrepancy(
     ``S_k = sum_v (u_v - u_{k,v})^2`` with ``u_k = I_k * updates_k``, ``u = sum_k alpha_k u_k`` and
     ``I_k = (F_k - min F_k) / (max F_k - min F_k)``; beside them ``N_k = sum_v updates_{k,v}^2`` and ``sum_v u_v^2``.
 
-    Every :data:`STRETCH` parameters are summed by themselves and then added to the totals, in order: a round may be
-    given in spans of a multiple of so many parameters and has the same bits.
+    Every ``max(1, STRETCH // L)`` tiles are summed by themselves and then added to the totals, in order: a round has
+    the same bits if it is given in spans of a multiple of so many tiles.
 
     Args:
         updates: Tiled client matrix ``[T, K, L]``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import threading
 import time
@@ -120,8 +121,9 @@ class FileRows:
     def fill(self, row: int, vectors: Vectors) -> tuple[Statistics, int]:
         """Write a client's vectors into a row that is nobody's yet; their statistics, and the checksum of the row."""
         fd, shape = self._fd_to_write(), self.shape
+        unit = math.lcm(shape.tile, ops.STRETCH) // shape.tile  # tiles of parts that have the statistics of the whole
         room = min(_CHUNK_BYTES, self._max_resident) // shape.piece_bytes
-        chunk = whole_stretches(shape, room)
+        chunk = min(max(room // unit, 1) * unit, shape.tiles)
         buffer = Pieces(chunk, shape)
         statistics = dict.fromkeys(vectors, NO_STATISTICS)
         checksum = 0

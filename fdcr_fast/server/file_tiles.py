@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 from collections import deque
@@ -161,7 +160,7 @@ def whole_stretches(shape: StoreShape, tiles: int) -> int:
 
     Spans of whole stretches have the bits of one reading of everything.
     """
-    fewest = ops.STRETCH // math.gcd(shape.tile, ops.STRETCH)
+    fewest = max(1, ops.STRETCH // shape.tile)
     return min(max(tiles // fewest, 1) * fewest, shape.tiles)
 
 

@@ -13,8 +13,8 @@ from fdcr_fast.server.intake import ClientTiles, ClientUpdates, MatrixTiles, Spa
 
 Importances = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-# In float32 a product is right to 2^-24 of itself, so V, which is made of differences, to about 1e-7 of itself times how
-# much larger what was subtracted is than what was left. Beyond this ratio V is computed again in float64.
+# In float32 a product is right to 2^-24 of itself, so V, which is made of differences, to about 1e-7 of itself times
+# how much larger what was subtracted is than what was left. Beyond this ratio V is computed again in float64.
 _CANCELLATION = 8.0
 _SAME = 1e-5  # scores that are closer together are told apart in float64 only
 _LEAST_RMS, _MOST_NORM, _RANGE = 1e-14, 1e15, 1e30  # squares of sizes in between are far from the limits of float32
@@ -114,9 +114,7 @@ def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool) -> 
     single = fits_single(clients)
     for span in _sample(clients.tiles):
         importances = _importances(clients, span, reweight)
-        totals = ops.discrepancy(
-            span.updates, *importances, alpha.to(totals.device), totals, span.num_params, single
-        )
+        totals = ops.discrepancy(span.updates, *importances, alpha.to(totals.device), totals, span.num_params, single)
     return _scores(totals)
 
 

@@ -80,9 +80,7 @@ class AggregationRule(ABC):
 
     def _check_options(self) -> None:
         if self.norm_bound is not None and not self.norm_bound >= 1:
-            raise ValueError(
-                f"norm_bound must be None or at least 1 (the median client itself), got {self.norm_bound}"
-            )
+            raise ValueError(f"norm_bound must be None or at least 1 (the median client itself), got {self.norm_bound}")
         if self.max_weight_share is not None and not 0 < self.max_weight_share <= 1:
             raise ValueError(f"max_weight_share must be None or in (0, 1], got {self.max_weight_share}")
 
@@ -212,9 +210,9 @@ class FedAvg(AggregationRule):
     Args:
         norm_bound: See :class:`FDCR`; by default no bound.
         max_weight_share: Likewise.
-        clip: Longer updates are scaled down to this norm, ``alpha_k min(1, clip / ||delta_k||)`` (Sun et al., "Can You
-            Really Backdoor Federated Learning?", 2019), or to the median norm with ``"median"``. The weights then add up
-            to less than 1.
+        clip: Longer updates are scaled down to this norm, ``alpha_k min(1, clip / ||delta_k||)`` (Sun et al., "Can
+            You Really Backdoor Federated Learning?", 2019), or to the median norm with ``"median"``. The weights then
+            add up to less than 1.
 
     Raises:
         ValueError: an option has a value that it cannot have.

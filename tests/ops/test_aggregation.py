@@ -160,18 +160,18 @@ def round_of(K, P, L, dtype, seed=0):
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize(("P", "L"), [(3 * 4096 + 77, 16), (9001, 5), (14001, 14001)])
 def test_same_bits_for_any_number_of_threads(compiled, single, P, L):
-    updates, fishers, low, high, weights = round_of(19, P, L, torch.float32)
+    updates, fishers, *_, weights = round_of(19, P, L, torch.float32)
     w = torch.randn(P)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            importances = (updates, *(fishers, *compiled("importance_range")(fishers, P)))
-            arguments = (weights, weights, zeros(39), True, True, single)
-            results.append(
-                torch.cat([compiled("squared_norm")(updates, P), *compiled("discrepancy_and_mean")(w, *importances, *arguments)])
+            importances = (fishers, *compiled("importance_range")(fishers, P))
+            both = compiled("discrepancy_and_mean")(
+                w, updates, *importances, weights, weights, zeros(39), True, True, single
             )
+            results.append(torch.cat([compiled("squared_norm")(updates, P), *both]))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(r, results[0]) for r in results[1:])

@@ -20,13 +20,16 @@ P = 3 * 4096 + 100
 def readings(monkeypatch):
     """What was read, in order: (kind, single)."""
     seen = []
-    for kind in ("scores", "mean", "scores_and_mean"):
 
-        def counted(*args, kind=kind, read=getattr(passes, kind), **options):
+    def count(kind, read):
+        def counted(*args, **options):
             seen.append((kind, options["single"]))
             return read(*args, **options)
 
-        monkeypatch.setattr(passes, kind, counted)
+        return counted
+
+    for kind in ("scores", "mean", "scores_and_mean"):
+        monkeypatch.setattr(passes, kind, count(kind, getattr(passes, kind)))
     return seen
 
 
