@@ -254,37 +254,6 @@ Tensor fill_row(const std::vector<Tensor>& values, Tensor row, const Tensor& sta
 
 // --- aggregation
 
-// The tensors behind an AggregationProblem; the vectors live as long as this does.
-struct Aggregation {
-  fdcr::AggregationProblem problem{};
-  std::vector<double> low, high, weights;
-
-  Aggregation(const Tensor& updates, const std::optional<Tensor>& fishers,
-              const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
-              const Tensor& weight, int64_t params) {
-    problem.updates = client_matrix(updates, params, "updates");
-    problem.clients = updates.size(1);
-    problem.params = params;
-    STD_TORCH_CHECK(
-        fishers.has_value() == fisher_min.has_value() && fishers.has_value() == fisher_max.has_value(),
-        "fishers, fisher_min and fisher_max go together");
-    if (fishers.has_value()) {
-      problem.fishers = client_matrix(*fishers, params, "fishers");
-      STD_TORCH_CHECK(fishers->size(0) == updates.size(0) && fishers->size(1) == updates.size(1) &&
-                          fishers->size(2) == updates.size(2),
-                      "fishers differ in shape from updates");
-      low = numbers(*fisher_min, problem.clients, "fisher_min");
-      high = numbers(*fisher_max, problem.clients, "fisher_max");
-      problem.fisher_min = low.data();
-      problem.fisher_max = high.data();
-    }
-    weights = numbers(weight, problem.clients, "weights");
-    problem.weights = weights.data();
-  }
-  Aggregation(const Aggregation&) = delete;
-  Aggregation& operator=(const Aggregation&) = delete;
-};
-
 Tensor per_client(const Tensor& x) { return torch::stable::new_empty(x, {x.size(1)}, ScalarType::Double); }
 
 double* doubles(const Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
@@ -304,30 +273,136 @@ Tensor squared_norm(const Tensor& updates, int64_t params) {
   return result;
 }
 
+// The tensors behind an AggregationProblem, gathered in turn; the vectors live as long as this does.
+struct Aggregation {
+  fdcr::AggregationProblem problem{};
+  std::vector<double> low, high, alpha, weights, totals;
+
+  Aggregation(const Tensor& updates, const std::optional<Tensor>& fishers,
+              const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
+              int64_t params, bool single) {
+    problem.updates = client_matrix(updates, params, "updates");
+    problem.clients = updates.size(1);
+    problem.params = params;
+    problem.single = single;
+    STD_TORCH_CHECK(
+        fishers.has_value() == fisher_min.has_value() && fishers.has_value() == fisher_max.has_value(),
+        "fishers, fisher_min and fisher_max go together");
+    if (fishers.has_value()) {
+      problem.fishers = client_matrix(*fishers, params, "fishers");
+      STD_TORCH_CHECK(fishers->size(0) == updates.size(0) && fishers->size(1) == updates.size(1) &&
+                          fishers->size(2) == updates.size(2),
+                      "fishers differ in shape from updates");
+      low = numbers(*fisher_min, problem.clients, "fisher_min");
+      high = numbers(*fisher_max, problem.clients, "fisher_max");
+      problem.fisher_min = low.data();
+      problem.fisher_max = high.data();
+    }
+    const auto wide = [](const fdcr::ClientMatrix& m) {
+      return m.source.data != nullptr && m.source.element == fdcr::Element::kFloat64;
+    };
+    STD_TORCH_CHECK(!single || !(wide(problem.updates) || wide(problem.fishers)),
+                    "single is not for float64 updates or fishers");
+  }
+  Aggregation(const Aggregation&) = delete;
+  Aggregation& operator=(const Aggregation&) = delete;
+
+  void want_scores(const Tensor& shares, const Tensor& so_far, bool reweight) {
+    check_fishers(reweight);
+    alpha = numbers(shares, problem.clients, "alpha");
+    totals = numbers(so_far, 2 * problem.clients + 1, "totals");
+    problem.alpha = alpha.data();
+    problem.reweight = reweight;
+    problem.distance = totals.data();
+    problem.norm = problem.distance + problem.clients;
+    problem.mean_square = problem.norm + problem.clients;
+  }
+
+  void want_mean(const Tensor& global, const Tensor& shares, bool rescale, const Tensor& result) {
+    check_fishers(rescale);
+    weights = numbers(shares, problem.clients, "weights");
+    problem.weights = weights.data();
+    problem.rescale = rescale;
+    problem.global = source(global, "global_params");
+    problem.global_stride = global.stride(0);
+    problem.limit = largest(problem.global.element);
+    problem.result = result.mutable_data_ptr();
+  }
+
+  Tensor run(const Tensor& like) {
+    fdcr::kernels().aggregate(problem, torch_pool);
+    if (problem.alpha == nullptr) return {};
+    Tensor result = torch::stable::new_empty(like, {2 * problem.clients + 1}, ScalarType::Double);
+    for (int64_t k = 0; k < problem.clients; ++k)
+      if (problem.alpha[k] == 0)
+        problem.distance[k] = problem.norm[k] = std::numeric_limits<double>::quiet_NaN();
+    std::copy(totals.begin(), totals.end(), doubles(result));
+    return result;
+  }
+
+ private:
+  void check_fishers(bool wanted) const {
+    STD_TORCH_CHECK(!wanted || problem.fisher_min != nullptr, "importances need fishers");
+  }
+
+  static double largest(fdcr::Element element) {
+    switch (element) {
+      case fdcr::Element::kFloat64:
+        return std::numeric_limits<double>::max();
+      case fdcr::Element::kBFloat16:
+        return 0x1.fep127;
+      case fdcr::Element::kFloat16:
+        return 65504;
+      default:
+        return std::numeric_limits<float>::max();
+    }
+  }
+};
+
+// Where the kernels write new parameters: in float64 or float32, rounded to the narrower types afterwards.
+Tensor new_params(const Tensor& global) {
+  STD_TORCH_CHECK(global.dim() == 1, "expected global_params [P]");
+  const bool wide = global.scalar_type() == ScalarType::Double;
+  return torch::stable::new_empty(global, {global.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
+}
+
+Tensor as_type_of(const Tensor& global, Tensor params) {
+  if (params.scalar_type() == global.scalar_type()) return params;
+  Tensor narrow = torch::stable::new_empty(global, {global.size(0)});
+  torch::stable::copy_(narrow, params);
+  return narrow;
+}
+
 Tensor discrepancy(const Tensor& updates, const std::optional<Tensor>& fishers,
                    const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
-                   const Tensor& alpha, int64_t params) {
-  const Aggregation aggregation(updates, fishers, fisher_min, fisher_max, alpha, params);
-  Tensor result = per_client(updates);
-  fdcr::kernels().discrepancy(aggregation.problem, doubles(result), torch_pool);
-  return result;
+                   const Tensor& alpha, const Tensor& totals, int64_t params, bool single) {
+  Aggregation aggregation(updates, fishers, fisher_min, fisher_max, params, single);
+  aggregation.want_scores(alpha, totals, fishers.has_value());
+  return aggregation.run(updates);
 }
 
 Tensor rescaled_mean(const Tensor& global, const Tensor& updates, const std::optional<Tensor>& fishers,
                      const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
-                     const Tensor& weights) {
-  STD_TORCH_CHECK(global.dim() == 1, "expected global_params [P]");
-  const int64_t params = global.size(0);
-  const Aggregation aggregation(updates, fishers, fisher_min, fisher_max, weights, params);
-  const fdcr::Source base = source(global, "global_params");
-  const ScalarType type = base.element == fdcr::Element::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  Tensor result = torch::stable::new_empty(global, {params}, type);
-  fdcr::kernels().rescaled_mean(aggregation.problem, base, global.stride(0), result.mutable_data_ptr(),
-                                torch_pool);
-  if (type == global.scalar_type()) return result;
-  Tensor narrow = torch::stable::new_empty(global, {params});
-  torch::stable::copy_(narrow, result);
-  return narrow;
+                     const Tensor& weights, bool single) {
+  Tensor params = new_params(global);
+  Aggregation aggregation(updates, fishers, fisher_min, fisher_max, params.size(0), single);
+  aggregation.want_mean(global, weights, fishers.has_value(), params);
+  aggregation.run(updates);
+  return as_type_of(global, std::move(params));
+}
+
+std::tuple<Tensor, Tensor> discrepancy_and_mean(const Tensor& global, const Tensor& updates,
+                                                const std::optional<Tensor>& fishers,
+                                                const std::optional<Tensor>& fisher_min,
+                                                const std::optional<Tensor>& fisher_max, const Tensor& alpha,
+                                                const Tensor& weights, const Tensor& totals, bool reweight,
+                                                bool rescale, bool single) {
+  Tensor params = new_params(global);
+  Aggregation aggregation(updates, fishers, fisher_min, fisher_max, params.size(0), single);
+  aggregation.want_scores(alpha, totals, reweight);
+  aggregation.want_mean(global, weights, rescale, params);
+  Tensor result = aggregation.run(updates);
+  return {std::move(result), as_type_of(global, std::move(params))};
 }
 
 // --- inner products
@@ -436,6 +511,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
   library.impl("squared_norm", TORCH_BOX(&squared_norm));
   library.impl("discrepancy", TORCH_BOX(&discrepancy));
   library.impl("rescaled_mean", TORCH_BOX(&rescaled_mean));
+  library.impl("discrepancy_and_mean", TORCH_BOX(&discrepancy_and_mean));
   library.impl("gram", TORCH_BOX(&gram));
 }
 

@@ -96,12 +96,32 @@ struct ClientMatrix {
   int64_t tile_length = 0, tile_stride = 0, client_stride = 0, stride = 0;
 };
 
+// Scores, the mean, or both.
 struct AggregationProblem {
   int64_t clients = 0, params = 0;
   ClientMatrix updates, fishers;
   const double* fisher_min = nullptr;  // [clients], null without fishers
   const double* fisher_max = nullptr;
-  const double* weights = nullptr;  // [clients]; a client with weight 0 is not read
+  bool single = false;  // products in float instead of double; the caller knows that nothing overflows
+
+  // Scores of the updates, times their importance with `reweight`; alpha == nullptr for none. Each sum is
+  // added to what is there.
+  const double* alpha = nullptr;  // [clients]
+  bool reweight = false;
+  double* distance = nullptr;     // [clients] sum_v (u_v - u_{k,v})^2 with u = sum_k alpha_k u_k
+  double* norm = nullptr;         // [clients] sum_v update^2
+  double* mean_square = nullptr;  // sum_v u_v^2
+
+  // result[v] = global[v] + sum_k weights[k] * c * update, c = 1 + tanh(importance / 2) with `rescale`, else
+  // 1, kept within [-limit, limit]; contiguous, float64 if global is, else float32. weights == nullptr for
+  // none.
+  const double* weights = nullptr;  // [clients]
+  bool rescale = false;
+  Source global;
+  int64_t global_stride = 0;
+  double limit = 0;
+  void* result = nullptr;
+  // A client whose alpha and weight are both zero is not read.
 };
 
 // Parameters [start, stop).
@@ -139,11 +159,7 @@ struct Kernels {
   void (*fill_row)(const FillRowProblem&, RowStatistics*, ParallelFor);
   void (*range)(const ClientMatrix&, int64_t clients, int64_t params, double* low, double* high, ParallelFor);
   void (*squared_norm)(const ClientMatrix&, int64_t clients, int64_t params, double* result, ParallelFor);
-  // result[k] = sum_v (u_v - u_{k,v})^2, NaN where weights[k] == 0.
-  void (*discrepancy)(const AggregationProblem&, double* result, ParallelFor);
-  // result[v] = global[v] + sum_k weights[k] * (1 + tanh(I / 2)) * update, contiguous, of global's type.
-  void (*rescaled_mean)(const AggregationProblem&, const Source& global, int64_t global_stride, void* result,
-                        ParallelFor);
+  void (*aggregate)(const AggregationProblem&, ParallelFor);
   // total[view][i][j] += the inner product of rows[i] and rows[j] for i <= j, contiguous [row_count,
   // row_count].
   void (*gram)(const GramProblem&, double* total, ParallelFor);

@@ -6,7 +6,9 @@ holds the same operators for ``torch.compile`` and ``torch.library.opcheck``.
 """
 
 from fdcr_fast.ops.schemas import (
+    STRETCH,
     discrepancy,
+    discrepancy_and_mean,
     fill_row,
     gram,
     importance_range,
@@ -19,7 +21,9 @@ from fdcr_fast.ops.schemas import (
 )
 
 __all__ = [
+    "STRETCH",
     "discrepancy",
+    "discrepancy_and_mean",
     "fill_row",
     "gram",
     "importance_range",

@@ -150,18 +150,25 @@ def discrepancy(
     fisher_min: Tensor | None,
     fisher_max: Tensor | None,
     alpha: Tensor,
+    totals: Tensor,
     num_params: int,
+    single: bool,
 ) -> Tensor:
-    """Sum of squared distances to the mean reweighted update; see ``schemas``."""
+    """Sums of squared distances to the mean reweighted update; see ``schemas``."""
+    clients = len(alpha)
     read = alpha != 0
-    total = torch.full_like(alpha, torch.nan)
-    total[read] = 0.0
+    distance, norm = alpha.new_full((2, clients), torch.nan)
+    distance[read] = norm[read] = 0.0
+    mean_square = alpha.new_zeros(1)
     for block, tile in _column_blocks(updates, num_params):
         u = block[read].double()
+        norm[read] += u.square().sum(1)
         if fishers is not None and fisher_min is not None and fisher_max is not None:
             u *= _importance(fishers, tile, read, fisher_min, fisher_max)
-        total[read] += (alpha[read] @ u - u).square_().sum(1)
-    return total
+        mean = alpha[read] @ u
+        mean_square += mean.square().sum()
+        distance[read] += (mean - u).square_().sum(1)
+    return totals + torch.cat([distance, norm, mean_square])
 
 
 def rescaled_mean(
@@ -171,19 +178,43 @@ def rescaled_mean(
     fisher_min: Tensor | None,
     fisher_max: Tensor | None,
     weights: Tensor,
+    single: bool,
 ) -> Tensor:
     """Weighted mean of rescaled updates, added to the global parameters; see ``schemas``."""
     read = weights != 0
     result = torch.empty_like(global_params, memory_format=torch.contiguous_format)
+    limit = torch.finfo(result.dtype).max
     start = 0
     for block, tile in _column_blocks(updates, global_params.numel()):
         delta = block[read].double()
         if fishers is not None and fisher_min is not None and fisher_max is not None:
             delta *= 2 * torch.sigmoid(_importance(fishers, tile, read, fisher_min, fisher_max))
         stop = start + block.shape[1]
-        result[start:stop] = global_params[start:stop].double() + weights[read] @ delta
+        result[start:stop] = (global_params[start:stop].double() + weights[read] @ delta).clamp_(-limit, limit)
         start = stop
     return result
+
+
+def discrepancy_and_mean(
+    global_params: Tensor,
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    alpha: Tensor,
+    weights: Tensor,
+    totals: Tensor,
+    reweight: bool,
+    rescale: bool,
+    single: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both, one after the other; see ``schemas``."""
+    importances = (fishers, fisher_min, fisher_max)
+    none = (None, None, None)
+    return (
+        discrepancy(updates, *(importances if reweight else none), alpha, totals, global_params.numel(), single),
+        rescaled_mean(global_params, updates, *(importances if rescale else none), weights, single),
+    )
 
 
 def gram(

@@ -19,6 +19,8 @@ from fdcr_fast.ops import reference
 
 _library = torch.library.Library("fdcr_fast", "FRAGMENT")
 
+STRETCH = 4096  # kStretch of csrc/cpu/aggregation.inc: how many parameters scores are summed over before they are added
+
 
 def sum_squared_grads_linear(grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
     """Squared per-sample gradients of a linear layer, summed over the samples.
@@ -120,8 +122,8 @@ def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tenso
         values: Vectors that make up one vector ``[P]``; floating, any strides and dtypes.
         row: ``[T, L]``, floating; written.
         statistics: Of the numbers before these: float64 ``(squared norm, smallest, largest)``; ``(0, inf, -inf)`` where
-            there are none. The compiled kernels give a vector that is copied in pieces of whole tiles, in order, the
-            same bits as in one.
+            there are none. The compiled kernels give a vector that is copied in parts of a multiple of
+            :data:`STRETCH` numbers, in order, the same bits as in one, for any tiles.
 
     Returns:
         ``[3]`` float64, the statistics with these numbers.
@@ -161,27 +163,36 @@ def discrepancy(
     fisher_min: Tensor | None,
     fisher_max: Tensor | None,
     alpha: Tensor,
+    totals: Tensor,
     num_params: int,
+    single: bool,
 ) -> Tensor:
-    """Sum of squared distances of the reweighted updates to their mean (paper eq. 8 and 9, times ``P``).
+    """Sums of squared distances of the reweighted updates to their mean (paper eq. 8 and 9, times ``P``).
 
     ``S_k = sum_v (u_v - u_{k,v})^2`` with ``u_k = I_k * updates_k``, ``u = sum_k alpha_k u_k`` and
-    ``I_k = (F_k - min F_k) / (max F_k - min F_k)``. Computed in float64.
+    ``I_k = (F_k - min F_k) / (max F_k - min F_k)``; beside them ``N_k = sum_v updates_{k,v}^2`` and ``sum_v u_v^2``.
+
+    Every ``max(1, STRETCH // L)`` tiles are summed by themselves and then added to the totals, in order: a round has
+    the same bits if it is given in spans of a multiple of so many tiles.
 
     Args:
         updates: Tiled client matrix ``[T, K, L]``.
         fishers: Tiled like ``updates``, or None for ``I = 1``.
         fisher_min: ``[K]`` float64 from :func:`importance_range`, or None without ``fishers``.
         fisher_max: Likewise.
-        alpha: ``[K]`` float64 shares of the clients. A client with share 0 is not read; its result is NaN.
+        alpha: ``[K]`` float64 shares of the clients. A client with share 0 is not read; its results are NaN.
+        totals: ``[2 K + 1]`` float64, to which is added: zeros, or the result for the parameters before these.
         num_params: ``P``.
+        single: Whether products may be formed in float32, which is faster: every square and product of an update, and
+            ``1 / (max F - min F)``, must be far from the limits of float32, and nothing may be float64. Otherwise
+            everything is computed in float64.
 
     Returns:
-        ``[K]``, float64.
+        ``totals + (S_1, ..., S_K, N_1, ..., N_K, sum_v u_v^2)``.
     """
     return cast(
         Tensor,
-        torch.ops.fdcr_fast.discrepancy(updates, fishers, fisher_min, fisher_max, alpha, num_params),
+        torch.ops.fdcr_fast.discrepancy(updates, fishers, fisher_min, fisher_max, alpha, totals, num_params, single),
     )
 
 
@@ -192,10 +203,12 @@ def rescaled_mean(
     fisher_min: Tensor | None,
     fisher_max: Tensor | None,
     weights: Tensor,
+    single: bool,
 ) -> Tensor:
     """New global parameters from weighted, rescaled updates (paper eq. 12 and Algorithm 1).
 
-    ``w + sum_k weights_k * 2 sigmoid(I_k) * updates_k``, the factor 1 without ``fishers``. Summed in float64.
+    ``w + sum_k weights_k * 2 sigmoid(I_k) * updates_k``, the factor 1 without ``fishers``. Sums of more than 16 clients
+    are formed in float64; a result beyond the largest number of its dtype becomes that number.
 
     Args:
         global_params: ``w [P]``.
@@ -204,13 +217,47 @@ def rescaled_mean(
         fisher_min: ``[K]`` float64 from :func:`importance_range`, or None without ``fishers``.
         fisher_max: Likewise.
         weights: ``[K]`` float64. A client with weight 0 is not read.
+        single: As in :func:`discrepancy`.
 
     Returns:
         ``[P]``, dtype of ``global_params``.
     """
     return cast(
         Tensor,
-        torch.ops.fdcr_fast.rescaled_mean(global_params, updates, fishers, fisher_min, fisher_max, weights),
+        torch.ops.fdcr_fast.rescaled_mean(global_params, updates, fishers, fisher_min, fisher_max, weights, single),
+    )
+
+
+def discrepancy_and_mean(
+    global_params: Tensor,
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    alpha: Tensor,
+    weights: Tensor,
+    totals: Tensor,
+    reweight: bool,
+    rescale: bool,
+    single: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`discrepancy` and :func:`rescaled_mean` from one reading of the clients, with the same bits.
+
+    Args:
+        global_params: As in :func:`rescaled_mean`, and so are ``updates``, ``fishers``, ``fisher_min``,
+            ``fisher_max`` and ``weights``.
+        alpha: As in :func:`discrepancy`, and so are ``totals`` and ``single``.
+        reweight: Whether scores take importances, which need ``fishers``; else ``u_k = updates_k``.
+        rescale: Whether the mean takes them.
+
+    Returns:
+        ``(totals, params)``.
+    """
+    return cast(
+        "tuple[Tensor, Tensor]",
+        torch.ops.fdcr_fast.discrepancy_and_mean(
+            global_params, updates, fishers, fisher_min, fisher_max, alpha, weights, totals, reweight, rescale, single
+        ),
     )
 
 
@@ -408,15 +455,30 @@ def _check_squared_norm(updates: Tensor, num_params: int) -> None:
     _check_clients(num_params, updates)
 
 
+def _check_scores(clients: int, alpha: Tensor, totals: Tensor) -> None:
+    for name, vector, size in (("alpha", alpha, clients), ("totals", totals, 2 * clients + 1)):
+        message = f"{name} must be float64 [{size}], got {vector.dtype} {tuple(vector.shape)}"
+        torch._check(vector.dtype == torch.float64 and vector.shape == (size,), partial(str, message))
+
+
+def _check_single(single: bool, updates: Tensor, fishers: Tensor | None) -> None:
+    dtypes = {x.dtype for x in (updates, fishers) if x is not None}
+    torch._check(not single or torch.float64 not in dtypes, lambda: "single is not for float64 updates or fishers")
+
+
 def _check_discrepancy(
     updates: Tensor,
     fishers: Tensor | None,
     fisher_min: Tensor | None,
     fisher_max: Tensor | None,
     alpha: Tensor,
+    totals: Tensor,
     num_params: int,
+    single: bool,
 ) -> None:
-    _check_clients(num_params, updates, fishers, fisher_min, fisher_max, alpha)
+    _check_clients(num_params, updates, fishers, fisher_min, fisher_max)
+    _check_scores(updates.shape[1], alpha, totals)
+    _check_single(single, updates, fishers)
 
 
 def _check_rescaled_mean(
@@ -426,10 +488,30 @@ def _check_rescaled_mean(
     fisher_min: Tensor | None,
     fisher_max: Tensor | None,
     weights: Tensor,
+    single: bool,
 ) -> None:
     _check_floating(global_params=global_params)
     torch._check(global_params.dim() == 1, lambda: f"expected global_params [P], got {tuple(global_params.shape)}")
     _check_clients(global_params.numel(), updates, fishers, fisher_min, fisher_max, weights)
+    _check_single(single, updates, fishers)
+
+
+def _check_discrepancy_and_mean(
+    global_params: Tensor,
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    alpha: Tensor,
+    weights: Tensor,
+    totals: Tensor,
+    reweight: bool,
+    rescale: bool,
+    single: bool,
+) -> None:
+    _check_rescaled_mean(global_params, updates, fishers, fisher_min, fisher_max, weights, single)
+    _check_scores(updates.shape[1], alpha, totals)
+    torch._check(fishers is not None or not (reweight or rescale), lambda: "importances need fishers")
 
 
 def _check_gram(
@@ -503,8 +585,16 @@ def _per_client(clients: Tensor, *_: object) -> Tensor:
     return clients.new_empty(clients.shape[1], dtype=torch.float64)
 
 
+def _fake_discrepancy(updates: Tensor, *_: object) -> Tensor:
+    return updates.new_empty(2 * updates.shape[1] + 1, dtype=torch.float64)
+
+
 def _fake_rescaled_mean(global_params: Tensor, *_: object) -> Tensor:
     return torch.empty_like(global_params, memory_format=torch.contiguous_format)
+
+
+def _fake_discrepancy_and_mean(global_params: Tensor, updates: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _fake_discrepancy(updates), _fake_rescaled_mean(global_params)
 
 
 def _fake_gram(*args: Any) -> Tensor:
@@ -545,14 +635,20 @@ OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]] = {
     "importance_range": ("(Tensor fishers, int num_params) -> (Tensor, Tensor)", _check_range, _fake_range),
     "squared_norm": ("(Tensor updates, int num_params) -> Tensor", _check_squared_norm, _per_client),
     "discrepancy": (
-        f"({_CLIENTS}, Tensor alpha, int num_params) -> Tensor",
+        f"({_CLIENTS}, Tensor alpha, Tensor totals, int num_params, bool single) -> Tensor",
         _check_discrepancy,
-        _per_client,
+        _fake_discrepancy,
     ),
     "rescaled_mean": (
-        f"(Tensor global_params, {_CLIENTS}, Tensor weights) -> Tensor",
+        f"(Tensor global_params, {_CLIENTS}, Tensor weights, bool single) -> Tensor",
         _check_rescaled_mean,
         _fake_rescaled_mean,
+    ),
+    "discrepancy_and_mean": (
+        f"(Tensor global_params, {_CLIENTS}, Tensor alpha, Tensor weights, Tensor totals, bool reweight, "
+        "bool rescale, bool single) -> (Tensor, Tensor)",
+        _check_discrepancy_and_mean,
+        _fake_discrepancy_and_mean,
     ),
     "gram": (
         f"({_CLIENTS}, Tensor read, str[] transforms, Tensor[] ranges, Tensor total, int num_params, bool float64) "

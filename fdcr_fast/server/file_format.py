@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Hashable
@@ -39,6 +40,11 @@ def record_offset(row: int) -> int:
     return PAGE + row * RECORD_BYTES
 
 
+def piece_offset(shape: StoreShape, tile: int, row: int) -> int:
+    """Of one client's piece of a tile."""
+    return data_offset(shape) + (tile * shape.capacity + row) * shape.piece_bytes
+
+
 def pack_header(shape: StoreShape) -> bytes:
     """The header with its checksum."""
     body = _HEADER.pack(
@@ -67,13 +73,13 @@ def unpack_header(page: bytes) -> StoreShape:
 
 
 def pack_epoch(epoch: int) -> bytes:
-    """How often rows were taken back."""
+    """The bytes at ``EPOCH_OFFSET``."""
     return _EPOCH.pack(epoch)
 
 
-def unpack_epoch(data: bytes) -> int:
-    """Likewise."""
-    return int(_EPOCH.unpack(data)[0])
+def read_epoch(fd: int) -> int:
+    """How often rows were taken back: where that grew, rows may be other clients' than when they were loaded."""
+    return int(_EPOCH.unpack(os.pread(fd, _EPOCH.size, EPOCH_OFFSET))[0])
 
 
 def pack_record(accepted: Accepted, sequence: int) -> bytes:

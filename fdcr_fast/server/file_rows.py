@@ -1,15 +1,15 @@
-"""Rows in a file: written so that a crash leaves whole contributions only, read ahead in spans of bounded size."""
+"""Rows in a file: written so that a crash leaves whole contributions only."""
 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import threading
 import time
 import zlib
 from collections.abc import Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from io import FileIO
 from typing import Any
 
 import torch
@@ -18,22 +18,20 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.server import file_format as form
 from fdcr_fast.server.file_format import PAGE, DamagedStoreError
-from fdcr_fast.server.intake import ClientTiles, Span
+from fdcr_fast.server.file_tiles import BUFFERS, FileTiles, Pieces, check_epoch, read, whole_stretches
+from fdcr_fast.server.intake import ClientTiles
 from fdcr_fast.server.rows import (
-    FISHER,
     NO_STATISTICS,
-    UPDATE,
     Accepted,
     Statistics,
     StoreShape,
     Vectors,
-    page_buffer,
+    giga,
 )
 
-DEFAULT_RESIDENT = 1 << 28
+_RESIDENT = 1 << 28
 _CHUNK_BYTES = 1 << 22  # of one client that are converted before they are written
-_SPAN_BYTES = 1 << 23  # of all clients: long enough to read at full speed, short enough for the third-level cache
-_ATTEMPTS = 20  # to read a record that another process may be writing
+_ATTEMPTS = 5  # to read a record that another process may be writing
 _PIECE_BYTES = 1 << 16  # of one vector in one tile: long enough to write and read at full speed
 
 
@@ -44,87 +42,89 @@ class FileRows:
     row count; then another flush. Taking one back empties the record before the row is used again.
     """
 
-    device = torch.device("cpu")
+    device = FileTiles.device
 
-    def __init__(self, fd: int, shape: StoreShape, max_resident: int, sync: bool, writable: bool) -> None:
-        self.fd = fd
+    def __init__(self, file: FileIO, shape: StoreShape, max_resident: int | None, sync: bool) -> None:
+        self._file = file
         self.shape = shape
-        self._max_resident = max_resident
+        needed = BUFFERS * whole_stretches(shape, 0) * shape.capacity * shape.piece_bytes
+        self._max_resident = max(_RESIDENT, needed) if max_resident is None else max_resident
         self._sync = sync
-        self._writable = writable
-        self._offset = form.data_offset(shape)
-        self._tile_bytes = shape.capacity * shape.piece_bytes
+        self._writable = file.writable()
         self._lock = threading.Lock()
         self._sequence = 0
-        self._epoch = self.epoch()
-        if max_resident < 2 * self._tile_bytes:
+        self._epoch = form.read_epoch(self._fd())
+        if self._max_resident < needed:
             raise ValueError(
-                f"max_resident must hold two tiles of all clients, {2 * self._tile_bytes} bytes, got {max_resident}"
+                f"max_resident must be at least {needed}, {BUFFERS} spans of all clients, got {max_resident}"
             )
 
     @staticmethod
-    def tile(num_params: int, capacity: int, dtype: torch.dtype, with_fishers: bool, max_resident: int) -> int:
-        """Tiles of whole pages, of at most 64 KiB per vector and client, and such that ``max_resident`` holds four."""
-        matrices = 2 if with_fishers else 1
-        room = max_resident // (4 * max(capacity, 1) * matrices)
-        wanted = min(room, _PIECE_BYTES, max(num_params, 1) * dtype.itemsize)
-        return max(-(-min(wanted, room) // PAGE), 1) * PAGE // dtype.itemsize
+    def tile(num_params: int, capacity: int, dtype: torch.dtype, with_fishers: bool, max_resident: int | None) -> int:
+        """Tiles of whole stretches and pages, up to 64 KiB of a vector, such that ``max_resident`` holds four."""
+        if num_params <= ops.STRETCH:
+            page = PAGE // dtype.itemsize
+            return -(-num_params // page) * page
+        vectors = max(capacity, 1) * (2 if with_fishers else 1)
+        room = min((max_resident or _RESIDENT) // (4 * vectors), _PIECE_BYTES) // dtype.itemsize
+        return max(min(room, num_params) // ops.STRETCH, 1) * ops.STRETCH
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], shape: StoreShape, max_resident: int, sync: bool) -> FileRows:
+    def create(cls, path: str | os.PathLike[str], shape: StoreShape, max_resident: int | None, sync: bool) -> FileRows:
         """A new file, its header written when all its room is reserved."""
         if shape.dtype not in form.DTYPES:
             raise TypeError(f"a file holds float32, float64, bfloat16 or float16, got {shape.dtype}")
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        file = FileIO(path, "x+")
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.posix_fallocate(fd, 0, form.data_offset(shape) + shape.nbytes)
-            rows = cls(fd, shape, max_resident, sync, writable=True)
+            fd = file.fileno()
+            _lock(fd, path)
+            _reserve(fd, form.data_offset(shape) + shape.nbytes)
+            rows = cls(file, shape, max_resident, sync)
             rows._flush()
             _write(fd, form.pack_header(shape), 0)
             rows._flush()
             if sync:
                 _flush_folder(path)
         except BaseException:
-            os.close(fd)
+            file.close()
             os.unlink(path)
             raise
         return rows
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], writable: bool, max_resident: int, sync: bool, verify: bool
+        cls, path: str | os.PathLike[str], writable: bool, max_resident: int | None, sync: bool, verify: bool
     ) -> tuple[FileRows, dict[Hashable, Accepted]]:
         """An existing file and its clients."""
-        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        file = FileIO(path, "r+" if writable else "r")
         try:
+            fd = file.fileno()
             if writable:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(fd, path)
             shape = form.unpack_header(os.pread(fd, PAGE, 0))
-            expected = form.data_offset(shape) + shape.nbytes
-            if os.fstat(fd).st_size != expected:
-                raise DamagedStoreError(f"the file has {os.fstat(fd).st_size} bytes, expected {expected}")
-            rows = cls(fd, shape, max_resident, sync, writable)
+            expected, size = form.data_offset(shape) + shape.nbytes, os.fstat(fd).st_size
+            if size != expected:
+                raise DamagedStoreError(f"the file has {size} bytes, expected {expected}")
+            rows = cls(file, shape, max_resident, sync)
             accepted = rows._load()
             if verify:
                 for client in accepted.values():
                     rows._verify(client)
         except DamagedStoreError as error:
-            os.close(fd)
+            file.close()
             raise DamagedStoreError(f"{os.fspath(path)!r} cannot be opened: {error}") from None
-        except BlockingIOError:
-            os.close(fd)
-            raise BlockingIOError(f"another process has {os.fspath(path)!r} open for writing") from None
         except BaseException:
-            os.close(fd)
+            file.close()
             raise
         return rows, accepted
 
     def fill(self, row: int, vectors: Vectors) -> tuple[Statistics, int]:
         """Write a client's vectors into a row that is nobody's yet; their statistics, and the checksum of the row."""
-        shape = self.shape
-        chunk = max(1, min(shape.tiles, min(_CHUNK_BYTES, self._max_resident) // shape.piece_bytes))
-        buffer = _Pieces(chunk, shape)
+        fd, shape = self._fd_to_write(), self.shape
+        unit = math.lcm(shape.tile, ops.STRETCH) // shape.tile  # tiles of parts that have the statistics of the whole
+        room = min(_CHUNK_BYTES, self._max_resident) // shape.piece_bytes
+        chunk = min(max(room // unit, 1) * unit, shape.tiles)
+        buffer = Pieces(chunk, shape)
         statistics = dict.fromkeys(vectors, NO_STATISTICS)
         checksum = 0
         for first in range(0, shape.tiles, chunk):
@@ -136,7 +136,7 @@ class FileRows:
                 statistics[matrix] = ops.fill_row(part, buffer.numbers[:tiles, matrix], statistics[matrix])
             for t in range(tiles):
                 checksum = zlib.crc32(buffer.bytes[t], checksum)
-                _write(self._open_fd(), buffer.bytes[t], self._piece(first + t, row))
+                _write(fd, buffer.bytes[t], form.piece_offset(shape, first + t, row))
         return statistics, checksum
 
     def commit(self, accepted: Accepted) -> None:
@@ -145,14 +145,14 @@ class FileRows:
             self._sequence += 1
             record = form.pack_record(accepted, self._sequence)
         self._flush()
-        _write(self._open_fd(), record, form.record_offset(accepted.row))
+        _write(self._fd_to_write(), record, form.record_offset(accepted.row))
         self._flush()
 
     def forget(self, rows: Sequence[int]) -> None:
         """Make rows nobody's; first of all readers are told that what they read may change."""
         if not rows:
             return
-        fd = self._open_fd()
+        fd = self._fd_to_write()
         with self._lock:
             self._epoch += 1
             _write(fd, form.pack_epoch(self._epoch), form.EPOCH_OFFSET)
@@ -166,92 +166,54 @@ class FileRows:
 
     def read(self, row: int) -> Tensor:
         """One client's row ``[matrices, P]``."""
-        pieces = _Pieces(self.shape.tiles, self.shape)
-        for tile in range(self.shape.tiles):
-            _read(self._open_fd(), pieces.bytes[tile], self._piece(tile, row))
-        return pieces.numbers.transpose(0, 1).flatten(1)[:, : self.shape.num_params]
+        fd, shape = self._fd(), self.shape
+        pieces = Pieces(shape.tiles, shape)
+        for tile in range(shape.tiles):
+            read(fd, pieces.bytes[tile], form.piece_offset(shape, tile, row))
+        check_epoch(fd, self._epoch)
+        return pieces.numbers.transpose(0, 1).flatten(1)[:, : shape.num_params]
 
     def tiles(self, rows: Sequence[int]) -> ClientTiles:
         """The given rows, as rules read them."""
-        return FileTiles(self, rows, self._epoch)
-
-    def epoch(self) -> int:
-        """How often rows were taken back: where that grew, rows may be other clients' than when they were loaded."""
-        return form.unpack_epoch(os.pread(self._open_fd(), 8, form.EPOCH_OFFSET))
+        return FileTiles(self._fd, self.shape, rows, self._epoch, self._max_resident)
 
     def close(self) -> None:
         """Close the file and let another process write it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._file.close()
 
-    def tiles_per_span(self, clients: int) -> int:
-        """Of the given number of clients: two spans fit into ``max_resident``, and none is longer than useful."""
-        room = min(self._max_resident // 2, _SPAN_BYTES)
-        return max(1, min(self.shape.tiles, room // (max(clients, 1) * self.shape.piece_bytes)))
-
-    @contextmanager
-    def reader(self) -> Iterator[int]:
-        """The file once more, to read whole pages past the page cache, if the file system can."""
-        flags = os.O_RDONLY | os.O_CLOEXEC
-        path = f"/proc/self/fd/{self._open_fd()}"
-        whole_pages = self.shape.piece_bytes % PAGE == 0
-        try:
-            fd = os.open(path, flags | (os.O_DIRECT if whole_pages else 0))
-        except OSError:
-            fd = os.open(path, flags)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    def read_tiles(self, fd: int, to: _Pieces, rows: Sequence[int], first: int, tiles: int) -> None:
-        """Read the rows of tiles ``[first, first + tiles)``, each stretch of neighbours at once."""
-        K = len(rows)
-        if list(rows) == list(range(self.shape.capacity)):
-            _read(fd, to.bytes[: tiles * K].reshape(-1), self._piece(first, 0))
-            return
-        for tile in range(tiles):
-            for start, stop in _stretches(rows):
-                pieces = to.bytes[tile * K + start : tile * K + stop]
-                _read(fd, pieces.reshape(-1), self._piece(first + tile, rows[start]))
-
-    def _open_fd(self) -> int:
-        if self.fd < 0:
+    def _fd(self) -> int:
+        if self._file.closed:
             raise RuntimeError("the store is closed")
-        return self.fd
+        return self._file.fileno()
+
+    def _fd_to_write(self) -> int:
+        fd = self._fd()
+        if not self._writable:
+            raise RuntimeError("the store was opened for reading")
+        return fd
 
     def _flush(self) -> None:
         if self._sync:
-            os.fdatasync(self._open_fd())
-
-    def _piece(self, tile: int, row: int) -> int:
-        """Offset of one client's piece of a tile."""
-        return self._offset + tile * self._tile_bytes + row * self.shape.piece_bytes
+            os.fdatasync(self._fd())
 
     def _load(self) -> dict[Hashable, Accepted]:
         """The clients by id; of two contributions of one client, as a crash while replacing leaves, the later one."""
-        self._epoch = self.epoch()
-        latest: dict[Hashable, tuple[int, Accepted]] = {}
-        stale = []
-        records = os.pread(self.fd, self.shape.capacity * form.RECORD_BYTES, form.record_offset(0))
-        for row in range(self.shape.capacity):
+        fd, shape = self._fd(), self.shape
+        self._epoch = form.read_epoch(fd)
+        records = os.pread(fd, shape.capacity * form.RECORD_BYTES, form.record_offset(0))
+        found = []
+        for row in range(shape.capacity):
             record = self._record(records[row * form.RECORD_BYTES : (row + 1) * form.RECORD_BYTES], row)
-            if record is None:
-                continue
-            accepted, sequence = record
-            self._sequence = max(self._sequence, sequence)
-            other, latest_accepted = latest.get(accepted.client, (0, accepted))
-            if other < sequence:
-                latest[accepted.client] = sequence, accepted
-                accepted = latest_accepted
-            if accepted is not latest[accepted.client][1]:
-                stale.append(accepted.row)
+            if record is not None:
+                found.append(record)
+        found.sort(key=lambda record: record[1])
+        latest = {accepted.client: accepted for accepted, _ in found}
+        self._sequence = found[-1][1] if found else 0
         if self._writable:
-            self.forget(stale)
-        elif self.epoch() != self._epoch:
+            self.forget([accepted.row for accepted, _ in found if latest[accepted.client] is not accepted])
+        elif form.read_epoch(fd) != self._epoch:
             return self._load()
-        return {client: accepted for client, (_, accepted) in latest.items()}
+        return latest
 
     def _record(self, data: bytes, row: int) -> tuple[Accepted, int] | None:
         attempts = 1 if self._writable else _ATTEMPTS
@@ -262,106 +224,17 @@ class FileRows:
             except DamagedStoreError:
                 if attempts == 0:
                     raise
-            time.sleep(0.005)  # a writer may be in the middle of it: look again
-            data = os.pread(self.fd, form.RECORD_BYTES, form.record_offset(row))
+            time.sleep(0.001)  # a writer may be in the middle of it: look again
+            data = os.pread(self._fd(), form.RECORD_BYTES, form.record_offset(row))
 
     def _verify(self, client: Accepted) -> None:
         piece = bytearray(self.shape.piece_bytes)
         checksum = 0
         for tile in range(self.shape.tiles):
-            _read(self.fd, piece, self._piece(tile, client.row))
+            read(self._fd(), piece, form.piece_offset(self.shape, tile, client.row))
             checksum = zlib.crc32(piece, checksum)
         if checksum != client.checksum:
             raise DamagedStoreError(f"the data of client {client.client!r} are damaged: their checksum differs")
-
-
-class FileTiles:
-    """Rows of a file, read in spans: while one is used, a thread reads the next.
-
-    The page cache is passed by where the file system allows: what is read once would only push out other things.
-    """
-
-    with_fishers: bool
-    device = FileRows.device
-
-    def __init__(self, rows: FileRows, chosen: Sequence[int], epoch: int) -> None:
-        self._rows = rows
-        self._chosen = chosen
-        self._epoch = epoch
-        self.with_fishers = rows.shape.with_fishers
-
-    @property
-    def num_params(self) -> int:
-        """``P``."""
-        return self._rows.shape.num_params
-
-    @property
-    def tile(self) -> int:
-        """``L``, the number of parameters in a tile."""
-        return self._rows.shape.tile
-
-    def spans(self) -> Iterator[Span]:
-        """The whole round; each span is in a buffer that the one after the next is read into."""
-        shape = self._rows.shape
-        step = self._rows.tiles_per_span(len(self._chosen))
-        starts = range(0, shape.tiles, step)
-        buffers = [_Pieces(step * len(self._chosen), shape) for _ in range(min(2, len(starts)))]
-        with self._rows.reader() as fd, ThreadPoolExecutor(1) as ahead:
-            reading = [ahead.submit(self._read, fd, buffers[0], 0, min(step, shape.tiles))]
-            for i, first in enumerate(starts):
-                reading.pop().result()
-                if i + 1 < len(starts):
-                    after = starts[i + 1]
-                    tiles = min(step, shape.tiles - after)
-                    reading.append(ahead.submit(self._read, fd, buffers[(i + 1) % 2], after, tiles))
-                yield self._span(buffers[i % 2], first, min(step, shape.tiles - first))
-
-    def window(self, first: int, num_params: int) -> Span:
-        """The parameters ``[first, first + num_params)`` alone, which must lie in one tile."""
-        shape = self._rows.shape
-        tile, column = divmod(first, shape.tile)
-        buffer = _Pieces(len(self._chosen), shape)
-        with self._rows.reader() as fd:
-            self._read(fd, buffer, tile, 1)
-        span = self._span(buffer, tile, 1)
-        columns = slice(column, column + num_params)
-        fishers = None if span.fishers is None else span.fishers[:, :, columns]
-        return Span(first, num_params, span.updates[:, :, columns], fishers)
-
-    def _read(self, fd: int, buffer: _Pieces, first: int, tiles: int) -> None:
-        self._rows.read_tiles(fd, buffer, self._chosen, first, tiles)
-        if self._rows.epoch() != self._epoch:
-            raise RuntimeError("clients were removed or replaced while the store was read: read it again")
-
-    def _span(self, buffer: _Pieces, first: int, tiles: int) -> Span:
-        shape = self._rows.shape
-        size = (tiles, len(self._chosen), shape.matrices, shape.tile)
-        numbers = buffer.numbers[: tiles * len(self._chosen)].view(size)
-        start = first * shape.tile
-        return Span(
-            start,
-            min(tiles * shape.tile, shape.num_params - start),
-            numbers[:, :, UPDATE],
-            numbers[:, :, FISHER] if self.with_fishers else None,
-        )
-
-
-class _Pieces:
-    """A buffer of pieces, each one client's part of a tile, as numbers and as bytes."""
-
-    def __init__(self, count: int, shape: StoreShape) -> None:
-        memory = page_buffer(max(count, 1) * shape.piece_bytes)
-        self.numbers = memory.view(shape.dtype).view(-1, shape.matrices, shape.tile)
-        self.bytes = memory.numpy().reshape(-1, shape.piece_bytes)
-
-
-def _stretches(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Positions ``[start, stop)`` of rows that follow each other in the file."""
-    start = 0
-    for k in range(1, len(rows) + 1):
-        if k == len(rows) or rows[k] != rows[k - 1] + 1:
-            yield start, k
-            start = k
 
 
 def _between(pieces: Sequence[Tensor], start: int, stop: int) -> Iterator[Tensor]:
@@ -379,13 +252,19 @@ def _write(fd: int, data: Any, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _read(fd: int, to: Any, offset: int) -> None:
-    view = memoryview(to)
-    while view:
-        count = os.preadv(fd, [view], offset)
-        if count == 0:
-            raise DamagedStoreError("the file ends early: it was truncated while open")
-        view, offset = view[count:], offset + count
+def _lock(fd: int, path: str | os.PathLike[str]) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"another process has {os.fspath(path)!r} open for writing") from None
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    disk = os.fstatvfs(fd)
+    left = disk.f_bavail * disk.f_frsize
+    if nbytes > left:
+        raise ValueError(f"the store takes {giga(nbytes)}, and {giga(left)} of disk are left")
+    os.posix_fallocate(fd, 0, nbytes)
 
 
 def _flush_folder(path: str | os.PathLike[str]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from fdcr_fast import ops
 
+OnInvalid: TypeAlias = Literal["reject", "raise"]
+
+_NARROWEST = 1e-300  # range of a Fisher; float32 has none between this and zero
 _FEWEST_SAMPLES, _MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range neither vanish nor overflow
 
 
@@ -50,6 +53,10 @@ class ClientTiles(Protocol):
     @property
     def with_fishers(self) -> bool:
         """Whether the spans have Fishers."""
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Of updates and Fishers."""
 
     def spans(self) -> Iterator[Span]:
         """The whole round in the order of the parameters, cut between tiles; a span is valid until the next one."""
@@ -106,6 +113,11 @@ class MatrixTiles:
     def with_fishers(self) -> bool:
         """Whether there are Fishers."""
         return self.fishers is not None
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Of updates and Fishers."""
+        return frozenset(x.dtype for x in (self.updates, self.fishers) if x is not None)
 
     def spans(self) -> Iterator[Span]:
         """Everything at once."""
@@ -198,7 +210,7 @@ class ClientUpdates:
             self.num_samples.tolist(), self.squared_norm.tolist(), *self._fisher_ranges(), strict=True
         ):
             reason = rejection_reason(n, norm, low, high)
-            if reason is None and importance and low == high:
+            if reason is None and importance and low is not None and high is not None and high - low < _NARROWEST:
                 reason = f"the Fisher is constant (every entry is {low:g}): importance is undefined"
             reasons.append(reason)
         usable = torch.tensor([reason is None for reason in reasons], dtype=torch.bool)
@@ -218,6 +230,14 @@ class ClientUpdates:
         if self.fisher_min is None or self.fisher_max is None:
             return [None] * len(self.clients), [None] * len(self.clients)
         return self.fisher_min.tolist(), self.fisher_max.tolist()
+
+
+def refuse(rejected: Mapping[Hashable, str], on_invalid: OnInvalid) -> None:
+    """Raise ValueError with every client and reason, if there are any and ``on_invalid`` asks for it."""
+    if on_invalid not in get_args(OnInvalid):
+        raise ValueError(f"on_invalid must be one of {get_args(OnInvalid)}, got {on_invalid!r}")
+    if on_invalid == "raise" and rejected:
+        raise ValueError("; ".join(f"client {client!r}: {reason}" for client, reason in rejected.items()))
 
 
 def rejection_reason(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,23 +121,13 @@ class MemoryRows:
 
 def _allocate(shape: StoreShape, device: torch.device) -> Tensor:
     size = (shape.tiles, shape.capacity, shape.matrices, shape.tile)
-    if device.type != "cpu":
-        return torch.empty(size, dtype=shape.dtype, device=device)
-    available = available_memory()
+    available = available_memory() if device.type == "cpu" else None
     if available is not None and shape.nbytes > available:
         raise ValueError(
-            f"a store of {shape.capacity} clients with {shape.num_params} parameters takes {_giga(shape.nbytes)}, and "
-            f"{_giga(available)} of memory are left: take fewer clients, a narrower dtype, or a file (path=)"
+            f"a store of {shape.capacity} clients with {shape.num_params} parameters takes {giga(shape.nbytes)}, and "
+            f"{giga(available)} of memory are left: take fewer clients, a narrower dtype, or a file (path=)"
         )
-    return page_buffer(shape.nbytes).view(shape.dtype).view(size)
-
-
-def page_buffer(nbytes: int) -> Tensor:
-    """Zeros, uint8, at the start of a page and in huge pages where the system has them."""
-    pages = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return torch.empty(size, dtype=shape.dtype, device=device)
 
 
 def available_memory() -> int | None:
@@ -158,5 +147,6 @@ def available_memory() -> int | None:
     return min(available, max(limit - used, 0))
 
 
-def _giga(nbytes: int) -> str:
+def giga(nbytes: int) -> str:
+    """A size in a message."""
     return f"{nbytes / 2**30:.3g} GiB"

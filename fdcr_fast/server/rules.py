@@ -6,15 +6,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fdcr_fast import ops
+from fdcr_fast.server import passes
 from fdcr_fast.server.cluster import CLUSTERINGS, check_density, check_partition
-from fdcr_fast.server.intake import ClientUpdates, check_device, check_floating, sample_shares
+from fdcr_fast.server.intake import ClientUpdates, OnInvalid, check_device, check_floating, refuse, sample_shares
 from fdcr_fast.server.scores import SCORES
+from fdcr_fast.server.shares import limited_shares
 from fdcr_fast.server.store import UpdateStore
 
 _ROUNDING = 1e-9  # scores that differ by less, such as those of two clients of equal size, are the same score
@@ -71,20 +72,30 @@ class AggregationRule(ABC):
     Attributes:
         norm_bound: Clients with an update norm beyond this multiple of the median norm are rejected; None for
             no bound.
+        max_weight_share: Largest share of one client in the sums over clients; None for no limit.
         rescale: Whether kept updates are rescaled by ``2 sigmoid(I_k)`` (eq. 12).
         importance: Whether :meth:`select` reads importances.
     """
 
     norm_bound: float | None = None
+    max_weight_share: float | None = None
     rescale: bool = False
     importance: bool = False
+
+    def _check_options(self) -> None:
+        if self.norm_bound is not None and not self.norm_bound >= 1:
+            raise ValueError(f"norm_bound must be None or at least 1 (the median client itself), got {self.norm_bound}")
+        if self.max_weight_share is not None and not 0 < self.max_weight_share <= 1:
+            raise ValueError(f"max_weight_share must be None or in (0, 1], got {self.max_weight_share}")
 
     @abstractmethod
     def select(self, clients: ClientUpdates) -> Selection:
         """Decide who is kept, from nothing but the uploads of a round with at least one valid client."""
 
     @overload
-    def aggregate(self, global_params: Tensor, updates: UpdateStore) -> AggregationResult: ...
+    def aggregate(
+        self, global_params: Tensor, updates: UpdateStore, *, on_invalid: OnInvalid = "reject"
+    ) -> AggregationResult: ...
 
     @overload
     def aggregate(
@@ -95,6 +106,7 @@ class AggregationRule(ABC):
         num_samples: Any,
         *,
         client_ids: Sequence[Hashable] | None = None,
+        on_invalid: OnInvalid = "reject",
     ) -> AggregationResult: ...
 
     def aggregate(
@@ -105,6 +117,7 @@ class AggregationRule(ABC):
         num_samples: Any = None,
         *,
         client_ids: Sequence[Hashable] | None = None,
+        on_invalid: OnInvalid = "reject",
     ) -> AggregationResult:
         """New global parameters ``w' = w + sum_k alpha^_k c_k delta_k`` over the kept clients (Algorithm 1).
 
@@ -119,6 +132,8 @@ class AggregationRule(ABC):
                 importances.
             num_samples: ``n_k [K]``, numbers.
             client_ids: ``K`` different ids, by default 0 to K - 1.
+            on_invalid: What becomes of a round with clients whose contribution cannot be used: ``"reject"``
+                aggregates the others, ``"raise"`` raises ValueError naming client and reason.
 
         Raises:
             TypeError: a matrix is not a floating-point tensor, or sample counts are not numbers.
@@ -129,16 +144,19 @@ class AggregationRule(ABC):
         clients = self._intake(updates, fishers, num_samples, client_ids)
         _check_global(global_params, clients)
         clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
+        refuse(clients.rejected, on_invalid)
         valid, rows = clients.valid, len(clients.clients)
-        selection = self.select(clients) if valid.any() else Selection(valid)
+        if valid.any():
+            selection, weights, params = self._apply(global_params.detach(), clients)
+        else:
+            selection, weights, params = Selection(valid), torch.zeros(rows, dtype=torch.float64), global_params
         kept = selection.kept & valid
         labels = (~kept).long() if selection.labels is None else selection.labels
         scores = torch.full((rows,), torch.nan, dtype=torch.float64)
         if selection.discrepancy is not None:
             scores = torch.where(valid, selection.discrepancy, scores)
-        weights = sample_shares(clients.num_samples, kept)
         return AggregationResult(
-            params=self._mean(global_params.detach(), clients, weights),
+            params=params if weights.any() else global_params.detach().clone(),
             weights=weights,
             discrepancy=scores,
             kept=kept,
@@ -147,6 +165,21 @@ class AggregationRule(ABC):
             rejected=clients.rejected,
             explanation=selection.explanation,
         )
+
+    def shares(self, clients: ClientUpdates, chosen: Tensor) -> Tensor:
+        """``n_k / sum n`` over the chosen clients, none above ``max_weight_share``, 0 for the others (eq. 11)."""
+        return limited_shares(sample_shares(clients.num_samples, chosen), self.max_weight_share)
+
+    def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
+        """Weight of each client in the mean, float64 ``[K]``, 0 for those that are not kept."""
+        return self.shares(clients, kept)
+
+    def _apply(self, global_params: Tensor, clients: ClientUpdates) -> tuple[Selection, Tensor, Tensor]:
+        """What the rule decides about a round with valid clients, their weights, and the new parameters."""
+        selection = self.select(clients)
+        weights = self.weights(clients, selection.kept & clients.valid)
+        single = passes.fits_single(clients)
+        return selection, weights, passes.mean(global_params, clients, weights, rescale=self.rescale, single=single)
 
     @property
     def needs_fishers(self) -> bool:
@@ -174,17 +207,6 @@ class AggregationRule(ABC):
             raise ValueError(f"{self!r} takes importances: fishers must be given")
         return clients
 
-    def _mean(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
-        if not weights.any():
-            return global_params.clone()
-        weights = weights.to(clients.tiles.device)
-        params = torch.empty_like(global_params, memory_format=torch.contiguous_format)
-        for span in clients.spans():
-            part = slice(span.first, span.first + span.num_params)
-            fishers = (span.fishers, clients.fisher_min, clients.fisher_max) if self.rescale else (None,) * 3
-            params[part] = ops.rescaled_mean(global_params[part], span.updates, *fishers, weights)
-        return params
-
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvg(AggregationRule):
@@ -192,16 +214,36 @@ class FedAvg(AggregationRule):
 
     Args:
         norm_bound: See :class:`FDCR`; by default no bound.
+        max_weight_share: Likewise.
+        clip: Longer updates are scaled down to this norm, ``alpha_k min(1, clip / ||delta_k||)`` (Sun et al., "Can
+            You Really Backdoor Federated Learning?", 2019), or to the median norm with ``"median"``. The weights then
+            add up to less than 1.
+
+    Raises:
+        ValueError: an option has a value that it cannot have.
     """
 
     norm_bound: float | None = None
+    max_weight_share: float | None = None
+    clip: float | Literal["median"] | None = None
 
     def __post_init__(self) -> None:
-        check_norm_bound(self.norm_bound)
+        self._check_options()
+        if self.clip not in (None, "median") and not (isinstance(self.clip, float | int) and 0 < self.clip < math.inf):
+            raise ValueError(f"clip must be None, 'median', or a positive finite norm, got {self.clip!r}")
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Keep everybody."""
         return Selection(clients.valid)
+
+    def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
+        """Shares of the samples, less for updates that are clipped."""
+        shares = self.shares(clients, kept)
+        if self.clip is None or not kept.any():
+            return shares
+        norms = clients.squared_norm.sqrt()
+        longest = norms[kept].median() if isinstance(self.clip, str) else self.clip
+        return torch.where(kept & (norms > longest), shares * (longest / norms), shares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +274,14 @@ class FDCR(AggregationRule):
             (``"mse"``) or ``1/eta`` (``"l2"``). No decision depends on it.
         eps: Of DBSCAN; see :func:`fdcr_fast.server.cluster.dbscan`.
         min_samples: Likewise.
+        max_weight_share: Largest share ``alpha_k`` of one client, whatever it claims; what is cut off goes to the
+            others in proportion to their samples. Where so few clients are kept that their shares could not add up to
+            1, all count alike. None for no limit.
+
+    ``V`` and the new parameters are computed in one reading of the clients: a sample of the parameters tells who will
+    probably be kept, and only if the exact ``V`` disagrees are the parameters computed in a second reading. The result
+    is the same either way, to the last bit. Where the updates leave room, products are formed in float32, in float64
+    if that would not give ``V`` to 1e-6.
 
     Raises:
         ValueError: an option has a value that it cannot have.
@@ -246,6 +296,7 @@ class FDCR(AggregationRule):
     learning_rate: float = 1.0
     eps: float = 0.5
     min_samples: int = 2
+    max_weight_share: float | None = None
 
     def __post_init__(self) -> None:
         if self.discrepancy not in SCORES:
@@ -256,28 +307,56 @@ class FDCR(AggregationRule):
         check_density(self.eps, self.min_samples)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        check_norm_bound(self.norm_bound)
+        self._check_options()
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Cluster the discrepancies and drop the cluster with the largest mean."""
-        alpha = clients.alpha.to(clients.tiles.device)
-        distance = torch.zeros_like(clients.alpha)
-        for span in clients.spans():
-            fishers = (span.fishers, clients.fisher_min, clients.fisher_max) if self.importance else (None,) * 3
-            distance += ops.discrepancy(span.updates, *fishers, alpha, span.num_params).cpu()
-        score = SCORES[self.discrepancy]
-        scores = score(distance[clients.valid], clients.num_params)
+        alpha = self.shares(clients, clients.valid)
+        for single in self._arithmetics(clients):
+            scores = passes.scores(clients, alpha, reweight=self.importance, single=single)
+            if not single or passes.trusted(scores, clients, alpha):
+                break
+        return self._decide(scores.distance, clients)
+
+    def _apply(self, global_params: Tensor, clients: ClientUpdates) -> tuple[Selection, Tensor, Tensor]:
+        """Scores and the mean over those who will probably be kept in one reading, and the mean again if need be."""
+        alpha = self.shares(clients, clients.valid)
+        expected = clients.valid
+        if self.cluster is not None:
+            guess = passes.sampled_scores(clients, alpha, reweight=self.importance)
+            expected = self._decide(guess.distance, clients).kept
+        for single in self._arithmetics(clients):
+            scores, params = passes.scores_and_mean(
+                global_params,
+                clients,
+                alpha,
+                self.weights(clients, expected),
+                reweight=self.importance,
+                rescale=self.rescale,
+                single=single,
+            )
+            selection = self._decide(scores.distance, clients)
+            if not single or passes.trusted(scores, clients, alpha):
+                break
+            expected = selection.kept
+        weights = self.weights(clients, selection.kept)
+        if not torch.equal(selection.kept, expected):
+            params = passes.mean(global_params, clients, weights, rescale=self.rescale, single=single)
+        return selection, weights, params
+
+    def _decide(self, distance: Tensor, clients: ClientUpdates) -> Selection:
+        valid, score = clients.valid, SCORES[self.discrepancy]
+        scores = score(distance[valid], clients.num_params)
         labels = torch.zeros(len(clients.clients), dtype=torch.int64)
         if self.cluster is not None and scores.max() - scores.min() > _ROUNDING * scores.max():
-            labels[clients.valid] = CLUSTERINGS[self.cluster](scores, self)
-        kept = (labels < labels.max()) | (labels.max() == 0)
+            labels[valid] = CLUSTERINGS[self.cluster](scores, self)
+        kept = valid & ((labels < labels.max()) | (labels.max() == 0))
         return Selection(kept, score(distance / self.learning_rate**2, clients.num_params), labels)
 
-
-def check_norm_bound(norm_bound: float | None) -> None:
-    """Raise unless ``norm_bound`` is one that a rule can have."""
-    if norm_bound is not None and not norm_bound >= 1:
-        raise ValueError(f"norm_bound must be None or at least 1 (the median client itself), got {norm_bound}")
+    @staticmethod
+    def _arithmetics(clients: ClientUpdates) -> tuple[bool, ...]:
+        """Whether products are formed in float32, first and, where that is not good enough, next."""
+        return (True, False) if passes.fits_single(clients) else (False,)
 
 
 def _check_global(global_params: Tensor, clients: ClientUpdates) -> None:

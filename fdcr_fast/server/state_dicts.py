@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout, as_tensor
+from fdcr_fast.server.intake import OnInvalid, median_size
 from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule
 from fdcr_fast.server.store import UpdateStore
+from fdcr_fast.server.vectors import shown
 
 State: TypeAlias = Mapping[str, Any]
 PerClient: TypeAlias = Sequence[Any] | Mapping[Hashable, Any]
@@ -32,6 +34,7 @@ def aggregate_state_dicts(
     rule: AggregationRule | None = None,
     layout: ParamLayout | None = None,
     client_ids: Sequence[Hashable] | None = None,
+    on_invalid: OnInvalid = "reject",
     return_result: Literal[False] = False,
 ) -> dict[str, Any]: ...
 
@@ -46,6 +49,7 @@ def aggregate_state_dicts(
     rule: AggregationRule | None = None,
     layout: ParamLayout | None = None,
     client_ids: Sequence[Hashable] | None = None,
+    on_invalid: OnInvalid = "reject",
     return_result: Literal[True],
 ) -> tuple[dict[str, Any], AggregationResult]: ...
 
@@ -59,6 +63,7 @@ def aggregate_state_dicts(
     rule: AggregationRule | None = None,
     layout: ParamLayout | None = None,
     client_ids: Sequence[Hashable] | None = None,
+    on_invalid: OnInvalid = "reject",
     return_result: bool = False,
 ) -> dict[str, Any] | tuple[dict[str, Any], AggregationResult]:
     """New global state from the clients' states.
@@ -79,6 +84,7 @@ def aggregate_state_dicts(
             floating-point entries, or these without BatchNorm's running statistics, whichever have ``P``
             elements.
         client_ids: For sequences, by default 0 to K - 1.
+        on_invalid: See :meth:`AggregationRule.aggregate`.
         return_result: Also return the rule's :class:`AggregationResult`.
 
     Returns:
@@ -87,7 +93,8 @@ def aggregate_state_dicts(
 
     Raises:
         ValueError: numbers of clients differ, or the parameters cannot be told from the buffers. A client
-            with missing or misshaped entries or non-finite buffers is rejected instead.
+            with missing or misshaped entries, or with buffers that are not finite or (where the rule has a
+            ``norm_bound``) larger than that times what is usual, is rejected instead.
     """
     rule = FDCR() if rule is None else rule
     ids = _client_ids(client_states, client_ids)
@@ -108,16 +115,18 @@ def aggregate_state_dicts(
         device=vector.device,
         with_fishers=rule.needs_fishers and fishers is not None,
     )
+    strange = _strange_buffers(states, buffers, rule.norm_bound)
     for client, count, fisher in zip(ids, counts, client_fishers, strict=True):
         try:
-            _check_buffers(states[client], buffers)
+            if client in strange:
+                raise ValueError(strange[client])
             update = layout.flatten(states[client], vector.dtype).to(vector.device) - vector
             flat = layout.flatten(fisher) if isinstance(fisher, Mapping) and store.with_fishers else fisher
-        except (TypeError, ValueError) as error:  # noqa: PERF203
-            store.reject(client, str(error))
+        except Exception as error:  # noqa: PERF203  # the state is the client's, and so is whatever it raises
+            store.reject(client, shown(error, str))
         else:
             store.put(update, flat, count, client)
-    result = rule.aggregate(vector, store)
+    result = rule.aggregate(vector, store, on_invalid=on_invalid)
 
     params = layout.unflatten(result.params)
     fresh = {
@@ -216,17 +225,46 @@ def _is_mean(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype != torch.bool and not value.is_complex()
 
 
-def _check_buffers(state: State, buffers: State) -> None:
+def _strange_buffers(states: Mapping[Hashable, State], buffers: State, norm_bound: float | None) -> dict[Hashable, str]:
+    """Why clients are rejected for their buffers.
+
+    Besides buffers that are missing, misshaped or not finite, those with an entry larger than ``norm_bound`` times the
+    median over the clients of their largest entries, or the largest entry of the global buffer if that is more.
+    """
+    strange: dict[Hashable, str] = {}
+    for name, expected in buffers.items():
+        sizes: dict[Hashable, float] = {}
+        for client in [client for client in states if client not in strange]:
+            try:
+                sizes[client] = _largest_entry(name, states[client], expected.shape)
+            except Exception as error:  # noqa: PERF203  # the state is the client's
+                strange[client] = shown(error, str)
+        if norm_bound is None or not sizes:
+            continue
+        own = expected.double().abs().max().item() if expected.numel() else 0.0
+        usual = max(median_size(torch.tensor(list(sizes.values()), dtype=torch.float64)), own)
+        for client, size in sizes.items():
+            if size > norm_bound * usual:
+                strange[client] = (
+                    f"buffer {name} has an entry of size {size:.4g}, beyond {norm_bound:g} times the usual {usual:.4g}"
+                )
+    return strange
+
+
+def _largest_entry(name: str, state: State, shape: torch.Size) -> float:
     if not isinstance(state, Mapping):
         raise TypeError(f"expected a state dict, got {type(state).__name__}")
-    for name, expected in buffers.items():
-        if name not in state:
-            raise ValueError(f"missing buffer: {name}")
-        value = as_tensor(state[name])
-        if value.shape != expected.shape:
-            raise ValueError(f"buffer {name} has shape {list(value.shape)}, expected {list(expected.shape)}")
-        if not value.isfinite().all():
-            raise ValueError(f"buffer {name} is not finite")
+    if name not in state:
+        raise ValueError(f"missing buffer: {name}")
+    value = as_tensor(state[name])
+    if value.shape != shape:
+        raise ValueError(f"buffer {name} has shape {list(value.shape)}, expected {list(shape)}")
+    if value.numel() == 0:
+        return 0.0
+    size = value.double().abs().max().item()
+    if not math.isfinite(size):
+        raise ValueError(f"buffer {name} is not finite")
+    return size
 
 
 def _weighted_mean(name: str, value: Tensor, states: Mapping[Hashable, State], result: AggregationResult) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout
-from fdcr_fast.server.file_rows import DEFAULT_RESIDENT, FileRows
-from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, rejection_reason
+from fdcr_fast.server.file_rows import FileRows
+from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refuse, rejection_reason
 from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, MemoryRows, StoreShape, Vectors
 from fdcr_fast.server.vectors import shown, vector_pieces
 
-_BLOCK_BYTES = 1 << 19  # one tile of all clients should fit into a core's second-level cache
+_MEMORY_TILE = 16  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
 
 
 class Contribution(NamedTuple):
@@ -64,7 +64,8 @@ class UpdateStore:
         buffer_dtype: Of the numbers in raw buffers (``bytes``); by default ``dtype``.
         on_invalid: ``"reject"`` records a contribution that cannot be used; ``"raise"`` raises ValueError as well.
         path: Of a file to create; None for memory.
-        max_resident: With ``path``, the largest buffers, in bytes, through which it is written and read.
+        max_resident: With ``path``, bytes that the buffers may take through which it is read, and each ``put`` writes;
+            by default 256 MiB, or more where many clients need it.
         sync: With ``path``, False trades crash safety for speed: nothing is flushed to the disk before the system does.
 
     Attributes:
@@ -86,13 +87,13 @@ class UpdateStore:
         with_fishers: bool = True,
         layout: ParamLayout | None = None,
         buffer_dtype: torch.dtype | None = None,
-        on_invalid: Literal["reject", "raise"] = "reject",
+        on_invalid: OnInvalid = "reject",
         path: str | os.PathLike[str] | None = None,
-        max_resident: int = DEFAULT_RESIDENT,
+        max_resident: int | None = None,
         sync: bool = True,
     ) -> None:
         if tile is None:
-            tile = _memory_tile(num_params, capacity, dtype, with_fishers)
+            tile = min(_MEMORY_TILE, max(num_params, 1))
             if path is not None:
                 tile = FileRows.tile(num_params, capacity, dtype, with_fishers, max_resident)
         shape = StoreShape(num_params, capacity, tile, dtype, with_fishers)
@@ -110,8 +111,8 @@ class UpdateStore:
         *,
         layout: ParamLayout | None = None,
         buffer_dtype: torch.dtype | None = None,
-        on_invalid: Literal["reject", "raise"] = "reject",
-        max_resident: int = DEFAULT_RESIDENT,
+        on_invalid: OnInvalid = "reject",
+        max_resident: int | None = None,
         sync: bool = True,
         verify: bool = False,
     ) -> UpdateStore:
@@ -146,7 +147,7 @@ class UpdateStore:
         with_fishers: bool = True,
     ) -> int:
         """Memory that such a store takes, ``nbytes``, without making it."""
-        tile = _memory_tile(num_params, capacity, dtype, with_fishers) if tile is None else tile
+        tile = min(_MEMORY_TILE, max(num_params, 1)) if tile is None else tile
         return StoreShape(num_params, capacity, tile, dtype, with_fishers).nbytes
 
     def _start(
@@ -155,13 +156,12 @@ class UpdateStore:
         accepted: dict[Hashable, Accepted],
         layout: ParamLayout | None,
         buffer_dtype: torch.dtype | None,
-        on_invalid: Literal["reject", "raise"],
+        on_invalid: OnInvalid,
     ) -> None:
         shape = rows.shape
         if layout is not None and layout.numel != shape.num_params:
             raise ValueError(f"the layout has {layout.numel} parameters, the store {shape.num_params}")
-        if on_invalid not in ("reject", "raise"):
-            raise ValueError(f"on_invalid must be 'reject' or 'raise', got {on_invalid!r}")
+        refuse({}, on_invalid)
         self._rows = rows
         self._layout = layout
         self._buffer_dtype = buffer_dtype or shape.dtype
@@ -389,8 +389,7 @@ class UpdateStore:
 
     def _refuse(self, client: Hashable, reason: str) -> Literal[False]:
         self.rejected[client] = reason
-        if self._on_invalid == "raise":
-            raise ValueError(f"client {client!r} was not accepted: {reason}")
+        refuse({client: reason}, self._on_invalid)
         return False
 
     def _release(self, row: int) -> None:
@@ -419,12 +418,6 @@ class UpdateStore:
         if not isinstance(tiles, MatrixTiles):
             raise ValueError("the store is in a file: iterate over it, or over client_updates().spans()")
         return tiles
-
-
-def _memory_tile(num_params: int, capacity: int, dtype: torch.dtype, with_fishers: bool) -> int:
-    matrices = 2 if with_fishers else 1
-    cached = _BLOCK_BYTES // (matrices * max(capacity, 1) * dtype.itemsize)
-    return min(max(cached // 64 * 64, 64), max(num_params, 1))
 
 
 def _number(value: Any) -> float:

@@ -76,6 +76,8 @@ def _from_buffer(values: Any, dtype: torch.dtype) -> Tensor:
 def _shared(values: Any) -> Tensor:
     if isinstance(values, Tensor):
         return values
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError("it is a masked array")
     if isinstance(values, np.ndarray) and not values.flags.writeable and values.flags.c_contiguous:
         writable = np.empty(0, values.dtype.newbyteorder("="))
         if values.dtype == writable.dtype:
@@ -97,15 +99,12 @@ def _plain(tensor: Tensor) -> Tensor:
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(f"a {type(tensor).__name__} has no memory that could be copied")
     with torch._C.DisableTorchFunctionSubclass():
-        plain = tensor.detach().as_subclass(Tensor)
-    if plain.layout != torch.strided or plain.is_nested or plain.is_quantized:
-        kind = "nested" if plain.is_nested else "quantized" if plain.is_quantized else f"sparse ({plain.layout})"
-        raise TypeError(f"it is a {kind} tensor, not a dense one")
-    if plain.is_meta:
-        raise TypeError("it is a tensor without data (device meta)")
-    reach = plain.storage_offset() + sum(
-        (n - 1) * stride for n, stride in zip(plain.shape, plain.stride(), strict=True)
-    )
-    if plain.numel() and (reach + 1) * plain.element_size() > plain.untyped_storage().nbytes():
-        raise TypeError("its memory was freed")
-    return plain
+        if tensor.is_meta:
+            raise TypeError("it is a tensor without data (device meta)")
+        if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+            kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
+            raise TypeError(f"it is a {kind} tensor, not a dense one")
+        last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        if tensor.numel() and (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise TypeError("its memory was freed")
+        return tensor.detach().as_subclass(Tensor)

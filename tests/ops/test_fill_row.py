@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import FLOATS, laid_out
 
+from fdcr_fast.ops import STRETCH
+
 NOTHING = torch.tensor([0.0, math.inf, -math.inf], dtype=torch.float64)
 
 
@@ -25,7 +27,7 @@ def vectors(draw):
         for n in sizes
     ]
     P = sum(sizes)
-    L = draw(st.sampled_from([max(P, 1), max(P // 3, 1), P + 5, 64, 2048, 2500]))
+    L = draw(st.sampled_from([max(P, 1), max(P // 3, 1), P + 5, 1, 16, 64, 2048, 2500]))
     dtype = draw(st.sampled_from(FLOATS))
     store = torch.full((max(-(-P // L), 1), 3, 2, L), torch.nan, dtype=dtype)
     row = store[:, 1, draw(st.integers(0, 1))]
@@ -85,8 +87,9 @@ def test_every_narrow_number_is_rounded_as_pytorch_does(implementation, dtype):
         assert torch.equal(row[0].view(torch.int16), expected.view(torch.int16))
 
 
-def test_same_bits_for_any_number_of_threads_and_in_pieces_of_tiles(compiled):
-    P, L = 100_003, 4096
+@pytest.mark.parametrize("L", [4096, 16, 64 * 5])
+def test_same_bits_for_any_number_of_threads_tiles_and_parts(compiled, L):
+    P = 100_003
     vector = torch.randn(P, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
     results = []
@@ -96,10 +99,13 @@ def test_same_bits_for_any_number_of_threads_and_in_pieces_of_tiles(compiled):
             row = torch.zeros(-(-P // L), L)
             results.append((compiled("fill_row")([vector], row, NOTHING), row))
             pieces, statistics = torch.zeros_like(row), NOTHING
-            for tile in range(0, len(row), 3):
-                piece = vector[tile * L : (tile + 3) * L]
-                statistics = compiled("fill_row")([piece], pieces[tile : tile + 3], statistics)
+            step = 5 * STRETCH // L
+            for tile in range(0, len(row), step):
+                piece = vector[tile * L : (tile + step) * L]
+                statistics = compiled("fill_row")([piece], pieces[tile : tile + step], statistics)
             results.append((statistics, pieces))
+            whole = torch.zeros(1, P)
+            assert torch.equal(compiled("fill_row")([vector], whole, NOTHING), statistics)
     finally:
         torch.set_num_threads(before)
     for statistics, row in results[1:]:

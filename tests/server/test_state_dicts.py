@@ -251,9 +251,41 @@ def test_the_dropped_do_not_reach_the_buffers():
         for name in federation.layout.names:
             federation.clients[k][name] += 20
         federation.clients[k]["1.running_mean"] += 1e6
-    state, result = federation.aggregate(rule=FDCR(cluster="kmeans"))
+    state, result = federation.aggregate(rule=FDCR(cluster="kmeans", norm_bound=None))
     assert not result.kept[:2].any()
     assert state["1.running_mean"].max() < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("1.running_mean", -1e9), ("1.running_var", 1e30), ("1.num_batches_tracked", 2**62)]
+)
+def test_buffers_of_unusual_size_reject_their_client(name, value):
+    federation = Federation()
+    expected, _ = federation.aggregate(
+        client_states=federation.clients[:-1], fishers=federation.fishers[:-1], num_samples=COUNTS[:-1]
+    )
+    federation.clients[-1][name] = torch.full_like(federation.clients[-1][name], value)
+    state, result = federation.aggregate()
+    assert list(result.rejected) == [K - 1]
+    assert f"buffer {name} has an entry of size" in result.rejected[K - 1]
+    for key in expected:
+        torch.testing.assert_close(state[key], expected[key])
+    assert federation.aggregate(rule=FDCR(norm_bound=None))[1].rejected == {}
+
+
+def test_buffers_that_are_zero_but_for_one_client():
+    federation = Federation()
+    for state in (federation.state, *federation.clients):
+        state["1.running_mean"] = torch.zeros(2)
+    federation.clients[0]["1.running_mean"] = torch.ones(2)
+    assert federation.aggregate()[1].rejected == {}
+
+
+def test_on_invalid_raises_with_name_and_reason():
+    federation = Federation()
+    federation.clients[3]["1.running_var"] *= torch.nan
+    with pytest.raises(ValueError, match=r"client 3: buffer 1\.running_var is not finite"):
+        federation.aggregate(on_invalid="raise")
 
 
 @pytest.mark.parametrize(

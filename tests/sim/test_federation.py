@@ -43,9 +43,7 @@ def test_clients_do_not_depend_on_their_order() -> None:
         federation = Federation(tiny_config(attacker_fisher="random"))
         for client in order:
             federation.train_client(1, client, federation.initial_params, Stopwatch())
-        store = federation.store
-        rows = torch.stack([store.updates, store.fishers], 2).permute(1, 0, 2, 3).flatten(1)
-        return {client: rows[row, : 2 * store.num_params] for row, client in enumerate(store.clients)}
+        return {sent.client: torch.cat([sent.update, sent.fisher]) for sent in federation.store}
 
     forward, backward = uploads([0, 1, 2, 3]), uploads([3, 1, 2, 0])
     assert all(torch.equal(forward[client], backward[client]) for client in range(4))

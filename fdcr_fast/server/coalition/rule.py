@@ -14,7 +14,7 @@ from fdcr_fast.server.coalition.search import Views, find_coalition
 from fdcr_fast.server.coalition.state import CoalitionState
 from fdcr_fast.server.coalition.views import ParamGroups, round_views, standard_scores, standardised
 from fdcr_fast.server.intake import ClientUpdates
-from fdcr_fast.server.rules import AggregationRule, Selection, check_norm_bound
+from fdcr_fast.server.rules import AggregationRule, Selection
 
 _GATE_PERMUTATIONS = 19
 
@@ -69,6 +69,7 @@ class CoalitionFDCR(AggregationRule):
         gate_from: Rounds before which the gate is open.
         regularisation: ``lambda``.
         norm_bound: See :class:`fdcr_fast.FDCR`.
+        max_weight_share: Likewise.
         seed: Of the gate's permutations.
     """
 
@@ -78,11 +79,12 @@ class CoalitionFDCR(AggregationRule):
     gate_from: int = 4
     regularisation: float = 0.01
     norm_bound: float | None = 100.0
+    max_weight_share: float | None = None
     seed: int = 0
     importance: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_norm_bound(self.norm_bound)
+        self._check_options()
         if not 0 < self.regularisation < math.inf:
             raise ValueError(f"regularisation must be positive and finite, got {self.regularisation}")
 

@@ -1,0 +1,179 @@
+"""Reading the rows of a store's file: in spans of bounded size, the next ones while the last one is used."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fdcr_fast import ops
+from fdcr_fast.server import file_format as form
+from fdcr_fast.server.intake import Span
+from fdcr_fast.server.rows import FISHER, UPDATE, StoreShape
+
+BUFFERS = 3  # one in use, two being read: the disk is busy also while a thread waits for its turn
+_SPAN_BYTES = 1 << 23  # long enough to read at full speed, short enough for the third-level cache
+
+
+class Pieces:
+    """A buffer of pieces, each one client's part of a tile, as numbers and as bytes."""
+
+    def __init__(self, count: int, shape: StoreShape) -> None:
+        pages = mmap.mmap(-1, max(count, 1) * shape.piece_bytes)  # reads past the page cache go to whole pages
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        self.numbers = memory.view(shape.dtype).view(-1, shape.matrices, shape.tile)
+        self.bytes = memory.numpy().reshape(-1, shape.piece_bytes)
+
+
+class FileTiles:
+    """Rows of a file, as rules read them.
+
+    The page cache is passed by where the file system allows: what is read once would only push out other things.
+
+    Args:
+        fd: Gives the open file.
+        shape: Of the store.
+        rows: Those to read, in this order.
+        epoch: Of the file when they were chosen.
+        max_resident: Bytes that three spans may take.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, fd: Callable[[], int], shape: StoreShape, rows: Sequence[int], epoch: int, max_resident: int
+    ) -> None:
+        self._fd = fd
+        self._shape = shape
+        self._rows = rows
+        self._epoch = epoch
+        room = min(max_resident // BUFFERS, _SPAN_BYTES) // (max(len(rows), 1) * shape.piece_bytes)
+        self._step = whole_stretches(shape, room)
+
+    @property
+    def num_params(self) -> int:
+        """``P``."""
+        return self._shape.num_params
+
+    @property
+    def tile(self) -> int:
+        """``L``, the number of parameters in a tile."""
+        return self._shape.tile
+
+    @property
+    def with_fishers(self) -> bool:
+        """Whether the spans have Fishers."""
+        return self._shape.with_fishers
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Of updates and Fishers."""
+        return frozenset({self._shape.dtype})
+
+    def spans(self) -> Iterator[Span]:
+        """The whole round; a span lies in a buffer that a later one is read into."""
+        starts = range(0, self._shape.tiles, self._step)
+        buffers = [Pieces(self._step * len(self._rows), self._shape) for _ in starts[:BUFFERS]]
+        ahead = len(buffers) - 1
+        with self._uncached() as fd, ThreadPoolExecutor(max(ahead, 1)) as threads:
+
+            def submit(i: int) -> Future[Span]:
+                return threads.submit(self._read, fd, buffers[i % len(buffers)], starts[i])
+
+            reading = deque(submit(i) for i in range(min(max(ahead, 1), len(starts))))
+            for i in range(len(starts)):
+                span = reading.popleft().result()
+                if len(reading) < ahead and i + ahead < len(starts):
+                    reading.append(submit(i + ahead))
+                yield span
+
+    def window(self, first: int, num_params: int) -> Span:
+        """The parameters ``[first, first + num_params)`` alone, which must lie in one tile."""
+        tile, column = divmod(first, self.tile)
+        with self._uncached() as fd:
+            span = self._read(fd, Pieces(len(self._rows), self._shape), tile, 1)
+        columns = slice(column, column + num_params)
+        fishers = None if span.fishers is None else span.fishers[:, :, columns]
+        return Span(first, num_params, span.updates[:, :, columns], fishers)
+
+    def _read(self, fd: int, buffer: Pieces, first: int, tiles: int | None = None) -> Span:
+        """Read tiles into the buffer, each stretch of neighbouring rows at once."""
+        shape, K = self._shape, len(self._rows)
+        tiles = min(self._step, shape.tiles - first) if tiles is None else tiles
+        if shape.capacity == K and list(_stretches(self._rows)) == [(0, K)]:
+            read(fd, buffer.bytes[: tiles * K].reshape(-1), form.piece_offset(shape, first, 0))
+        else:
+            for t in range(tiles):
+                for start, stop in _stretches(self._rows):
+                    pieces = buffer.bytes[t * K + start : t * K + stop].reshape(-1)
+                    read(fd, pieces, form.piece_offset(shape, first + t, self._rows[start]))
+        check_epoch(self._fd(), self._epoch)
+        numbers = buffer.numbers[: tiles * K].view(tiles, K, shape.matrices, shape.tile)
+        param = first * shape.tile
+        return Span(
+            param,
+            min(tiles * shape.tile, shape.num_params - param),
+            numbers[:, :, UPDATE],
+            numbers[:, :, FISHER] if self.with_fishers else None,
+        )
+
+    @contextmanager
+    def _uncached(self) -> Iterator[int]:
+        """The file once more, to read whole pages past the page cache, if the file system can."""
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        path = f"/proc/self/fd/{self._fd()}"
+        whole_pages = self._shape.piece_bytes % form.PAGE == 0
+        try:
+            fd = os.open(path, flags | (os.O_DIRECT if whole_pages else 0))
+        except OSError:
+            fd = os.open(path, flags)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def read(fd: int, to: Any, offset: int) -> None:
+    """Fill a buffer from the file.
+
+    Raises:
+        DamagedStoreError: the file ends before.
+    """
+    view = memoryview(to)
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if count == 0:
+            raise form.DamagedStoreError("the file ends early: it was truncated while open")
+        view, offset = view[count:], offset + count
+
+
+def whole_stretches(shape: StoreShape, tiles: int) -> int:
+    """At most so many tiles, at least one stretch, that hold whole stretches of parameters.
+
+    Spans of whole stretches have the bits of one reading of everything.
+    """
+    fewest = max(1, ops.STRETCH // shape.tile)
+    return min(max(tiles // fewest, 1) * fewest, shape.tiles)
+
+
+def check_epoch(fd: int, epoch: int) -> None:
+    """Raise RuntimeError where rows of a file were taken back since: what was read may be a mixture."""
+    if form.read_epoch(fd) != epoch:
+        raise RuntimeError("clients were removed or replaced since the store was opened or read: open or read it again")
+
+
+def _stretches(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Positions ``[start, stop)`` of rows that follow each other in the file."""
+    start = 0
+    for k in range(1, len(rows) + 1):
+        if k == len(rows) or rows[k] != rows[k - 1] + 1:
+            yield start, k
+            start = k

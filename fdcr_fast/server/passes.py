@@ -1,0 +1,168 @@
+"""Readings of all clients of a round, span by span: scores, the mean, or both at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdcr_fast import ops
+from fdcr_fast.server.intake import ClientTiles, ClientUpdates, MatrixTiles, Span
+
+Importances = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+# In float32 a product is right to 2^-24 of itself, so V, which is made of differences, to about 1e-7 of itself times
+# how much larger what was subtracted is than what was left. Beyond this ratio V is computed again in float64.
+_CANCELLATION = 8.0
+_SAME = 1e-5  # scores that are closer together are told apart in float64 only
+_LEAST_RMS, _MOST_NORM, _RANGE = 1e-14, 1e15, 1e30  # squares of sizes in between are far from the limits of float32
+
+
+class Scores(NamedTuple):
+    """What a reading tells of every client.
+
+    Attributes:
+        distance: ``S_k = sum_v (u_v - u_{k,v})^2``, float64 ``[K]``, NaN for clients that are not valid.
+        mean_square: ``sum_v u_v^2``.
+    """
+
+    distance: Tensor
+    mean_square: float
+
+
+def fits_single(clients: ClientUpdates) -> bool:
+    """Whether products of this round stay far from the limits of float32; small rounds are computed in float64."""
+    valid = clients.valid
+    if clients.num_params < ops.STRETCH or torch.float64 in clients.tiles.dtypes:
+        return False
+    largest = clients.squared_norm[valid].max().sqrt().item()
+    if not _LEAST_RMS * clients.num_params**0.5 <= largest <= _MOST_NORM:
+        return False
+    if clients.fisher_min is None or clients.fisher_max is None:
+        return True
+    width = (clients.fisher_max - clients.fisher_min).cpu()[valid]
+    return bool((width >= 1 / _RANGE).all() and (clients.fisher_max.cpu()[valid] <= _RANGE).all())
+
+
+def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> bool:
+    """Whether scores from float32 products are right to about 1e-6 of themselves, and tell the clients apart."""
+    distance = scores.distance[clients.valid].sqrt()
+    rounded = 2 * scores.mean_square**0.5 + distance + alpha[clients.valid] @ distance
+    least = distance.min() >= _LEAST_RMS * clients.num_params**0.5
+    apart = distance.max() - distance.min() > _SAME * distance.max()
+    return bool(least and apart and (rounded <= _CANCELLATION * distance).all())
+
+
+def scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
+    """One reading for the distances of the reweighted updates to their mean."""
+    totals = _no_totals(clients)
+    for span in clients.spans():
+        totals = ops.discrepancy(
+            span.updates,
+            *_importances(clients, span, reweight),
+            alpha.to(totals.device),
+            totals,
+            span.num_params,
+            single,
+        )
+    return _scores(totals)
+
+
+def mean(global_params: Tensor, clients: ClientUpdates, weights: Tensor, *, rescale: bool, single: bool) -> Tensor:
+    """One reading for the new global parameters."""
+    weights = weights.to(clients.tiles.device)
+    return _by_span(
+        global_params,
+        clients,
+        lambda params, span: ops.rescaled_mean(
+            params, span.updates, *_importances(clients, span, rescale), weights, single
+        ),
+    )
+
+
+def scores_and_mean(
+    global_params: Tensor,
+    clients: ClientUpdates,
+    alpha: Tensor,
+    weights: Tensor,
+    *,
+    reweight: bool,
+    rescale: bool,
+    single: bool,
+) -> tuple[Scores, Tensor]:
+    """Both of the above in one reading, with the same bits."""
+    totals = _no_totals(clients)
+    alpha, weights = alpha.to(totals.device), weights.to(totals.device)
+
+    def read(params: Tensor, span: Span) -> Tensor:
+        nonlocal totals
+        importances = _importances(clients, span, reweight or rescale)
+        totals, new = ops.discrepancy_and_mean(
+            params, span.updates, *importances, alpha, weights, totals, reweight, rescale, single
+        )
+        return new
+
+    params = _by_span(global_params, clients, read)
+    return _scores(totals), params
+
+
+def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool) -> Scores:
+    """Scores over a few of the parameters, spread over all of them: a guess."""
+    totals = _no_totals(clients)
+    single = fits_single(clients)
+    for span in _sample(clients.tiles):
+        importances = _importances(clients, span, reweight)
+        totals = ops.discrepancy(span.updates, *importances, alpha.to(totals.device), totals, span.num_params, single)
+    return _scores(totals)
+
+
+def _sample(tiles: ClientTiles) -> Iterator[Span]:
+    """About one in 64 parameters, and at least 4096 if there are so many, in up to 64 windows."""
+    P, windows = tiles.num_params, 64
+    wanted = max(4096, P // 64)
+    if not isinstance(tiles, MatrixTiles):  # of a file: whole tiles are read
+        count = min(4, -(-P // tiles.tile))
+        for i in range(count):
+            first = i * (P // count) // tiles.tile * tiles.tile
+            yield tiles.window(first, min(tiles.tile, P - first, wanted // count))
+    elif tiles.tile * windows <= wanted:  # short tiles: every so many-th
+        whole = max(1, P // tiles.tile)
+        step = max(1, whole * tiles.tile // wanted)
+        chosen = slice(0, whole, step)
+        fishers = None if tiles.fishers is None else tiles.fishers[chosen]
+        updates = tiles.updates[chosen]
+        yield Span(0, min(P, updates.shape[0] * tiles.tile), updates, fishers)
+    else:
+        for first in range(0, P, max(1, P // windows)):
+            column = first % tiles.tile
+            yield tiles.window(first, min(wanted // windows, tiles.tile - column, P - first))
+
+
+def _by_span(global_params: Tensor, clients: ClientUpdates, read: Callable[[Tensor, Span], Tensor]) -> Tensor:
+    """New parameters from those of every span."""
+    params: Tensor | None = None
+    for span in clients.spans():
+        part = slice(span.first, span.first + span.num_params)
+        new = read(global_params[part], span)
+        if span.num_params == clients.num_params:
+            return new
+        if params is None:
+            params = torch.empty_like(global_params, memory_format=torch.contiguous_format)
+        params[part] = new
+    assert params is not None, "a round has at least one parameter"
+    return params
+
+
+def _importances(clients: ClientUpdates, span: Span, wanted: bool) -> Importances:
+    return (span.fishers, clients.fisher_min, clients.fisher_max) if wanted else (None, None, None)
+
+
+def _no_totals(clients: ClientUpdates) -> Tensor:
+    return torch.zeros(2 * len(clients.clients) + 1, dtype=torch.float64, device=clients.tiles.device)
+
+
+def _scores(totals: Tensor) -> Scores:
+    totals = totals.cpu()
+    return Scores(totals[: len(totals) // 2], totals[-1].item())

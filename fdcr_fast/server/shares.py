@@ -1,0 +1,29 @@
+"""How much one client may count for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def limited_shares(shares: Tensor, limit: float | None) -> Tensor:
+    """The shares with none above ``limit``: ``min(limit, c * share)`` with the ``c`` for which they add up to 1.
+
+    Args:
+        shares: Not negative, float64 ``[K]``, adding up to 1, or all 0. Those that are 0 stay so.
+        limit: In (0, 1]; None for no limit. Where so few shares are positive that all of them at the limit do not
+            reach 1, they become equal.
+    """
+    if limit is None or not shares.max() > limit:
+        return shares
+    positive = shares > 0
+    count = int(positive.sum())
+    if count * limit <= 1:
+        return torch.where(positive, 1 / count, 0.0).to(shares)
+    descending = shares.sort(descending=True).values
+    cut = torch.arange(len(shares), dtype=shares.dtype)
+    rest = descending.flip(0).cumsum(0).flip(0)  # of the i-th and all smaller ones
+    # With the i largest at the limit, the others are scaled to 1 - i * limit; the first i for which they stay below.
+    scale = (1 - cut * limit) / rest
+    first = int((scale * descending <= limit).to(torch.int8).argmax())
+    return torch.where(positive, (shares * scale[first]).clamp(max=limit), shares)

@@ -1,0 +1,215 @@
+"""FDCR reads the clients once where its guess of who is kept holds, and the result never depends on the guess."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fdcr_fast import FDCR, FedAvg, UpdateStore
+from fdcr_fast.server import passes
+from fdcr_fast.server.intake import ClientUpdates
+from fdcr_fast.server.shares import limited_shares
+
+P = 3 * 4096 + 100
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """What was read, in order: (kind, single)."""
+    seen = []
+
+    def count(kind, read):
+        def counted(*args, **options):
+            seen.append((kind, options["single"]))
+            return read(*args, **options)
+
+        return counted
+
+    for kind in ("scores", "mean", "scores_and_mean"):
+        monkeypatch.setattr(passes, kind, count(kind, getattr(passes, kind)))
+    return seen
+
+
+def attacked(K=20, seed=0, dtype=torch.float32, attackers=4):
+    generator = torch.Generator().manual_seed(seed)
+    updates = 0.01 * torch.randn(K, P, generator=generator)
+    updates[:attackers] += 0.05 * torch.randn(P, generator=generator)
+    fishers = torch.rand(K, P, generator=generator)
+    return torch.randn(P, generator=generator), updates.to(dtype), fishers.to(dtype), torch.arange(1, K + 1) * 10.0
+
+
+def stored(updates, fishers, n):
+    store = UpdateStore(updates.shape[1], len(n), updates.dtype)
+    for update, fisher, count in zip(updates, fishers, n.tolist(), strict=True):
+        assert store.put(update, fisher, count)
+    return store
+
+
+def in_float64(w, updates, fishers, n, kept):
+    D, F = updates.double(), fishers.double()
+    low, high = F.aminmax(dim=1, keepdim=True)
+    importance = (F - low) / (high - low)
+    alpha = n.double() / n.sum()
+    V = (alpha @ (importance * D) - importance * D).square().mean(1)
+    weights = torch.where(kept, n, 0).double() / n[kept].sum()
+    return V, weights @ (2 * importance.sigmoid() * D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("source", ["store", "matrices"])
+def test_one_reading_where_the_guess_holds(readings, dtype, source):
+    w, updates, fishers, n = attacked(dtype=dtype)
+    arguments = (stored(updates, fishers, n),) if source == "store" else (updates, fishers, n)
+    result = FDCR(cluster="kmeans").aggregate(w, *arguments)
+    assert readings == [("scores_and_mean", True)]
+    assert result.kept.tolist() == [False] * 4 + [True] * 16
+    V, step = in_float64(w, updates, fishers, n, result.kept)
+    np.testing.assert_allclose(result.discrepancy, V, rtol=1e-6)
+    assert (result.params - w - step).norm() < 1e-6 * w.norm()
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 1000), wrong=st.integers(0, 2**20 - 1), rescale=st.booleans(), importance=st.booleans())
+def test_the_result_has_the_same_bits_whatever_was_guessed(seed, wrong, rescale, importance):
+    w, updates, fishers, n = attacked(seed=seed)
+    rule = FDCR(cluster="kmeans", rescale=rescale, importance=importance)
+    right = rule.aggregate(w, updates, fishers, n)
+    guess = torch.tensor([wrong >> k & 1 for k in range(20)], dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "sampled_scores", lambda *_, **__: passes.Scores(guess, 1.0))
+        other = rule.aggregate(w, updates, fishers, n)
+    assert torch.equal(other.params, right.params)
+    assert torch.equal(other.discrepancy, right.discrepancy)
+    assert torch.equal(other.kept, right.kept)
+
+
+def test_a_wrong_guess_costs_one_more_reading(readings, monkeypatch):
+    w, updates, fishers, n = attacked()
+    monkeypatch.setattr(passes, "sampled_scores", lambda *_, **__: passes.Scores(torch.arange(20.0).double(), 1.0))
+    FDCR(cluster="kmeans").aggregate(w, updates, fishers, n)
+    assert readings == [("scores_and_mean", True), ("mean", True)]
+
+
+def test_nobody_is_guessed_where_nobody_can_be_dropped(readings, monkeypatch):
+    monkeypatch.setattr(passes, "sampled_scores", None)
+    FDCR(cluster=None).aggregate(*attacked())
+    assert readings == [("scores_and_mean", True)]
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-4, 1e-6])
+def test_clients_that_nearly_agree_are_scored_in_float64(readings, noise):
+    w, updates, fishers, n = attacked(attackers=0)
+    updates = updates[:1] * (1 + noise * torch.randn(updates.shape, generator=torch.Generator().manual_seed(1)))
+    fishers = fishers[:1] * (1 + noise * torch.rand(fishers.shape, generator=torch.Generator().manual_seed(2)))
+    result = FDCR(cluster="kmeans").aggregate(w, updates, fishers, n)
+    assert readings[0] == ("scores_and_mean", True)
+    assert ("scores_and_mean", False) in readings
+    V, _ = in_float64(w, updates, fishers, n, result.kept)
+    np.testing.assert_allclose(result.discrepancy, V, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda u, f: (u * 1e-20, f),
+        lambda u, f: (u * 1e37, f),
+        lambda u, f: (u, f * 1e-38),
+        lambda u, f: (torch.cat([u[:1] * 1e38, u[1:]]), f),
+        lambda u, f: (u.double(), f),
+    ],
+)
+def test_sizes_near_the_limits_of_float32_are_left_to_float64(readings, spoil):
+    w, updates, fishers, n = attacked()
+    updates, fishers = spoil(updates, fishers)
+    result = FDCR(cluster="kmeans", norm_bound=None).aggregate(w, updates, fishers, n)
+    assert not any(single for _, single in readings)
+    V, _ = in_float64(w, updates, fishers, n, result.kept)
+    np.testing.assert_allclose(result.discrepancy, V, rtol=1e-6)
+    assert result.params.isfinite().all()
+    assert result.discrepancy.isfinite().all()
+
+
+def test_two_clients_of_one_size_have_the_same_score_in_large_rounds_too():
+    w, updates, fishers, _ = attacked(K=2, attackers=0)
+    assert FDCR(cluster="kmeans").aggregate(w, updates, fishers, [5, 5]).kept.all()
+
+
+def test_samples_are_spread_over_the_parameters():
+    for updates in (torch.ones(100, 2, 16), torch.ones(1, 2, 40_000), torch.ones(3, 2, 5000), torch.ones(1, 2, 7)):
+        size = updates.shape[0] * updates.shape[2]
+        tiles = ClientUpdates.from_matrices(updates.transpose(0, 1).reshape(2, size), None, [1, 1]).tiles
+        tiles = type(tiles)(updates, None, size)
+        seen = list(passes._sample(tiles))
+        assert 0 < sum(span.num_params for span in seen) <= size
+        assert all(span.updates.shape[0] * span.updates.shape[2] >= span.num_params for span in seen)
+
+
+# --- how much one client may count for ----------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1e18), min_size=1, max_size=50), st.floats(0.001, 1))
+def test_limited_shares_fill_up_like_water(counts, limit):
+    counts = torch.tensor(counts, dtype=torch.float64)
+    total = counts.sum()
+    if total == 0 or not math.isfinite(1 / total):
+        return
+    shares = counts / total
+    limited = limited_shares(shares, limit)
+    positive = shares > 0
+    torch.testing.assert_close(limited.sum(), torch.tensor(1.0).double())
+    assert not limited[~positive].any()
+    if positive.sum() * limit <= 1:
+        assert limited[positive].unique().numel() == 1
+        return
+    assert limited.max() <= limit * (1 + 1e-12)
+    free = positive & (limited < limit * (1 - 1e-9))
+    if free.any():
+        ratio = limited[free] / shares[free]
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+        assert ratio[0] >= 1 - 1e-9
+
+
+@pytest.mark.parametrize("rule", [FDCR(max_weight_share=0.3), FedAvg(max_weight_share=0.3)])
+def test_a_client_that_claims_a_quintillion_samples_counts_for_its_limit(rule):
+    w, updates, fishers, n = attacked(attackers=0)
+    n = n.double()
+    n[3] = 1e18
+    result = rule.aggregate(w, updates, fishers, n)
+    assert result.weights.max() <= 0.3 + 1e-12
+    torch.testing.assert_close(result.weights.sum(), torch.tensor(1.0).double())
+    modest = rule.aggregate(w, updates, fishers, n.clamp(max=1e9))
+    torch.testing.assert_close(modest.params, result.params, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("P_", [50, P])
+@pytest.mark.parametrize("clip", [0.5, 2.0, "median", 1000.0])
+def test_clipped_average(P_, clip):
+    w, updates, _, n = attacked()
+    w, updates = w[:P_], updates[:, :P_] * torch.logspace(-1, 1, 20)[:, None]
+    norms = updates.double().norm(dim=1)
+    longest = norms.median() if clip == "median" else clip
+    factor = (longest / norms).clamp(max=1)
+    expected = w + (n / n.sum() * factor) @ updates.double()
+    result = FedAvg(clip=clip).aggregate(w, updates, None, n)
+    torch.testing.assert_close(result.params, expected.float())
+    torch.testing.assert_close(result.weights, (n / n.sum()).double() * factor, rtol=1e-6, atol=0)
+    assert result.kept.all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        (FedAvg, {"clip": 0.0}),
+        (FedAvg, {"clip": math.nan}),
+        (FedAvg, {"clip": "mean"}),
+        (FedAvg, {"max_weight_share": 0.0}),
+        (FDCR, {"max_weight_share": 1.5}),
+        (FDCR, {"max_weight_share": math.nan}),
+    ],
+)
+def test_options_are_checked(rule, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        rule(**options)
