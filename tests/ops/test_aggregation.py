@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import FLOATS, client_matrices, laid_out, relative_error, rows
 
-from fdcr_fast import ops
+from fdcr_fast import _native, ops
 
 
 def importance(F):
@@ -286,3 +290,37 @@ def test_rows_longer_than_32_bits_of_elements_are_indexed(compiled):
 def test_refuses_what_does_not_fit(call, message):
     with pytest.raises(RuntimeError, match=message):
         call(torch.ones(1, 2, 10), torch.full((2,), 0.5, dtype=torch.float64))
+
+
+def test_memory_does_not_grow_with_the_clients():
+    code = """
+import ctypes, pathlib, sys, torch
+from fdcr_fast import _native, ops
+
+def status(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+K, P = 100_000, 4096 + 16
+fishers, updates = torch.rand(P // 16, 1, 2, 16).expand(-1, K, -1, -1).unbind(2)
+low, high, alpha = torch.zeros(K).double(), torch.ones(K).double(), torch.full((K,), 1 / K).double()
+totals, w = torch.zeros(2 * K + 1).double(), torch.zeros(P)
+importances = (fishers[:1], low, high)
+ops.discrepancy_and_mean(w[:16], updates[:1], *importances, alpha, alpha, totals, True, True, True)
+ctypes.CDLL(None).malloc_trim(0)
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+ops.discrepancy_and_mean(w, updates, fishers, low, high, alpha, alpha, totals, True, True, True)
+print(status("VmHWM") - before)
+"""
+    if _native.module is None or not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("needs the extension and Linux")
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 64 << 10  # KiB
