@@ -56,7 +56,7 @@ def test_defaults_are_the_papers_setting() -> None:
         ({"malicious": "some"}, "number"),
         ({"attack": "none"}, "expected one of badnets"),
         ({"attacker_fisher": "true"}, "expected one of honest, random"),
-        ({"server": "krum"}, "expected one of fedavg, fdcr, oracle"),
+        ({"server": "krum"}, "expected one of fedavg, fdcr, coalition-fdcr, oracle"),
         ({"model": "resnet"}, "expected one of auto, cnn, mlp"),
         ({"split": "iid"}, "expected one of dirichlet, writer"),
         ({"cluster": "gmm"}, "cluster"),
