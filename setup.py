@@ -73,7 +73,9 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
+        from pybind11.setup_helpers import ParallelCompile
 
+        ParallelCompile().install()
         torch = torch_folder()
         ext.include_dirs.append(pybind11.get_include())
         # -isystem: our warnings, not theirs.
