@@ -70,13 +70,15 @@ class Attackers:
 
     def begin(self, work: LocalWork, client: int) -> Draft:
         """Let one attacker train."""
-        draft = Draft(self.config, work, client, self.clean[client], self.poisoned[client])
-        _ = draft.params
-        return draft
+        return Draft(self.config, work, client, self.clean[client], self.poisoned[client])
 
 
 class Draft:
-    """An attacker's work in one round; models are trained when they are first needed."""
+    """An attacker's work in one round; it trains at once.
+
+    Attributes:
+        params: Its model ``[P]``, trained on poisoned data.
+    """
 
     def __init__(
         self, config: SimulationConfig, work: LocalWork, client: int, clean: ClientData, poisoned: ClientData
@@ -86,22 +88,18 @@ class Draft:
         self.client = client
         self.clean = clean
         self.poisoned = poisoned
-
-    @cached_property
-    def params(self) -> Tensor:
-        """The attacker's model, trained on poisoned data."""
         known = TrainingKnowledge(
-            params=self.work.params,
-            last_update=self.work.last_update,
-            alpha=self.config.attacker_alpha,
-            share=self.config.attacker_mask,
+            params=work.params,
+            last_update=work.last_update,
+            alpha=config.attacker_alpha,
+            share=config.attacker_mask,
             norm=self._norm,
         )
-        return self.work.train(self.client, self.poisoned, ATTACKER_TRAININGS[self.config.attacker_training](known))
+        self.params = work.train(client, poisoned, ATTACKER_TRAININGS[config.attacker_training](known))
 
     @cached_property
     def benign_params(self) -> Tensor:
-        """What it would have sent as a benign client."""
+        """The model that it would have as a benign client; trained if asked for."""
         return self.work.train(self.client, self.clean)
 
     def finish(self, seen: Sight) -> tuple[Tensor, Tensor]:
