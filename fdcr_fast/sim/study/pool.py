@@ -36,6 +36,9 @@ class StudyEvent:
 
 StudyProgress = Callable[[StudyEvent], None]
 
+# Processes are forked from one that has imported all that a run imports on its way (4 s), and has used none of it.
+IMPORTED_ONCE = [__name__, "fdcr_fast.sim.figures", "sklearn.datasets", "torch._dynamo"]
+
 
 def pending(runs: Sequence[Run], runs_folder: Path) -> list[Run]:
     """The runs without a result, each once: those that failed are tried again."""
@@ -53,8 +56,7 @@ def execute(
     call goes on: finished runs are skipped, others resume from their last round.
     """
     context = multiprocessing.get_context("forkserver")
-    # Processes are forked from one that has imported everything, and has used none of it.
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(IMPORTED_ONCE)
     waiting = pending(runs, runs_folder)[::-1]
     running: dict[Connection, tuple[Run, ForkServerProcess]] = {}
 

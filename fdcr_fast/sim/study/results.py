@@ -132,7 +132,7 @@ class StudyResults:
             if run in done:
                 summary, origin = done[run].result.summary, done[run].origin
                 line |= done[run].measures
-                line |= {"seconds": f"{sum(summary.seconds.values()):.1f}"}
+                line |= {"seconds": round(sum(summary.seconds.values()), 3)}
                 line |= {"machine": origin.machine, "date": origin.date}
             elif run.folder in self.errors:
                 line["error"] = self.errors[run.folder]
