@@ -171,6 +171,7 @@ def _study_options(command: F) -> F:
 
 def _run_study(
     study: Study,
+    command: str,
     *,
     scale: str | None,
     overrides: dict[str, Any],
@@ -185,20 +186,23 @@ def _run_study(
     """Execute what has no result yet, and write the results of all there is whenever a run has ended."""
     if seeds is not None:
         study = study.model_copy(update={"seeds": tuple(range(seeds))})
+        command += f" --seeds {seeds}"
     if data_dir is not None:
         overrides["data_dir"] = data_dir
     runs = study.runs(scale, overrides)
     chosen = pending(select(runs, rows, settings), runs_folder)
-    StudyResults.read(study, runs, runs_folder).write(out)
+    results = StudyResults.read(study, runs, runs_folder)
+    results.write(out, command)
     with study_progress(Console(stderr=True), chosen) as progress:
 
-        def after(event: StudyEvent) -> None:
+        def tell(event: StudyEvent) -> None:
+            nonlocal results
             progress(event)
             if event.ended:
-                StudyResults.read(study, runs, runs_folder).write(out)
+                results = StudyResults.read(study, runs, runs_folder, results)
+                results.write(out, command)
 
-        execute(chosen, runs_folder, workers, after)
-    results = StudyResults.read(study, runs, runs_folder)
+        execute(chosen, runs_folder, workers, tell)
     write_figures(results, out)
     click.echo(
         f"{len(results.finished)} of {len(runs)} runs have finished; results.md, results.csv and figures are in {out}"
@@ -215,10 +219,10 @@ def _run_study(
 @_study_options
 def study_command(file: Path, out: Path, scale: str | None, **options: Any) -> None:
     """Run all rows of a study, a YAML file, side by side; the same command resumes after a kill."""
+    command = f"fdcr-fast study {file.name} --out DIR" + (f" --scale {scale}" if scale else "")
     with _clear_errors():
-        _run_study(
-            Study.from_yaml(file.read_text()), scale=scale, overrides={}, runs_folder=out / "runs", out=out, **options
-        )
+        study = Study.from_yaml(file.read_text())
+        _run_study(study, command, scale=scale, overrides={}, runs_folder=out / "runs", out=out, **options)
 
 
 @cli.command()
@@ -241,13 +245,14 @@ def study_command(file: Path, out: Path, scale: str | None, **options: Any) -> N
 @_study_options
 def reproduce(name: str, scale: str, leak: bool, out: Path, **options: Any) -> None:
     """Rerun a table or figure of the paper; the same command resumes after a kill."""
-    folder = f"{name}-{scale}-leak" if leak else f"{name}-{scale}"
+    command = f"fdcr-fast reproduce {name} --scale {scale} --data-dir DIR" + (" --leak" if leak else "")
     with _clear_errors():
         _run_study(
             Study.shipped(name),
+            command,
             scale=scale,
             overrides={"attacker_fisher": "random"} if leak else {},
             runs_folder=out / "runs",
-            out=out / folder,
+            out=out / (f"{name}-{scale}-leak" if leak else f"{name}-{scale}"),
             **options,
         )

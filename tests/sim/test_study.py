@@ -112,7 +112,7 @@ def test_a_run_is_what_simulate_gives(runs_folder: Path) -> None:
 
 def test_results_are_what_the_rounds_say(runs_folder: Path, tmp_path: Path) -> None:
     results = StudyResults.read(study(), study().runs(), runs_folder)
-    results.write(tmp_path)
+    results.write(tmp_path, "fdcr-fast study tiny.yaml")
     with (tmp_path / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [(line["row"], line["server"], line["seed"]) for line in lines] == [
@@ -143,6 +143,7 @@ def test_results_are_what_the_rounds_say(runs_folder: Path, tmp_path: Path) -> N
         assert float(line["seconds"]) > 0
         assert line["machine"]
         assert line["date"][:2] == "20"
+    assert "`fdcr-fast study tiny.yaml`" in (tmp_path / "results.md").read_text()
     row = next(text for text in (tmp_path / "results.md").read_text().splitlines() if text.startswith("| mean"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == "2"
@@ -194,7 +195,7 @@ def test_failures_are_recorded_tried_again_and_stop_nobody(tmp_path: Path) -> No
     assert "exit code -9" in lines["killed"]["error"]
     assert lines["good"]["error"] == ""
     assert lines["good"]["accuracy"]
-    report = StudyResults.read(failing, failing.runs(), tmp_path / "runs").to_markdown()
+    report = StudyResults.read(failing, failing.runs(), tmp_path / "runs").to_markdown("command")
     assert "1 of 4 runs have finished" in report
     assert f"- no data, seed 0: FileNotFoundError: no data file {file}" in report
 
@@ -336,6 +337,7 @@ def test_the_command_runs_a_study_and_reports(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "1 of 3 runs have finished" in done.output
     assert {path.name for path in out.iterdir()} == {"runs", "results.csv", "results.md", "summary.png", "rounds.png"}
+    assert "`fdcr-fast study study.yaml --out DIR --seeds 1`" in (out / "results.md").read_text()
     failed = CliRunner().invoke(cli.cli, [*arguments, "--row", "bad"], catch_exceptions=False)
     assert failed.exit_code == 1
     assert "1 runs failed" in failed.output

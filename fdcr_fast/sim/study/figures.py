@@ -86,7 +86,9 @@ def summary_figure(results: StudyResults) -> Figure:
 
 def rounds_figure(results: StudyResults) -> Figure:
     """A and R over the rounds, a line of panels per setting: mean over the seeds, shaded from least to most."""
-    settings, rows = results.study.settings, results.study.rows
+    rows = results.study.rows
+    begun = {done.run.setting for done in results.finished}
+    settings = [setting for setting in results.study.settings if setting.name in begun]
     figure, panels = _grid(len(settings), 2, 5.5, 3.4)
     colours = colormaps["tab20" if len(rows) > 10 else "tab10"]
     for setting, line in zip(settings, panels, strict=True):
@@ -103,8 +105,8 @@ def rounds_figure(results: StudyResults) -> Figure:
             axes.set_ylim(-3, 103)
             axes.set_title(setting.name, fontsize=10)
             rounds_axis(axes, max(run.config.rounds for run in results.runs))
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    lines = {line.get_label(): line for panel, _ in panels for line in panel.lines}
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 

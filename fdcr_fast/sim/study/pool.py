@@ -54,6 +54,8 @@ def execute(
     Every run has a process of its own, so that one that crashes takes no other with it, and its peak memory is its
     own. Results do not depend on ``workers`` or on the order in which runs end. After a kill at any moment the same
     call goes on: finished runs are skipped, others resume from their last round.
+
+    A script must call this under ``if __name__ == "__main__"``, as its processes import the script.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_ONCE)

@@ -83,16 +83,21 @@ class StudyResults:
     errors: dict[str, str]
 
     @classmethod
-    def read(cls, study: Study, runs: Sequence[Run], runs_folder: Path) -> StudyResults:
-        """Collect what there is.
+    def read(
+        cls, study: Study, runs: Sequence[Run], runs_folder: Path, before: StudyResults | None = None
+    ) -> StudyResults:
+        """Collect what there is; what was read ``before`` is not read again.
 
         Raises:
             ValueError: a run of the same name was made with other fields.
         """
+        known = {} if before is None else {done.run: done for done in before.finished}
         finished, errors = [], {}
         for run in runs:
             folder = StudyRunFolder(runs_folder / run.folder)
-            if folder.finished:
+            if run in known:
+                finished.append(known[run])
+            elif folder.finished:
                 finished.append(FinishedRun(run, folder.result(run.config), folder.origin()))
             elif folder.error is not None:
                 errors[run.folder] = folder.error
@@ -102,11 +107,11 @@ class StudyResults:
         """The finished runs of one row in one setting."""
         return [done for done in self.finished if (done.run.setting, done.run.row) == (setting, row)]
 
-    def write(self, out: Path) -> None:
-        """Write results.csv and results.md."""
+    def write(self, out: Path, command: str) -> None:
+        """Write results.csv and results.md, which tells the command that made them."""
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "results.csv", self.to_csv().encode())
-        write_atomically(out / "results.md", self.to_markdown().encode())
+        write_atomically(out / "results.md", self.to_markdown(command).encode())
 
     def to_csv(self) -> str:
         """One line per run that has finished or failed; shares in [0, 1], an empty cell where undefined.
@@ -141,9 +146,9 @@ class StudyResults:
             writer.writerow(line)
         return text.getvalue()
 
-    def to_markdown(self) -> str:
+    def to_markdown(self, command: str) -> str:
         """A table for every setting, one line per row of the study."""
-        parts = [f"# {self.study.title}", self.study.note.strip(), LEGEND, self._provenance()]
+        parts = [f"# {self.study.title}", self.study.note.strip(), f"`{command}`", self._provenance(), LEGEND]
         for index, setting in enumerate(self.study.settings):
             parts += [f"## {setting.name}" if setting.name else "", self._table(index, setting.name)]
         if self.errors:
