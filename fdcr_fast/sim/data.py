@@ -205,6 +205,7 @@ def _npz(path: Path) -> Dataset:
 def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     """Load a data set of ``DATASETS`` or a file ``*.npz`` with arrays ``x_train y_train x_test y_test``.
 
+    A data set of ``DATASETS`` may also lie in ``data_dir`` as such a file, ``NAME.npz``, which is then preferred.
     Nothing is ever downloaded. Archives are read without pickle.
 
     Raises:
@@ -212,10 +213,13 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
         ValueError: the file's arrays are not images and labels.
     """
     if name in DATASETS:
-        return DATASETS[name](data_dir)
-    path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file {path}")
+        path = None if data_dir is None else data_dir / f"{name}.npz"
+        if path is None or not path.is_file():
+            return DATASETS[name](data_dir)
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"no data file {path}")
     try:
         return _npz(path)
     except Exception as error:
