@@ -58,14 +58,14 @@ class RunState:
         rounds: Of every finished round.
         clients: Of every client in every finished round.
         similarity: Of the clients' importances, ``[K, K]``; after the last round only.
-        memory: What the server remembers of its clients, as text; empty for one that remembers nothing.
+        memory: What the server remembers of its clients, empty for one that remembers nothing.
     """
 
     params: Tensor
     rounds: list[RoundRecord]
     clients: list[ClientRecord]
     similarity: Tensor | None = None
-    memory: str = ""
+    memory: bytes = b""
 
 
 class RunFolder:
@@ -119,7 +119,7 @@ class RunFolder:
             params=state.params.numpy(),
             csv_sizes=np.array(sizes, dtype=np.int64),
             similarity=similarity,
-            memory=np.array(state.memory),
+            memory=np.frombuffer(state.memory, np.uint8),
         )
         write_atomically(self.checkpoint_path, buffer.getvalue())
 
@@ -137,7 +137,7 @@ class RunFolder:
         with np.load(self.checkpoint_path, allow_pickle=False) as arrays:
             params, similarity = torch.from_numpy(arrays["params"]), torch.from_numpy(arrays["similarity"])
             sizes = arrays["csv_sizes"].tolist()
-            memory = str(arrays["memory"])
+            memory = arrays["memory"].tobytes()
         for path, size in zip(files, sizes, strict=True):
             found = path.stat().st_size if path.exists() else 0
             if found < size:

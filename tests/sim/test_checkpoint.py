@@ -34,7 +34,7 @@ def without_costs(result: SimulationResult) -> list[dict[str, object]]:
     return [record.model_dump(exclude=costs) for record in result.rounds]
 
 
-@pytest.mark.parametrize("server", ["fdcr", "coalition-fdcr"])
+@pytest.mark.parametrize("server", ["fdcr", "coalition-fdcr", "foolsgold"])
 def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path, server: str) -> None:
     config = tiny_config(rounds=4, attacker_fisher="random", threads=1, server=server)
     expected = simulate(config)
