@@ -273,6 +273,38 @@ Tensor squared_norm(const Tensor& updates, int64_t params) {
   return result;
 }
 
+double largest(fdcr::Element element) {
+  switch (element) {
+    case fdcr::Element::kFloat64:
+      return std::numeric_limits<double>::max();
+    case fdcr::Element::kBFloat16:
+      return 0x1.fep127;
+    case fdcr::Element::kFloat16:
+      return 65504;
+    default:
+      return std::numeric_limits<float>::max();
+  }
+}
+
+// Where the kernels write new parameters: in float64 or float32, rounded to the narrower types afterwards.
+Tensor new_params(const Tensor& global) {
+  STD_TORCH_CHECK(global.dim() == 1, "expected global_params [P]");
+  const bool wide = global.scalar_type() == ScalarType::Double;
+  return torch::stable::new_empty(global, {global.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
+}
+
+fdcr::NewParams new_params_to(const Tensor& global, const Tensor& result) {
+  const fdcr::Source from = source(global, "global_params");
+  return {from, global.stride(0), largest(from.element), result.mutable_data_ptr()};
+}
+
+Tensor as_type_of(const Tensor& global, Tensor params) {
+  if (params.scalar_type() == global.scalar_type()) return params;
+  Tensor narrow = torch::stable::new_empty(global, {global.size(0)});
+  torch::stable::copy_(narrow, params);
+  return narrow;
+}
+
 // The tensors behind an AggregationProblem, gathered in turn; the vectors live as long as this does.
 struct Aggregation {
   fdcr::AggregationProblem problem{};
@@ -323,10 +355,7 @@ struct Aggregation {
     weights = numbers(shares, problem.clients, "weights");
     problem.weights = weights.data();
     problem.rescale = rescale;
-    problem.global = source(global, "global_params");
-    problem.global_stride = global.stride(0);
-    problem.limit = largest(problem.global.element);
-    problem.result = result.mutable_data_ptr();
+    problem.to = new_params_to(global, result);
   }
 
   Tensor run(const Tensor& like) {
@@ -344,34 +373,7 @@ struct Aggregation {
   void check_fishers(bool wanted) const {
     STD_TORCH_CHECK(!wanted || problem.fisher_min != nullptr, "importances need fishers");
   }
-
-  static double largest(fdcr::Element element) {
-    switch (element) {
-      case fdcr::Element::kFloat64:
-        return std::numeric_limits<double>::max();
-      case fdcr::Element::kBFloat16:
-        return 0x1.fep127;
-      case fdcr::Element::kFloat16:
-        return 65504;
-      default:
-        return std::numeric_limits<float>::max();
-    }
-  }
 };
-
-// Where the kernels write new parameters: in float64 or float32, rounded to the narrower types afterwards.
-Tensor new_params(const Tensor& global) {
-  STD_TORCH_CHECK(global.dim() == 1, "expected global_params [P]");
-  const bool wide = global.scalar_type() == ScalarType::Double;
-  return torch::stable::new_empty(global, {global.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
-}
-
-Tensor as_type_of(const Tensor& global, Tensor params) {
-  if (params.scalar_type() == global.scalar_type()) return params;
-  Tensor narrow = torch::stable::new_empty(global, {global.size(0)});
-  torch::stable::copy_(narrow, params);
-  return narrow;
-}
 
 Tensor discrepancy(const Tensor& updates, const std::optional<Tensor>& fishers,
                    const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
@@ -403,6 +405,37 @@ std::tuple<Tensor, Tensor> discrepancy_and_mean(const Tensor& global, const Tens
   aggregation.want_mean(global, weights, rescale, params);
   Tensor result = aggregation.run(updates);
   return {std::move(result), as_type_of(global, std::move(params))};
+}
+
+// --- the middle of every parameter
+
+std::vector<int64_t> chosen_rows(const Tensor& read, int64_t clients) {
+  STD_TORCH_CHECK(
+      read.is_cpu() && read.scalar_type() == ScalarType::Bool && read.dim() == 1 && read.size(0) == clients,
+      "read must be bool [", clients, "] on the CPU");
+  const bool* is_read = static_cast<const bool*>(read.const_data_ptr());
+  std::vector<int64_t> rows;
+  for (int64_t k = 0; k < clients; ++k)
+    if (is_read[k * read.stride(0)]) rows.push_back(k);
+  return rows;
+}
+
+Tensor central_mean(const Tensor& global, const Tensor& updates, const Tensor& read, int64_t keep,
+                    bool nearest) {
+  Tensor params = new_params(global);
+  fdcr::CentralMeanProblem p;
+  p.params = params.size(0);
+  p.updates = client_matrix(updates, p.params, "updates");
+  const std::vector<int64_t> rows = chosen_rows(read, updates.size(1));
+  p.rows = rows.data();
+  p.row_count = static_cast<int64_t>(rows.size());
+  p.keep = keep;
+  p.nearest = nearest;
+  STD_TORCH_CHECK(1 <= keep && keep <= p.row_count && (nearest || (p.row_count - keep) % 2 == 0),
+                  "keep = ", keep, " is not a central part of ", p.row_count, " clients");
+  p.to = new_params_to(global, params);
+  fdcr::kernels().central_mean(p, torch_pool);
+  return as_type_of(global, std::move(params));
 }
 
 // --- inner products
@@ -454,16 +487,10 @@ Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
     p.fisher_min = low.data();
     p.fisher_max = high.data();
   }
-  STD_TORCH_CHECK(
-      read.is_cpu() && read.scalar_type() == ScalarType::Bool && read.dim() == 1 && read.size(0) == K,
-      "read must be bool [", K, "] on the CPU");
   STD_TORCH_CHECK(total.is_cpu() && total.scalar_type() == ScalarType::Double && total.dim() == 3 &&
                       total.size(0) == V && total.size(1) == K && total.size(2) == K,
                   "total must be float64 [", V, ", ", K, ", ", K, "] on the CPU");
-  const bool* is_read = static_cast<const bool*>(read.const_data_ptr());
-  std::vector<int64_t> rows;
-  for (int64_t k = 0; k < K; ++k)
-    if (is_read[k * read.stride(0)]) rows.push_back(k);
+  const std::vector<int64_t> rows = chosen_rows(read, K);
   p.rows = rows.data();
   p.row_count = static_cast<int64_t>(rows.size());
   STD_TORCH_CHECK(ranges.size() == transforms.size(), "expected ranges for each of ", V, " transforms");
@@ -512,6 +539,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
   library.impl("discrepancy", TORCH_BOX(&discrepancy));
   library.impl("rescaled_mean", TORCH_BOX(&rescaled_mean));
   library.impl("discrepancy_and_mean", TORCH_BOX(&discrepancy_and_mean));
+  library.impl("central_mean", TORCH_BOX(&central_mean));
   library.impl("gram", TORCH_BOX(&gram));
 }
 

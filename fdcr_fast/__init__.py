@@ -8,25 +8,61 @@ from fdcr_fast.ops.backends import BackendStatus, backends, info
 from fdcr_fast.server.coalition.rule import CoalitionFDCR, CoalitionShare
 from fdcr_fast.server.coalition.state import CoalitionState
 from fdcr_fast.server.coalition.views import ParamGroups
+from fdcr_fast.server.defenses import (
+    CRFL,
+    FLAME,
+    RLR,
+    Bulyan,
+    CoordinateMedian,
+    DnC,
+    Finetuning,
+    FLTrust,
+    FoolsGold,
+    FoolsGoldState,
+    GeometricMedian,
+    Krum,
+    ModelQuality,
+    MultiKrum,
+    MultiMetrics,
+    Sageflow,
+    TrimmedMean,
+)
 from fdcr_fast.server.gram import GramEstimate, GramView, estimate_gram, gram, grams
 from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule, FedAvg, Selection
 from fdcr_fast.server.state_dicts import aggregate_state_dicts
 from fdcr_fast.server.store import UpdateStore
 
 __all__ = [
+    "CRFL",
     "FDCR",
+    "FLAME",
+    "RLR",
     "AggregationResult",
     "AggregationRule",
     "BackendStatus",
+    "Bulyan",
     "CoalitionFDCR",
     "CoalitionShare",
     "CoalitionState",
+    "CoordinateMedian",
+    "DnC",
+    "FLTrust",
     "FedAvg",
+    "Finetuning",
+    "FoolsGold",
+    "FoolsGoldState",
+    "GeometricMedian",
     "GramEstimate",
     "GramView",
+    "Krum",
+    "ModelQuality",
+    "MultiKrum",
+    "MultiMetrics",
     "ParamGroups",
     "ParamLayout",
+    "Sageflow",
     "Selection",
+    "TrimmedMean",
     "UpdateStore",
     "__version__",
     "aggregate_state_dicts",

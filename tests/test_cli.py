@@ -45,7 +45,7 @@ def test_every_setting_has_its_flag_and_every_flag_its_setting() -> None:
 def test_help_shows_choices_and_defaults() -> None:
     text = " ".join(invoke("simulate", "--help").output.split())
     for part in (
-        "--server fedavg|fdcr|coalition-fdcr|oracle",
+        "--server fedavg|fdcr|coalition-fdcr|norm-clipping|",
         "first|last",
         "[default: paper]",
         "--rescale / --no-rescale",

@@ -96,6 +96,15 @@ struct ClientMatrix {
   int64_t tile_length = 0, tile_stride = 0, client_stride = 0, stride = 0;
 };
 
+// Where new parameters go: result[v] = global[v] + a sum, kept within [-limit, limit]; contiguous, float64 if
+// global is, else float32.
+struct NewParams {
+  Source global;
+  int64_t global_stride = 0;
+  double limit = 0;
+  void* result = nullptr;
+};
+
 // Scores, the mean, or both.
 struct AggregationProblem {
   int64_t clients = 0, params = 0;
@@ -112,16 +121,23 @@ struct AggregationProblem {
   double* norm = nullptr;         // [clients] sum_v update^2
   double* mean_square = nullptr;  // sum_v u_v^2
 
-  // result[v] = global[v] + sum_k weights[k] * c * update, c = 1 + tanh(importance / 2) with `rescale`, else
-  // 1, kept within [-limit, limit]; contiguous, float64 if global is, else float32. weights == nullptr for
-  // none.
+  // The sum of weights[k] * c * update, c = 1 + tanh(importance / 2) with `rescale`, else 1. weights ==
+  // nullptr for none.
   const double* weights = nullptr;  // [clients]
   bool rescale = false;
-  Source global;
-  int64_t global_stride = 0;
-  double limit = 0;
-  void* result = nullptr;
+  NewParams to;
   // A client whose alpha and weight are both zero is not read.
+};
+
+// For every parameter the mean of `keep` of the rows' values: those in the middle, as many below as above, or
+// with `nearest` those nearest to the median, the smaller of two equally near ones.
+struct CentralMeanProblem {
+  int64_t params = 0;
+  ClientMatrix updates;           // finite
+  const int64_t* rows = nullptr;  // [row_count]: the clients
+  int64_t row_count = 0, keep = 0;
+  bool nearest = false;
+  NewParams to;
 };
 
 // Parameters [start, stop).
@@ -160,6 +176,7 @@ struct Kernels {
   void (*range)(const ClientMatrix&, int64_t clients, int64_t params, double* low, double* high, ParallelFor);
   void (*squared_norm)(const ClientMatrix&, int64_t clients, int64_t params, double* result, ParallelFor);
   void (*aggregate)(const AggregationProblem&, ParallelFor);
+  void (*central_mean)(const CentralMeanProblem&, ParallelFor);
   // total[view][i][j] += the inner product of rows[i] and rows[j] for i <= j, contiguous [row_count,
   // row_count].
   void (*gram)(const GramProblem&, double* total, ParallelFor);

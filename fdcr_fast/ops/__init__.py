@@ -7,6 +7,7 @@ holds the same operators for ``torch.compile`` and ``torch.library.opcheck``.
 
 from fdcr_fast.ops.schemas import (
     STRETCH,
+    central_mean,
     discrepancy,
     discrepancy_and_mean,
     fill_row,
@@ -22,6 +23,7 @@ from fdcr_fast.ops.schemas import (
 
 __all__ = [
     "STRETCH",
+    "central_mean",
     "discrepancy",
     "discrepancy_and_mean",
     "fill_row",

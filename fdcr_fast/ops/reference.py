@@ -217,6 +217,30 @@ def discrepancy_and_mean(
     )
 
 
+def central_mean(global_params: Tensor, updates: Tensor, read: Tensor, keep: int, nearest: bool) -> Tensor:
+    """The middle of every parameter over the clients, added to the global parameters; see ``schemas``."""
+    read = read.to(updates.device)
+    n = int(read.sum())
+    message = f"keep = {keep} is not a central part of {n} clients"
+    torch._check(1 <= keep <= n and (nearest or (n - keep) % 2 == 0), lambda: message)
+    result = torch.empty_like(global_params, memory_format=torch.contiguous_format)
+    limit = torch.finfo(result.dtype).max
+    start = 0
+    for block, _ in _column_blocks(updates, global_params.numel()):
+        x = block[read].double().sort(0).values
+        if nearest:
+            twice = x[(n - 1) // 2] + x[n // 2]
+            first = (twice > x[: n - keep] + x[keep:]).sum(0)  # windows that lie further down than the nearest one
+            rank = torch.arange(n, device=x.device).unsqueeze(1)
+            x = torch.where((first <= rank) & (rank < first + keep), x, 0)
+        else:
+            x = x[(n - keep) // 2 : (n + keep) // 2]
+        stop = start + x.shape[1]
+        result[start:stop] = (global_params[start:stop].double() + x.sum(0) / keep).clamp_(-limit, limit)
+        start = stop
+    return result
+
+
 def gram(
     updates: Tensor,
     fishers: Tensor | None,

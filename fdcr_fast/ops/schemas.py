@@ -261,6 +261,27 @@ def discrepancy_and_mean(
     )
 
 
+def central_mean(global_params: Tensor, updates: Tensor, read: Tensor, keep: int, nearest: bool) -> Tensor:
+    """For every parameter the mean of ``keep`` of the clients' values, added to the global parameters.
+
+    Of the ``n`` values in order, those in the middle, ``(n - keep) / 2`` left out on either side: the trimmed mean, and
+    for ``keep`` of 1 or 2 the median. With ``nearest`` those nearest to the median, of two equally near ones the
+    smaller: the mean around the median. The order of the clients changes no bit. A result beyond the largest number of
+    its dtype becomes that number.
+
+    Args:
+        global_params: ``w [P]``.
+        updates: Tiled client matrix ``[T, K, L]``, finite where it is read.
+        read: bool ``[K]``, whose values count; the others are not read.
+        keep: From 1 to ``n``; without ``nearest``, ``n - keep`` is even.
+        nearest: Whether the values are chosen by their distance from the median instead of by rank.
+
+    Returns:
+        ``[P]``, dtype of ``global_params``.
+    """
+    return cast(Tensor, torch.ops.fdcr_fast.central_mean(global_params, updates, read, keep, nearest))
+
+
 def gram(
     updates: Tensor,
     fishers: Tensor | None,
@@ -481,6 +502,11 @@ def _check_discrepancy(
     _check_single(single, updates, fishers)
 
 
+def _check_global(global_params: Tensor) -> None:
+    _check_floating(global_params=global_params)
+    torch._check(global_params.dim() == 1, lambda: f"expected global_params [P], got {tuple(global_params.shape)}")
+
+
 def _check_rescaled_mean(
     global_params: Tensor,
     updates: Tensor,
@@ -490,8 +516,7 @@ def _check_rescaled_mean(
     weights: Tensor,
     single: bool,
 ) -> None:
-    _check_floating(global_params=global_params)
-    torch._check(global_params.dim() == 1, lambda: f"expected global_params [P], got {tuple(global_params.shape)}")
+    _check_global(global_params)
     _check_clients(global_params.numel(), updates, fishers, fisher_min, fisher_max, weights)
     _check_single(single, updates, fishers)
 
@@ -514,6 +539,20 @@ def _check_discrepancy_and_mean(
     torch._check(fishers is not None or not (reweight or rescale), lambda: "importances need fishers")
 
 
+def _check_read(read: Tensor, clients: int) -> None:
+    torch._check(
+        read.dtype == torch.bool and read.shape == (clients,),
+        lambda: f"read must be bool [{clients}], got {read.dtype} {tuple(read.shape)}",
+    )
+
+
+def _check_central_mean(global_params: Tensor, updates: Tensor, read: Tensor, keep: int, nearest: bool) -> None:
+    _check_global(global_params)
+    _check_clients(global_params.numel(), updates)
+    _check_read(read, updates.shape[1])
+    torch._check(keep >= 1, lambda: f"keep must be at least 1, got {keep}")
+
+
 def _check_gram(
     updates: Tensor,
     fishers: Tensor | None,
@@ -528,10 +567,7 @@ def _check_gram(
 ) -> None:
     _check_clients(num_params, updates, fishers, fisher_min, fisher_max)
     clients = updates.shape[1]
-    torch._check(
-        read.dtype == torch.bool and read.shape == (clients,),
-        lambda: f"read must be bool [{clients}], got {read.dtype} {tuple(read.shape)}",
-    )
+    _check_read(read, clients)
     for transform in transforms:
         message = f"unknown transform {transform}, expected one of {sorted(reference.GRAM_TRANSFORMS)}"
         torch._check(transform in reference.GRAM_TRANSFORMS, partial(str, message))
@@ -649,6 +685,11 @@ OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]] = {
         "bool rescale, bool single) -> (Tensor, Tensor)",
         _check_discrepancy_and_mean,
         _fake_discrepancy_and_mean,
+    ),
+    "central_mean": (
+        "(Tensor global_params, Tensor updates, Tensor read, int keep, bool nearest) -> Tensor",
+        _check_central_mean,
+        _fake_rescaled_mean,
     ),
     "gram": (
         f"({_CLIENTS}, Tensor read, str[] transforms, Tensor[] ranges, Tensor total, int num_params, bool float64) "

@@ -108,6 +108,13 @@ def scores_and_mean(
     return _scores(totals), params
 
 
+def central_mean(global_params: Tensor, clients: ClientUpdates, read: Tensor, keep: int, *, nearest: bool) -> Tensor:
+    """One reading for the mean of ``keep`` central values of every parameter."""
+    return _by_span(
+        global_params, clients, lambda params, span: ops.central_mean(params, span.updates, read, keep, nearest)
+    )
+
+
 def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool) -> Scores:
     """Scores over a few of the parameters, spread over all of them: a guess."""
     totals = _no_totals(clients)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
@@ -57,17 +56,22 @@ class Selection:
         kept: bool ``[K]``.
         discrepancy: ``V_k [K]``, or None where the rule has no such score.
         labels: int64 ``[K]``, or None for 0 where kept and 1 where dropped.
+        weights: Of each client in the mean, float64 ``[K]``; None for shares of the samples.
         explanation: What else there is to say about each client, by client id.
     """
 
     kept: Tensor
     discrepancy: Tensor | None = None
     labels: Tensor | None = None
+    weights: Tensor | None = None
     explanation: Mapping[Hashable, Any] = field(default_factory=dict)
 
 
-class AggregationRule(ABC):
+class AggregationRule:
     """A rule decides who is kept (:meth:`select`); validation, weights and weighted mean are common to all.
+
+    Most rules say no more than :meth:`select`; some look at the global parameters as well (:meth:`judge`), and some
+    combine the kept updates otherwise than by a weighted mean (:meth:`combine`).
 
     Attributes:
         norm_bound: Clients with an update norm beyond this multiple of the median norm are rejected; None for
@@ -88,9 +92,32 @@ class AggregationRule(ABC):
         if self.max_weight_share is not None and not 0 < self.max_weight_share <= 1:
             raise ValueError(f"max_weight_share must be None or in (0, 1], got {self.max_weight_share}")
 
-    @abstractmethod
     def select(self, clients: ClientUpdates) -> Selection:
-        """Decide who is kept, from nothing but the uploads of a round with at least one valid client."""
+        """Decide who is kept, from nothing but the uploads of a round with a valid client; here everybody."""
+        return Selection(clients.valid)
+
+    def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
+        """:meth:`select` for rules that also look at the parameters ``w`` that the clients started from."""
+        return self.select(clients)
+
+    def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
+        """New global parameters from the clients whose weight is not 0, of which there is at least one."""
+        single = passes.fits_single(clients)
+        return passes.mean(global_params, clients, weights, rescale=self.rescale, single=single)
+
+    def memory(self) -> bytes:
+        """What the rule remembers of earlier rounds; empty for one that remembers nothing. Never a pickle."""
+        return b""
+
+    def with_memory(self, memory: bytes) -> AggregationRule:
+        """The rule with what another one remembered.
+
+        Raises:
+            ValueError: it is no memory of such a rule.
+        """
+        if memory:
+            raise ValueError(f"{type(self).__name__} remembers nothing, and was given {len(memory)} bytes of memory")
+        return self
 
     @overload
     def aggregate(
@@ -176,10 +203,11 @@ class AggregationRule(ABC):
 
     def _apply(self, global_params: Tensor, clients: ClientUpdates) -> tuple[Selection, Tensor, Tensor]:
         """What the rule decides about a round with valid clients, their weights, and the new parameters."""
-        selection = self.select(clients)
-        weights = self.weights(clients, selection.kept & clients.valid)
-        single = passes.fits_single(clients)
-        return selection, weights, passes.mean(global_params, clients, weights, rescale=self.rescale, single=single)
+        selection = self.judge(global_params, clients)
+        kept = selection.kept & clients.valid
+        given = selection.weights
+        weights = self.weights(clients, kept) if given is None else torch.where(kept, given, 0.0)
+        return selection, weights, self.combine(global_params, clients, weights) if weights.any() else global_params
 
     @property
     def needs_fishers(self) -> bool:
@@ -231,10 +259,6 @@ class FedAvg(AggregationRule):
         self._check_options()
         if self.clip not in (None, "median") and not (isinstance(self.clip, float | int) and 0 < self.clip < math.inf):
             raise ValueError(f"clip must be None, 'median', or a positive finite norm, got {self.clip!r}")
-
-    def select(self, clients: ClientUpdates) -> Selection:
-        """Keep everybody."""
-        return Selection(clients.valid)
 
     def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
         """Shares of the samples, less for updates that are clipped."""

@@ -59,7 +59,7 @@ class RunState:
         clients: Of every client in every finished round.
         last_update: What the last round changed in the parameters, ``[P]``; None before the first.
         similarity: Of the clients' importances, ``[K, K]``; after the last round only.
-        memory: What the server remembers of its clients, as text; empty for one that remembers nothing.
+        memory: What the server remembers of its clients, empty for one that remembers nothing.
     """
 
     params: Tensor
@@ -67,7 +67,7 @@ class RunState:
     clients: list[ClientRecord]
     last_update: Tensor | None = None
     similarity: Tensor | None = None
-    memory: str = ""
+    memory: bytes = b""
 
 
 class RunFolder:
@@ -123,7 +123,7 @@ class RunFolder:
             last_update=state.last_update.numpy(),
             csv_sizes=np.array(sizes, dtype=np.int64),
             similarity=similarity,
-            memory=np.array(state.memory),
+            memory=np.frombuffer(state.memory, np.uint8),
         )
         write_atomically(self.checkpoint_path, buffer.getvalue())
 
@@ -143,7 +143,7 @@ class RunFolder:
                 torch.from_numpy(arrays[name]) for name in ("params", "last_update", "similarity")
             )
             sizes = arrays["csv_sizes"].tolist()
-            memory = str(arrays["memory"])
+            memory = arrays["memory"].tobytes()
         for path, size in zip(files, sizes, strict=True):
             found = path.stat().st_size if path.exists() else 0
             if found < size:

@@ -41,20 +41,15 @@ class LocalWork:
 
     def train(self, client: int, data: ClientData, attack: LocalAttack | None = None) -> Tensor:
         """The client's model ``w_k [P]`` after local training."""
-        config = self.config
         with self.clock.phase("training"):
             self.worker.load(self.params)
             self.worker.train(
                 data.images,
                 data.labels,
                 data.rows,
-                epochs=config.local_epochs,
-                batch_size=config.batch_size,
-                lr=config.lr,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-                generator=torch_generator(config.seed, "shuffle", self.round, client),
+                generator=torch_generator(self.config.seed, "shuffle", self.round, client),
                 attack=attack,
+                **self.config.training(),
             )
             return self.worker.params()
 

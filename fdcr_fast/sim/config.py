@@ -31,7 +31,7 @@ from fdcr_fast.sim.data import DATASETS
 from fdcr_fast.sim.models import MODELS
 from fdcr_fast.sim.partition import PARTITIONS
 from fdcr_fast.sim.seeding import torch_generator
-from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS
+from fdcr_fast.sim.servers import INFORMED_BASELINES, NEED_DATA, SERVERS, assumed_byzantine
 
 
 class OneOf(AfterValidator):
@@ -205,6 +205,16 @@ class SimulationConfig(BaseModel):
     )
     gate: bool = Field(default=False, description="coalition-fdcr: drop nobody where no coalition stands out.")
 
+    num_byzantine: NonNegativeInt | None = Field(
+        default=None,
+        description="Clients assumed to be Byzantine by trimmed-mean, krum, multi-krum, bulyan, dnc and rlr; by "
+        "default 30 %, or as many as the rule can stand.",
+    )
+    server_samples: NonNegativeInt = Field(
+        default=0,
+        description="Training images that the server keeps and no client gets; for fltrust, finetuning and sageflow.",
+    )
+
     rounds: PositiveInt = Field(default=50, description="Communication rounds.")
     model: Annotated[str, OneOf(*MODELS)] = Field(
         default="auto", description="auto is the paper's cnn for images of 16 pixels or more, else mlp."
@@ -262,6 +272,23 @@ class SimulationConfig(BaseModel):
         """Whether attackers look at what benign clients upload in the same round."""
         colluding = self.attacker_update in COLLUDING_UPDATES and self.attacker_view == "benign"
         return colluding or self.attacker_fisher in OMNISCIENT_FISHERS
+
+    @model_validator(mode="after")
+    def _check_server(self) -> SimulationConfig:
+        if self.server in NEED_DATA and not self.server_samples:
+            raise ValueError(f"server: {self.server} needs data of the server: set server_samples")
+        assumed_byzantine(self.server, self.clients, self.num_byzantine)
+        return self
+
+    def training(self) -> dict[str, Any]:
+        """Options of :meth:`fdcr_fast.sim.training.Worker.train`, for everybody who trains."""
+        return {
+            "epochs": self.local_epochs,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+        }
 
     def attackers(self) -> frozenset[int]:
         """The malicious clients: those listed, or ``round(share * clients)`` drawn by the seed."""

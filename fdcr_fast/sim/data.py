@@ -66,6 +66,25 @@ class Dataset:
             writers=None if self.writers is None else self.writers[train],
         )
 
+    def hold_out(self, count: int, seed: int) -> tuple[Dataset, Tensor, Tensor]:
+        """Without ``count`` training images drawn at random, and those with their labels.
+
+        Raises:
+            ValueError: no training image would be left.
+        """
+        available = len(self.train_labels)
+        if count >= available:
+            raise ValueError(f"server_samples: {count} of {available} training images would leave none to the clients")
+        order = torch.randperm(available, generator=torch_generator(seed, "server samples"))
+        kept = order[count:].sort().values
+        rest = replace(
+            self,
+            train_images=self.train_images[kept],
+            train_labels=self.train_labels[kept],
+            writers=None if self.writers is None else self.writers[kept],
+        )
+        return rest, self.train_images[order[:count]], self.train_labels[order[:count]]
+
 
 def as_images(values: NDArray[Any] | Tensor, name: str) -> Tensor:
     """Any image array as float32 ``[N, C, H, W]`` in [-1, 1].

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdcr_fast import CoalitionFDCR, CoalitionState, ParamGroups, UpdateStore
+from fdcr_fast import ParamGroups, UpdateStore
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
 from fdcr_fast.sim.attackers import Attackers, Draft, Sight
 from fdcr_fast.sim.checkpoint import RunFolder, RunState, write_atomically
@@ -30,7 +31,9 @@ from fdcr_fast.sim.metrics import (
 )
 from fdcr_fast.sim.models import build_model
 from fdcr_fast.sim.partition import PartitionOptions, partition
-from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions
+from fdcr_fast.sim.seeding import derive_seed
+from fdcr_fast.sim.server_data import ServerData
+from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions, assumed_byzantine
 from fdcr_fast.sim.training import Worker
 
 
@@ -73,12 +76,20 @@ class SimulationResult:
     summary: Summary
 
 
-def build_rule(config: SimulationConfig, attackers: frozenset[int], groups: ParamGroups) -> AggregationRule:
+def build_rule(
+    config: SimulationConfig, attackers: frozenset[int], groups: ParamGroups, data: ServerData | None = None
+) -> AggregationRule:
     """The configured server; only the informed baselines are handed the attackers."""
     if config.server in INFORMED_BASELINES:
         return INFORMED_BASELINES[config.server](attackers)
-    configured = {field.name for field in fields(ServerOptions)} - {"groups"}
-    options = ServerOptions(groups=groups, **{name: getattr(config, name) for name in configured})
+    made: dict[str, Any] = {
+        "groups": groups,
+        "data": data,
+        "num_byzantine": assumed_byzantine(config.server, config.clients, config.num_byzantine),
+        "noise_seed": derive_seed(config.seed, "server noise"),
+    }
+    configured = {field.name for field in fields(ServerOptions)} - set(made)
+    options = ServerOptions(**made, **{name: getattr(config, name) for name in configured})
     return SERVERS[config.server](options)
 
 
@@ -94,6 +105,7 @@ class Federation:
         self.config = config
         dataset = load_dataset(config.dataset, config.data_dir)
         dataset = dataset.subset(config.max_train_samples, config.max_test_samples, config.seed)
+        dataset, server_images, server_labels = dataset.hold_out(config.server_samples, config.seed)
         rows = partition(
             config.split,
             dataset,
@@ -105,7 +117,11 @@ class Federation:
         self.attackers = Attackers(config, dataset, self.data)
         self.victims = self.attackers.poisoning.victims(self.test_images, self.test_labels)
         self.worker = Worker(build_model(config.model, dataset.image_shape, dataset.num_classes, config.seed))
-        self.rule = build_rule(config, self.attackers.clients, ParamGroups.from_module(self.worker.model))
+        data = None
+        if config.server_samples:
+            seed = derive_seed(config.seed, "server data")
+            data = ServerData(self.worker, server_images, server_labels, config.training(), seed)
+        self.rule = build_rule(config, self.attackers.clients, ParamGroups.from_module(self.worker.model), data)
         self.initial_params = self.worker.params()
         self.store = UpdateStore(self.worker.layout.numel, config.clients)
 
@@ -247,8 +263,8 @@ def resume(out: str | Path, progress: Progress | None = None) -> SimulationResul
     with _num_threads(config.threads):
         federation = Federation(config)
         state = folder.load() or RunState(federation.initial_params, [], [])
-        if isinstance(federation.rule, CoalitionFDCR) and state.memory:
-            federation.rule = replace(federation.rule, state=CoalitionState.from_json(state.memory))
+        if state.memory:
+            federation.rule = federation.rule.with_memory(state.memory)
         return _run(federation, state, folder, progress)
 
 
@@ -262,8 +278,7 @@ def _run(
         state.last_update = state.params - before
         state.rounds.append(record)
         state.clients.extend(clients)
-        if isinstance(federation.rule, CoalitionFDCR):
-            state.memory = federation.rule.state.to_json()
+        state.memory = federation.rule.memory()
         if round == config.rounds:
             state.similarity = importance_similarity(federation.store, config.clients)
         if folder is not None:

@@ -1,6 +1,7 @@
 // Runs the CPU kernels on random problems, with threads of its own and buffers that are exactly as large as
 // they must be, and compares them with naive float64 loops. Meant for the sanitizers: it needs neither Python
 // nor PyTorch.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -281,12 +282,9 @@ void check_aggregation(const fdcr::Kernels& kernels) {
   p.mean_square = &mean_square;
   p.weights = draw(0, 1) == 1 ? weights.data() : nullptr;
   p.rescale = rescaled;
-  p.limit = std::numeric_limits<T>::max();
   const std::vector<T> global = numbers<T>(P);
-  p.global = source(global);
-  p.global_stride = 1;
   std::vector<T> result(static_cast<size_t>(P));
-  p.result = result.data();
+  p.to = {source(global), 1, std::numeric_limits<T>::max(), result.data()};
   kernels.aggregate(p, pool);
   if (p.weights == nullptr) {
     p.alpha = nullptr;
@@ -330,6 +328,44 @@ void check_aggregation(const fdcr::Kernels& kernels) {
   require_close(row_norm, e_norm, p.single ? 1e-6 : 1e-12, "squared norm beside scores");
   require_close(score, e_score, p.single ? 1e-6 : 1e-12, "discrepancy");
   require_close(result, e_result, sizeof(T) == 4 ? 1e-6 : 1e-13, "rescaled mean");
+}
+
+template <class T>
+void check_central_mean(const fdcr::Kernels& kernels) {
+  const int64_t K = draw(0, 9) == 0 ? draw(60, 140) : draw(1, 20), P = draw(1, 300),
+                L = draw(1, 3) * P / 2 + 1, tiles = (P + L - 1) / L;
+  const std::vector<T> updates = numbers<T>(tiles * K * L), global = numbers<T>(P);
+  fdcr::CentralMeanProblem p;
+  p.params = P;
+  p.updates = {source(updates), L, K * L, L, 1};
+  std::vector<int64_t> rows;
+  for (int64_t k = 0; k < K; ++k)
+    if (K == 1 || k == 0 || draw(0, 4) != 0) rows.push_back(k);
+  const int64_t n = p.row_count = static_cast<int64_t>(rows.size());
+  p.rows = rows.data();
+  p.nearest = draw(0, 1) == 1;
+  p.keep = p.nearest ? draw(1, n) : n - 2 * draw(0, (n - 1) / 2);
+  std::vector<T> result(static_cast<size_t>(P));
+  p.to = {source(global), 1, std::numeric_limits<T>::max(), result.data()};
+  kernels.central_mean(p, pool);
+
+  std::vector<double> expected;
+  for (int64_t v = 0; v < P; ++v) {
+    std::vector<double> x;
+    for (const int64_t k : rows)
+      x.push_back(static_cast<double>(updates[static_cast<size_t>((v / L * K + k) * L + v % L)]));
+    std::sort(x.begin(), x.end());
+    size_t first = static_cast<size_t>(n - p.keep) / 2;
+    const size_t keep = static_cast<size_t>(p.keep), size = x.size();
+    if (p.nearest) {
+      const double twice = x[(size - 1) / 2] + x[size / 2];
+      for (first = 0; first + keep < size && twice > x[first] + x[first + keep];) ++first;
+    }
+    double sum = 0;
+    for (size_t i = first; i < first + keep; ++i) sum += x[i];
+    expected.push_back(static_cast<double>(global[static_cast<size_t>(v)]) + sum / static_cast<double>(keep));
+  }
+  require_close(result, expected, sizeof(T) == 4 ? 1e-6 : 1e-13, "central mean");
 }
 
 template <class T>
@@ -467,6 +503,8 @@ int main(int argc, char** argv) {
       check_fill_row<double>(*table[i]);
       check_aggregation<float>(*table[i]);
       check_aggregation<double>(*table[i]);
+      check_central_mean<float>(*table[i]);
+      check_central_mean<double>(*table[i]);
       if (round % 5 == 0) {
         check_gram<float>(*table[i], round % 25 == 0);
         check_gram<double>(*table[i], round % 25 == 0);

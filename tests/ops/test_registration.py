@@ -52,6 +52,10 @@ def samples():
             (torch.randn(10), updates, fishers, low, high, alpha, alpha, totals, True, True, False),
             (torch.randn(10), updates, None, None, None, alpha, alpha, totals, False, False, True),
         ],
+        "central_mean": [
+            (torch.randn(10), updates, alpha > 0, 1, False),
+            (torch.randn(10, dtype=torch.float16), updates.double(), alpha > 0, 2, True),
+        ],
         "gram": [
             (updates, fishers, low, high, alpha > 0, ["update", "fourth_root_fisher"], ranges, sums, 10, False),
             (updates.double(), None, None, None, alpha > 0, ["update"], ranges[:1], sums[:1], 10, True),

@@ -42,7 +42,13 @@ ATTACKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("server", "attack"), [("fdcr", "random-fisher"), ("coalition-fdcr", "random-fisher"), ("fedavg", "neurotoxin")]
+    ("server", "attack"),
+    [
+        ("fdcr", "random-fisher"),
+        ("coalition-fdcr", "random-fisher"),
+        ("foolsgold", "random-fisher"),
+        ("fedavg", "neurotoxin"),
+    ],
 )
 def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path, server: str, attack: str) -> None:
     config = tiny_config(rounds=4, threads=1, server=server, **ATTACKS[attack])

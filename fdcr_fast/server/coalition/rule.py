@@ -103,6 +103,14 @@ class CoalitionFDCR(AggregationRule):
         kept[rows[dropped]] = False
         return Selection(kept, explanation=_explanation(ids, views, members, dropped))
 
+    def memory(self) -> bytes:
+        """The state as JSON."""
+        return self.state.to_json().encode()
+
+    def with_memory(self, memory: bytes) -> CoalitionFDCR:
+        """The rule with the state of another one."""
+        return replace(self, state=CoalitionState.from_json(memory.decode()))
+
     def _stands_out(self, views: Views, score: float) -> bool:
         rounds = int(self.state.together.diagonal().max())
         if not self.gate or rounds <= self.gate_from:

@@ -1,0 +1,62 @@
+"""The clients' updates a few parameters at a time, in plain PyTorch: for what no operator computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdcr_fast.server.intake import ClientUpdates
+
+_BLOCK = 1 << 20  # numbers of all clients that are looked at together
+
+
+class Columns(NamedTuple):
+    """Consecutive parameters of the valid clients.
+
+    Attributes:
+        params: Which parameters.
+        updates: ``[n, len]`` in the dtype of the clients, not to be written to.
+    """
+
+    params: slice
+    updates: Tensor
+
+
+def column_blocks(clients: ClientUpdates) -> Iterator[Columns]:
+    """All parameters in order; a block is valid until the next one."""
+    valid = clients.valid.to(clients.tiles.device)
+    everybody = bool(valid.all())
+    for span in clients.spans():
+        tiles, K, length = span.updates.shape
+        width = max(1, _BLOCK // K)
+        together = max(1, width // length)
+        for t in range(0, tiles, together):
+            rows = span.updates[t : t + together].transpose(0, 1).flatten(1)  # of one tile a view
+            size = min(rows.shape[1], span.num_params - t * length)
+            first = span.first + t * length
+            for start in range(0, size, width):
+                stop = min(start + width, size)
+                block = rows[:, start:stop]
+                yield Columns(slice(first + start, first + stop), block if everybody else block[valid])
+
+
+def dot_products(clients: ClientUpdates, vector: Tensor) -> Tensor:
+    """``<delta_k, vector>`` of the valid clients with a vector ``[P]``, float64 ``[n]``."""
+    total = torch.zeros(int(clients.valid.sum()), dtype=torch.float64)
+    for params, updates in column_blocks(clients):
+        total += (updates.double() @ vector[params].double()).cpu()
+    return total
+
+
+def client_params(global_params: Tensor, clients: ClientUpdates) -> Iterator[Tensor]:
+    """``w + delta_k [P]`` of one valid client after the other, in the dtype of the global parameters."""
+    n = int(clients.valid.sum())
+    together = min(n, max(1, 16 * _BLOCK // clients.num_params))  # rounds in files are read once for so many
+    for first in range(0, n, together):
+        rows = global_params.repeat(min(together, n - first), 1)
+        for params, updates in column_blocks(clients):
+            rows[:, params] += updates[first : first + together].to(rows.dtype)
+        yield from rows
