@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 import fdcr_fast
-from fdcr_fast.sim.attacks import PAPER_TRIGGER
+from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
 from fdcr_fast.sim.checkpoint import RunFolder
 from fdcr_fast.sim.config import OneOf, SimulationConfig, explain
 from fdcr_fast.sim.federation import Progress, resume, simulate

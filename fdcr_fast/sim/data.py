@@ -67,7 +67,7 @@ class Dataset:
         )
 
 
-def _images(values: NDArray[Any] | Tensor, name: str) -> Tensor:
+def as_images(values: NDArray[Any] | Tensor, name: str) -> Tensor:
     """Any image array as float32 ``[N, C, H, W]`` in [-1, 1].
 
     Integers are taken to span 0..255; floats to span -1..1 where some value is negative, else 0..1.
@@ -100,7 +100,7 @@ def _labels(values: NDArray[Any] | Tensor | Sequence[int], name: str, count: int
 
 
 def _dataset(x_train: Any, y_train: Any, x_test: Any, y_test: Any, writers: Tensor | None = None) -> Dataset:
-    train, test = _images(x_train, "x_train"), _images(x_test, "x_test")
+    train, test = as_images(x_train, "x_train"), as_images(x_test, "x_test")
     if train.shape[1:] != test.shape[1:]:
         raise ValueError(f"training and test images differ in shape: {tuple(train.shape[1:])}, {tuple(test.shape[1:])}")
     train_labels = _labels(y_train, "y_train", len(train))

@@ -33,10 +33,12 @@ class RoundRecord(BaseModel):
     Attributes:
         round: Counted from 1.
         accuracy: ``A``, of the new global model on the clean test images.
-        attack_success_rate: Share of the test images of other classes that the trigger turns into the target.
+        attack_success_rate: Share of the test images that the attack wants taken for the target class which are;
+            for a trigger those of other classes, with it. See :meth:`fdcr_fast.sim.attacks.poison.Poisoning.victims`.
         backdoor_failure_rate: ``R = 1 - attack_success_rate``.
         tradeoff: ``(A + R) / 2``.
-        true_positive_rate: Share of the malicious clients that were excluded or rejected.
+        true_positive_rate: Share of the malicious clients that were excluded or rejected; undefined in rounds in
+            which they do not attack.
         false_positive_rate: Share of the benign clients that were excluded or rejected.
         peak_rss_bytes: Largest resident memory of the process so far.
     """
