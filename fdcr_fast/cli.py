@@ -232,7 +232,7 @@ def study_command(file: Path, out: Path, scale: str | None, **options: Any) -> N
     type=click.Choice(list(SCALES)),
     default="small",
     show_default=True,
-    help="small: half a minute per run on one core; paper: the paper's setting, hours.",
+    help="small: half a minute to a minute per run on one core; paper: up to an hour.",
 )
 @click.option("--leak", is_flag=True, help="Attackers upload random Fishers: what the published code simulates.")
 @click.option(

@@ -40,7 +40,7 @@ def study_progress(console: Console, runs: Sequence[Run]) -> Iterator[StudyProgr
                 trained[name] = _size(run)
                 bar.remove_task(tasks.pop(name))
                 bar.update(total, completed=sum(trained.values()), figures=f"{ended} of {len(runs)} runs")
-                bar.console.print(f"{run.label}: {event.error or 'finished'} ({name})", highlight=False)
+                bar.console.print(f"{run.label}: {event.error or 'finished'} ({name})", highlight=False, soft_wrap=True)
             elif event.progress is None:
                 tasks[name] = bar.add_task(run.label, total=_size(run), figures="")
             else:

@@ -17,7 +17,7 @@ from fdcr_fast.sim.config import SimulationConfig, explain
 Figure = Literal["summary", "rounds", "clients", "similarity"]
 
 # Fields by data set that lie over a study's own ``base``. "paper" is the paper's setting: of every training set it puts
-# a tenth aside; all else are the defaults. "small" takes about half a minute per run on one core.
+# a tenth aside; all else are the defaults. "small" takes half a minute to a minute per run on one core.
 _SMALL = {"max_train_samples": 6000, "max_test_samples": 2000, "local_epochs": 5, "rounds": 12}
 SCALES: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
