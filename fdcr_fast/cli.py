@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 from pydantic import ValidationError
@@ -13,12 +13,17 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 import fdcr_fast
-from fdcr_fast.sim.attacks import PAPER_TRIGGER
+from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
 from fdcr_fast.sim.checkpoint import RunFolder
-from fdcr_fast.sim.config import OneOf, SimulationConfig
+from fdcr_fast.sim.config import OneOf, SimulationConfig, explain
 from fdcr_fast.sim.federation import Progress, resume, simulate
 from fdcr_fast.sim.figures import accuracy_figure
 from fdcr_fast.sim.report import comparison_table, cost_line, progress_bar
+from fdcr_fast.sim.study import SCALES, Study, execute, pending, select, shipped_studies
+from fdcr_fast.sim.study.figures import write_figures
+from fdcr_fast.sim.study.pool import StudyEvent
+from fdcr_fast.sim.study.progress import study_progress
+from fdcr_fast.sim.study.results import StudyResults
 
 DEMO = SimulationConfig(rounds=20)
 DEMO_RUNS = {
@@ -46,20 +51,6 @@ def config_option(name: str, field: FieldInfo) -> click.Option:
     names = [choice for item in field.metadata if isinstance(item, OneOf) for choice in item.choices]
     names += _choices(field.annotation)
     return click.Option([flag], help=text, metavar="|".join(names) or "VALUE")
-
-
-def explain(error: ValidationError) -> str:
-    """One line for each field that is wrong, named as its flag."""
-    lines: dict[str, list[str]] = {}
-    for item in error.errors():
-        where = f"--{str(item['loc'][0]).replace('_', '-')}: " if item["loc"] else ""
-        if item["type"] == "extra_forbidden":
-            where, reason = "", f"unknown setting {item['loc'][0]!r}"
-        else:
-            reason = item["msg"].removeprefix("Value error, ")
-            reason += f" (got {item['input']!r})" if item["loc"] else ""
-        lines.setdefault(where, []).append(reason)
-    return "\n".join(where + "; or ".join(reasons) for where, reasons in lines.items())
 
 
 @contextmanager
@@ -154,3 +145,114 @@ def demo(out: Path) -> None:
         f"Figures: {out / 'comparison.png'}, and accuracy.png, clients.png, similarity.png in each of\n"
         + "\n".join(f"  {out / name}" for name in results)
     )
+
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def _study_options(command: F) -> F:
+    """What ``study`` and ``reproduce`` have in common."""
+    for option in (
+        click.option(
+            "--seeds", type=click.IntRange(min=1), help="How many seeds, counted from 0. [default: the study's]"
+        ),
+        click.option("--row", "rows", multiple=True, help="Execute this row only; may be given several times."),
+        click.option("--setting", "settings", multiple=True, help="Execute this setting only; likewise."),
+        click.option(
+            "--data-dir",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            help="Folder with the data sets' files; nothing is downloaded.",
+        ),
+        click.option("--workers", type=click.IntRange(min=1), help="Runs at a time. [default: number of cores]"),
+    ):
+        command = option(command)
+    return command
+
+
+def _run_study(
+    study: Study,
+    command: str,
+    *,
+    scale: str | None,
+    overrides: dict[str, Any],
+    seeds: int | None,
+    rows: tuple[str, ...],
+    settings: tuple[str, ...],
+    data_dir: Path | None,
+    workers: int | None,
+    runs_folder: Path,
+    out: Path,
+) -> None:
+    """Execute what has no result yet, and write the results of all there is whenever a run has ended."""
+    if seeds is not None:
+        study = study.model_copy(update={"seeds": tuple(range(seeds))})
+        command += f" --seeds {seeds}"
+    if data_dir is not None:
+        overrides["data_dir"] = data_dir
+    runs = study.runs(scale, overrides)
+    chosen = pending(select(runs, rows, settings), runs_folder)
+    results = StudyResults.read(study, runs, runs_folder)
+    results.write(out, command)
+    with study_progress(Console(stderr=True), chosen) as progress:
+
+        def tell(event: StudyEvent) -> None:
+            nonlocal results
+            progress(event)
+            if event.ended:
+                results = StudyResults.read(study, runs, runs_folder, results)
+                results.write(out, command)
+
+        execute(chosen, runs_folder, workers, tell)
+    write_figures(results, out)
+    click.echo(
+        f"{len(results.finished)} of {len(runs)} runs have finished; results.md, results.csv and figures are in {out}"
+    )
+    failed = [run for run in chosen if run.folder in results.errors]
+    if failed:
+        raise click.ClickException(f"{len(failed)} runs failed: see results.md; the same command tries them again")
+
+
+@cli.command("study")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for everything.")
+@click.option("--scale", type=click.Choice(list(SCALES)), help="Sizes for known data sets, over those of base.")
+@_study_options
+def study_command(file: Path, out: Path, scale: str | None, **options: Any) -> None:
+    """Run all rows of a study, a YAML file, side by side; the same command resumes after a kill."""
+    command = f"fdcr-fast study {file.name} --out DIR" + (f" --scale {scale}" if scale else "")
+    with _clear_errors():
+        study = Study.from_yaml(file.read_text())
+        _run_study(study, command, scale=scale, overrides={}, runs_folder=out / "runs", out=out, **options)
+
+
+@cli.command()
+@click.argument("name", type=click.Choice(shipped_studies()))
+@click.option(
+    "--scale",
+    type=click.Choice(list(SCALES)),
+    default="small",
+    show_default=True,
+    help="small: half a minute per run on one core; paper: the paper's setting, hours.",
+)
+@click.option("--leak", is_flag=True, help="Attackers upload random Fishers: what the published code simulates.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("reproduction"),
+    show_default=True,
+    help="Folder for NAME-SCALE[-leak], and for the runs, which all tables and figures share.",
+)
+@_study_options
+def reproduce(name: str, scale: str, leak: bool, out: Path, **options: Any) -> None:
+    """Rerun a table or figure of the paper; the same command resumes after a kill."""
+    command = f"fdcr-fast reproduce {name} --scale {scale} --data-dir DIR" + (" --leak" if leak else "")
+    with _clear_errors():
+        _run_study(
+            Study.shipped(name),
+            command,
+            scale=scale,
+            overrides={"attacker_fisher": "random"} if leak else {},
+            runs_folder=out / "runs",
+            out=out / (f"{name}-{scale}-leak" if leak else f"{name}-{scale}"),
+            **options,
+        )

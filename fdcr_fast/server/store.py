@@ -19,7 +19,7 @@ from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refus
 from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, MemoryRows, StoreShape, Vectors
 from fdcr_fast.server.vectors import shown, vector_pieces
 
-_MEMORY_TILE = 16  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
+_MEMORY_TILE = 32  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
 
 
 class Contribution(NamedTuple):

@@ -57,6 +57,7 @@ class RunState:
         params: Global parameters ``[P]``.
         rounds: Of every finished round.
         clients: Of every client in every finished round.
+        last_update: What the last round changed in the parameters, ``[P]``; None before the first.
         similarity: Of the clients' importances, ``[K, K]``; after the last round only.
         memory: What the server remembers of its clients, empty for one that remembers nothing.
     """
@@ -64,6 +65,7 @@ class RunState:
     params: Tensor
     rounds: list[RoundRecord]
     clients: list[ClientRecord]
+    last_update: Tensor | None = None
     similarity: Tensor | None = None
     memory: bytes = b""
 
@@ -112,11 +114,13 @@ class RunFolder:
             append_records(self.rounds_path, state.rounds[-1:]),
             append_records(self.clients_path, new_clients),
         ]
+        assert state.last_update is not None  # there was a round
         similarity = np.empty((0, 0)) if state.similarity is None else state.similarity.numpy()
         buffer = io.BytesIO()
         np.savez(
             buffer,
             params=state.params.numpy(),
+            last_update=state.last_update.numpy(),
             csv_sizes=np.array(sizes, dtype=np.int64),
             similarity=similarity,
             memory=np.frombuffer(state.memory, np.uint8),
@@ -135,7 +139,9 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             return None
         with np.load(self.checkpoint_path, allow_pickle=False) as arrays:
-            params, similarity = torch.from_numpy(arrays["params"]), torch.from_numpy(arrays["similarity"])
+            params, last_update, similarity = (
+                torch.from_numpy(arrays[name]) for name in ("params", "last_update", "similarity")
+            )
             sizes = arrays["csv_sizes"].tolist()
             memory = arrays["memory"].tobytes()
         for path, size in zip(files, sizes, strict=True):
@@ -147,6 +153,7 @@ class RunFolder:
             params,
             read_records(self.rounds_path, RoundRecord),
             read_records(self.clients_path, ClientRecord),
+            last_update,
             similarity if similarity.numel() else None,
             memory,
         )

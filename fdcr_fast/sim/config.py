@@ -17,11 +17,16 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     field_validator,
     model_validator,
 )
 
-from fdcr_fast.sim.attacks import ATTACKER_FISHERS, ATTACKS, PAPER_TRIGGER, Pixels
+from fdcr_fast.sim.attacks.fishers import ATTACKER_FISHERS, OMNISCIENT_FISHERS
+from fdcr_fast.sim.attacks.poison import ATTACKS, PAPER_TRIGGER, Pixels
+from fdcr_fast.sim.attacks.schedule import parse_rounds
+from fdcr_fast.sim.attacks.training import ATTACKER_TRAININGS
+from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES, COLLUDING_UPDATES
 from fdcr_fast.sim.data import DATASETS
 from fdcr_fast.sim.models import MODELS
 from fdcr_fast.sim.partition import PARTITIONS
@@ -46,6 +51,26 @@ class OneOf(AfterValidator):
 
 def _none(value: object) -> object:
     return None if value == "none" else value
+
+
+def _auto(value: object) -> object:
+    return None if value == "auto" else value
+
+
+def _parse_spans(value: object) -> object:
+    """YAML's numbers and lists, too, as text."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value) if isinstance(value, int) else value
+
+
+def _check_rounds(text: str) -> str:
+    parse_rounds(text)
+    return text
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().resolve()
 
 
 def _parse_malicious(value: object) -> object:
@@ -106,17 +131,60 @@ class SimulationConfig(BaseModel):
         description="Share of malicious clients, drawn by the seed (0.3), or client indices with a comma "
         "(0,3,7 or, for client 2 alone, 2,).",
     )
-    attack: Annotated[str, OneOf(*ATTACKS)] = Field(default="badnets", description="What malicious clients do.")
+    attack_rounds: Annotated[str, BeforeValidator(_parse_spans), AfterValidator(_check_rounds)] = Field(
+        default="all",
+        description="Rounds in which they attack: all, or 5, 5-9, 5- (start late), 1-/3 (every third) with commas; "
+        "in others they are benign.",
+    )
+    attack: Annotated[str, OneOf(*ATTACKS)] = Field(
+        default="badnets", description="What the data of malicious clients say."
+    )
+    target: NonNegativeInt = Field(default=2, description="Class that the backdoor calls for.")
+    source: NonNegativeInt = Field(default=0, description="label-flip: class that becomes the target class.")
+    poison_share: float = Field(default=0.5, ge=0, le=1, description="Share of a malicious client's images poisoned.")
+    trigger: Annotated[Pixels, BeforeValidator(_parse_trigger)] = Field(
+        default=PAPER_TRIGGER, description="badnets, dba: the trigger's pixels: paper, or row:column,row:column,..."
+    )
+    trigger_value: float = Field(
+        default=1.0, ge=-1, le=1, description="badnets, dba: the trigger's value; images span -1 to 1."
+    )
+    blend_alpha: float = Field(default=0.2, gt=0, le=1, description="blended: share of the pattern in the image.")
+    attack_file: Annotated[Path, AfterValidator(_absolute)] | None = Field(
+        default=None,
+        description="FILE.npz; edge-case: x_train and x_test; blended: pattern, one image (without a file, noise).",
+    )
+    attacker_training: Annotated[str, OneOf(*ATTACKER_TRAININGS)] = Field(
+        default="plain", description="How malicious clients train."
+    )
+    attacker_alpha: float = Field(
+        default=0.7, ge=0, le=1, description="constrain-*: weight of the class loss; the rest is that of the anomaly."
+    )
+    attacker_mask: float = Field(
+        default=0.05, ge=0, lt=1, description="neurotoxin: share of coordinates, most changed last round, left alone."
+    )
+    attacker_norm: Annotated[PositiveFloat | None, BeforeValidator(_auto)] = Field(
+        default=None,
+        description="pgd: radius; norm-match: norm of the update; auto is the norm that clean data would give.",
+    )
+    attacker_update: Annotated[str, OneOf(*ATTACKER_UPDATES)] = Field(
+        default="plain", description="What malicious clients send of what they trained."
+    )
+    attacker_factor: Annotated[PositiveFloat | None, BeforeValidator(_auto)] = Field(
+        default=None,
+        description="scale: factor, auto is clients/attackers; alie: z, auto 1.5; ipm: factor, auto 2; "
+        "gaussian: standard deviation, auto 1.",
+    )
+    attacker_view: Literal["benign", "attackers"] = Field(
+        default="benign", description="sign-flip, ipm, alie: whose updates the mean and deviation are taken of."
+    )
     attacker_fisher: Annotated[str, OneOf(*ATTACKER_FISHERS)] = Field(
         default="honest",
         description="The Fisher that malicious clients upload; random is the published code's setting.",
     )
-    target: NonNegativeInt = Field(default=2, description="Class that the backdoor calls for.")
-    poison_share: float = Field(default=0.5, ge=0, le=1, description="Share of a malicious client's images poisoned.")
-    trigger: Annotated[Pixels, BeforeValidator(_parse_trigger)] = Field(
-        default=PAPER_TRIGGER, description="The trigger's pixels: paper, or row:column,row:column,..."
+    attacker_fisher_factor: Annotated[PositiveFloat | None, BeforeValidator(_auto)] = Field(
+        default=None,
+        description="scaled: factor, auto 10; noisy-benign-mean: log-normal noise, auto 0.1; constant: value, auto 1.",
     )
-    trigger_value: float = Field(default=1.0, ge=-1, le=1, description="The trigger's value; images span -1 to 1.")
 
     server: Annotated[str, OneOf(*SERVERS, *INFORMED_BASELINES)] = Field(
         default="fdcr", description="Aggregation rule; oracle is a baseline that is told who is malicious."
@@ -187,11 +255,40 @@ class SimulationConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_attack(self) -> SimulationConfig:
+        plain = {"attacker_training": "plain", "attacker_update": "plain", "attacker_fisher": "honest"}
+        chosen = [f"{name} {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
+        if chosen and not self.attackers():
+            raise ValueError(f"malicious: {', '.join(chosen)} needs at least one malicious client, there is none")
+        if self.observes_benign() and len(self.attackers()) == self.clients:
+            raise ValueError(
+                f"malicious: {', '.join(chosen)} needs a benign client to observe, all {self.clients} are malicious"
+            )
+        if all(span.start > self.rounds for span in parse_rounds(self.attack_rounds)):
+            raise ValueError(f"attack_rounds: {self.attack_rounds} holds none of the rounds 1..{self.rounds}")
+        return self
+
+    def observes_benign(self) -> bool:
+        """Whether attackers look at what benign clients upload in the same round."""
+        colluding = self.attacker_update in COLLUDING_UPDATES and self.attacker_view == "benign"
+        return colluding or self.attacker_fisher in OMNISCIENT_FISHERS
+
+    @model_validator(mode="after")
     def _check_server(self) -> SimulationConfig:
         if self.server in NEED_DATA and not self.server_samples:
             raise ValueError(f"server: {self.server} needs data of the server: set server_samples")
         assumed_byzantine(self.server, self.clients, self.num_byzantine)
         return self
+
+    def training(self) -> dict[str, Any]:
+        """Options of :meth:`fdcr_fast.sim.training.Worker.train`, for everybody who trains."""
+        return {
+            "epochs": self.local_epochs,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+        }
 
     def attackers(self) -> frozenset[int]:
         """The malicious clients: those listed, or ``round(share * clients)`` drawn by the seed."""
@@ -218,3 +315,17 @@ class SimulationConfig(BaseModel):
         if not isinstance(fields, dict | None):
             raise ValueError(f"expected a mapping of settings, got {type(fields).__name__}")
         return cls.model_validate({**(fields or {}), **(overrides or {})})
+
+
+def explain(error: ValidationError) -> str:
+    """One line for each field that is wrong, named as its flag."""
+    lines: dict[str, list[str]] = {}
+    for item in error.errors():
+        where = f"--{str(item['loc'][0]).replace('_', '-')}: " if item["loc"] else ""
+        if item["type"] == "extra_forbidden":
+            where, reason = "", f"unknown setting {item['loc'][0]!r}"
+        else:
+            reason = item["msg"].removeprefix("Value error, ")
+            reason += f" (got {item['input']!r})" if item["loc"] else ""
+        lines.setdefault(where, []).append(reason)
+    return "\n".join(where + "; or ".join(reasons) for where, reasons in lines.items())

@@ -86,7 +86,7 @@ class Dataset:
         return rest, self.train_images[order[:count]], self.train_labels[order[:count]]
 
 
-def _images(values: NDArray[Any] | Tensor, name: str) -> Tensor:
+def as_images(values: NDArray[Any] | Tensor, name: str) -> Tensor:
     """Any image array as float32 ``[N, C, H, W]`` in [-1, 1].
 
     Integers are taken to span 0..255; floats to span -1..1 where some value is negative, else 0..1.
@@ -119,7 +119,7 @@ def _labels(values: NDArray[Any] | Tensor | Sequence[int], name: str, count: int
 
 
 def _dataset(x_train: Any, y_train: Any, x_test: Any, y_test: Any, writers: Tensor | None = None) -> Dataset:
-    train, test = _images(x_train, "x_train"), _images(x_test, "x_test")
+    train, test = as_images(x_train, "x_train"), as_images(x_test, "x_test")
     if train.shape[1:] != test.shape[1:]:
         raise ValueError(f"training and test images differ in shape: {tuple(train.shape[1:])}, {tuple(test.shape[1:])}")
     train_labels = _labels(y_train, "y_train", len(train))
@@ -224,6 +224,7 @@ def _npz(path: Path) -> Dataset:
 def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     """Load a data set of ``DATASETS`` or a file ``*.npz`` with arrays ``x_train y_train x_test y_test``.
 
+    A data set of ``DATASETS`` may also lie in ``data_dir`` as such a file, ``NAME.npz``, which is then preferred.
     Nothing is ever downloaded. Archives are read without pickle.
 
     Raises:
@@ -231,10 +232,13 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
         ValueError: the file's arrays are not images and labels.
     """
     if name in DATASETS:
-        return DATASETS[name](data_dir)
-    path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file {path}")
+        path = None if data_dir is None else data_dir / f"{name}.npz"
+        if path is None or not path.is_file():
+            return DATASETS[name](data_dir)
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"no data file {path}")
     try:
         return _npz(path)
     except Exception as error:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fdcr_fast import ParamGroups, UpdateStore
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
-from fdcr_fast.sim.attacks import ATTACKER_FISHERS, ATTACKS
+from fdcr_fast.sim.attackers import Attackers, Draft, Sight
 from fdcr_fast.sim.checkpoint import RunFolder, RunState, write_atomically
+from fdcr_fast.sim.clients import ClientData, LocalWork
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.data import load_dataset
 from fdcr_fast.sim.metrics import (
@@ -30,7 +31,7 @@ from fdcr_fast.sim.metrics import (
 )
 from fdcr_fast.sim.models import build_model
 from fdcr_fast.sim.partition import PartitionOptions, partition
-from fdcr_fast.sim.seeding import derive_seed, torch_generator
+from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions, assumed_byzantine
 from fdcr_fast.sim.training import Worker
@@ -97,93 +98,77 @@ class Federation:
 
     Raises:
         FileNotFoundError: the data set's files are not there.
-        ValueError: the configuration does not fit the data (target, trigger, model, partition).
+        ValueError: the configuration does not fit the data (attack, model, partition).
     """
 
     def __init__(self, config: SimulationConfig) -> None:
         self.config = config
-        self.attackers = config.attackers()
         dataset = load_dataset(config.dataset, config.data_dir)
         dataset = dataset.subset(config.max_train_samples, config.max_test_samples, config.seed)
-        self.attack = ATTACKS[config.attack](config.target, config.poison_share, config.trigger, config.trigger_value)
-        self.attack.check(dataset.image_shape, dataset.num_classes)
         dataset, server_images, server_labels = dataset.hold_out(config.server_samples, config.seed)
-        self.rows = partition(
+        rows = partition(
             config.split,
             dataset,
             PartitionOptions(config.clients, config.min_samples, config.beta, config.seed),
         )
-        self.images = dataset.train_images.contiguous(memory_format=torch.channels_last)
-        self.labels = dataset.train_labels
+        images = dataset.train_images.contiguous(memory_format=torch.channels_last)
+        self.data = [ClientData(images, dataset.train_labels, own) for own in rows]
         self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
-        # Every image belongs to one client, so a malicious client's can be poisoned in place.
-        for client in sorted(self.attackers):
-            rows = self.rows[client]
-            self.images[rows], self.labels[rows] = self.attack.poison(
-                self.images[rows], self.labels[rows], torch_generator(config.seed, "poison", client)
-            )
+        self.attackers = Attackers(config, dataset, self.data)
+        self.victims = self.attackers.poisoning.victims(self.test_images, self.test_labels)
         self.worker = Worker(build_model(config.model, dataset.image_shape, dataset.num_classes, config.seed))
         data = None
         if config.server_samples:
             seed = derive_seed(config.seed, "server data")
-            data = ServerData(self.worker, server_images, server_labels, self.training, seed)
-        self.rule = build_rule(config, self.attackers, ParamGroups.from_module(self.worker.model), data)
+            data = ServerData(self.worker, server_images, server_labels, config.training(), seed)
+        self.rule = build_rule(config, self.attackers.clients, ParamGroups.from_module(self.worker.model), data)
         self.initial_params = self.worker.params()
         self.store = UpdateStore(self.worker.layout.numel, config.clients)
 
-    @property
-    def training(self) -> dict[str, Any]:
-        """Options of :meth:`Worker.train`, for everybody who trains."""
-        config = self.config
-        return {
-            "epochs": config.local_epochs,
-            "batch_size": config.batch_size,
-            "lr": config.lr,
-            "momentum": config.momentum,
-            "weight_decay": config.weight_decay,
-        }
+    def collect(self, work: LocalWork, progress: Progress | None = None) -> None:
+        """Let all clients train and fill the store with their uploads.
 
-    def train_client(self, round: int, client: int, params: Tensor, clock: Stopwatch) -> None:
-        """Train one client from the global parameters and upload update and Fisher to the store."""
-        config, rows = self.config, self.rows[client]
-        with clock.phase("training"):
-            self.worker.load(params)
-            self.worker.train(
-                self.images,
-                self.labels,
-                rows,
-                generator=torch_generator(config.seed, "shuffle", round, client),
-                **self.training,
-            )
-            update = self.worker.params() - params
-        with clock.phase("fisher"):
-            fisher = self.worker.fisher(self.images, self.labels, rows)
-            if client in self.attackers:
-                craft = ATTACKER_FISHERS[config.attacker_fisher]
-                fisher = craft(fisher, torch_generator(config.seed, "attacker fisher", round, client))
-        with clock.phase("aggregation"):
-            self.store.put(update, fisher, len(rows), client_id=client)
+        Attackers send in their turn, unless they wait to see what the others send.
+        """
+        self.store.clear()
+        active = self.attackers.active(work.round)
+        drafts: dict[int, Draft] = {}
+        sight = Sight(self.config.attacker_view, self.store, drafts)
+        for client, data in enumerate(self.data):
+            if client not in active:
+                params = work.train(client, data)
+                self._upload(work, client, params - work.params, work.fisher(data, params))
+            else:
+                drafts[client] = self.attackers.begin(work, client)
+                if not self.attackers.wait:
+                    self._upload(work, client, *drafts[client].finish(sight))
+            if progress is not None:
+                progress(ProgressEvent(work.round, client + 1))
+        if self.attackers.wait:
+            for client, draft in drafts.items():
+                self._upload(work, client, *draft.finish(sight))
+
+    def _upload(self, work: LocalWork, client: int, update: Tensor, fisher: Tensor) -> None:
+        with work.clock.phase("aggregation"):
+            self.store.put(update, fisher, len(self.data[client].rows), client_id=client)
 
     def run_round(
-        self, round: int, params: Tensor, progress: Progress | None
+        self, round: int, params: Tensor, progress: Progress | None, last_update: Tensor | None = None
     ) -> tuple[Tensor, RoundRecord, list[ClientRecord]]:
-        """One communication round from global parameters ``[P]`` to the next ones, with what was measured."""
+        """One communication round from global parameters ``[P]`` to the next ones, with what was measured.
+
+        ``last_update`` is what the round before changed in the parameters.
+        """
         clock = Stopwatch()
-        self.store.clear()
-        for client in range(self.config.clients):
-            self.train_client(round, client, params, clock)
-            if progress is not None:
-                progress(ProgressEvent(round, client + 1))
+        self.collect(LocalWork(self.config, self.worker, clock, round, params, last_update), progress)
         with clock.phase("aggregation"):
             result = self.rule.aggregate(params, self.store)
         with clock.phase("evaluation"):
             self.worker.load(result.params)
-            others = self.test_labels != self.attack.target
             accuracy = match_rate(self.worker.predict(self.test_images), self.test_labels)
             success = None
-            if others.any():
-                triggered = self.attack.stamp(self.test_images[others])
-                success = match_rate(self.worker.predict(triggered), self.attack.target)
+            if len(self.victims):
+                success = match_rate(self.worker.predict(self.victims), self.config.target)
         clients = self._client_records(round, result)
         return result.params, self._round_record(round, accuracy, success, clients, clock), clients
 
@@ -191,15 +176,15 @@ class Federation:
         position = {client: index for index, client in enumerate(result.clients)}
         kept, weights, scores = result.kept.tolist(), result.weights.tolist(), result.discrepancy.tolist()
         records = []
-        for client, rows in enumerate(self.rows):
+        for client, data in enumerate(self.data):
             index = position.get(client)
             score = None if index is None else scores[index]
             records.append(
                 ClientRecord(
                     round=round,
                     client=client,
-                    malicious=client in self.attackers,
-                    num_samples=len(rows),
+                    malicious=client in self.attackers.clients,
+                    num_samples=len(data.rows),
                     discrepancy=None if score != score else score,
                     weight=0.0 if index is None else weights[index],
                     kept=index is not None and kept[index],
@@ -217,14 +202,14 @@ class Federation:
         clock: Stopwatch,
     ) -> RoundRecord:
         excluded = [record.client for record in clients if not record.kept]
-        benign = set(range(self.config.clients)) - self.attackers
+        benign = set(range(self.config.clients)) - self.attackers.clients
         return RoundRecord(
             round=round,
             accuracy=accuracy,
             attack_success_rate=success,
             backdoor_failure_rate=None if success is None else 1 - success,
             tradeoff=None if success is None else (accuracy + 1 - success) / 2,
-            true_positive_rate=share(excluded, self.attackers),
+            true_positive_rate=share(excluded, self.attackers.active(round)),
             false_positive_rate=share(excluded, benign),
             kept=len(clients) - len(excluded),
             rejected=sum(bool(record.reason) for record in clients),
@@ -288,7 +273,9 @@ def _run(
 ) -> SimulationResult:
     config = federation.config
     for round in range(len(state.rounds) + 1, config.rounds + 1):
-        state.params, record, clients = federation.run_round(round, state.params, progress)
+        before = state.params
+        state.params, record, clients = federation.run_round(round, before, progress, state.last_update)
+        state.last_update = state.params - before
         state.rounds.append(record)
         state.clients.extend(clients)
         state.memory = federation.rule.memory()

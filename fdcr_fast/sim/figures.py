@@ -24,14 +24,16 @@ def _new(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def _rounds_axis(axes: Axes, rounds: int) -> None:
+def rounds_axis(axes: Axes, rounds: int) -> None:
+    """Label the horizontal axis with the numbers of the rounds."""
     axes.set_xlabel("round")
     axes.set_xlim(0.5, rounds + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
 
 
-def _column(rounds: Sequence[RoundRecord], name: str) -> list[float]:
+def column(rounds: Sequence[RoundRecord], name: str) -> list[float]:
+    """One field of every round in per cent, NaN where it is undefined."""
     values = [getattr(record, name) for record in rounds]
     return [float("nan") if value is None else 100 * value for value in values]
 
@@ -43,10 +45,10 @@ def accuracy_figure(runs: Mapping[str, Sequence[RoundRecord]]) -> Figure:
     for axes, (name, label) in zip(panels, names.items(), strict=True):
         for index, (run, rounds) in enumerate(runs.items()):
             steps = [record.round for record in rounds]
-            axes.plot(steps, _column(rounds, name), f"{'os^Dvx'[index % 6]}-", markersize=3.5, label=run)
+            axes.plot(steps, column(rounds, name), f"{'os^Dvx'[index % 6]}-", markersize=3.5, label=run)
         axes.set_ylabel(label)
         axes.set_ylim(-3, 103)
-        _rounds_axis(axes, max(len(rounds) for rounds in runs.values()))
+        rounds_axis(axes, max(len(rounds) for rounds in runs.values()))
     panels[0].legend(loc="best")
     return figure
 
@@ -72,7 +74,7 @@ def clients_figure(result: SimulationResult) -> Figure:
             counts = (~np.isnan(lines)).sum(axis=1)
             mean = np.divide(np.nansum(lines, axis=1), counts, where=counts > 0, out=np.full(len(rounds), np.nan))
             axes.plot(rounds, mean, "o-", color=colour, markersize=3.5, label=f"{kind}, mean of {len(members)}")
-        _rounds_axis(axes, len(rounds))
+        rounds_axis(axes, len(rounds))
     discrepancy, weight = panels
     discrepancy.set_ylabel("discrepancy $V_k$")
     weight.set_ylabel("weight in the new model")

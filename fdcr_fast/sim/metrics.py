@@ -33,10 +33,12 @@ class RoundRecord(BaseModel):
     Attributes:
         round: Counted from 1.
         accuracy: ``A``, of the new global model on the clean test images.
-        attack_success_rate: Share of the test images of other classes that the trigger turns into the target.
+        attack_success_rate: Share of the test images that the attack wants taken for the target class which are;
+            for a trigger those of other classes, with it. See :meth:`fdcr_fast.sim.attacks.poison.Poisoning.victims`.
         backdoor_failure_rate: ``R = 1 - attack_success_rate``.
         tradeoff: ``(A + R) / 2``.
-        true_positive_rate: Share of the malicious clients that were excluded or rejected.
+        true_positive_rate: Share of the malicious clients that were excluded or rejected; undefined in rounds in
+            which they do not attack.
         false_positive_rate: Share of the benign clients that were excluded or rejected.
         peak_rss_bytes: Largest resident memory of the process so far.
     """
@@ -108,7 +110,8 @@ def match_rate(predicted: Tensor, expected: Tensor | int) -> float:
     return (predicted == expected).double().mean().item()
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of_defined(values: Sequence[float | None]) -> float | None:
+    """Mean of what is not None; None if there is nothing."""
     defined = [value for value in values if value is not None]
     return sum(defined) / len(defined) if defined else None
 
@@ -124,11 +127,11 @@ def summarize(rounds: Sequence[RoundRecord]) -> Summary:
     last = rounds[-FINAL_ROUNDS:]
     return Summary(
         accuracy=sum(record.accuracy for record in last) / len(last),
-        attack_success_rate=_mean([record.attack_success_rate for record in last]),
-        backdoor_failure_rate=_mean([record.backdoor_failure_rate for record in last]),
-        tradeoff=_mean([record.tradeoff for record in last]),
-        true_positive_rate=_mean([record.true_positive_rate for record in last]),
-        false_positive_rate=_mean([record.false_positive_rate for record in last]),
+        attack_success_rate=mean_of_defined([record.attack_success_rate for record in last]),
+        backdoor_failure_rate=mean_of_defined([record.backdoor_failure_rate for record in last]),
+        tradeoff=mean_of_defined([record.tradeoff for record in last]),
+        true_positive_rate=mean_of_defined([record.true_positive_rate for record in last]),
+        false_positive_rate=mean_of_defined([record.false_positive_rate for record in last]),
         seconds={phase: sum(getattr(record, f"{phase}_seconds") for record in rounds) for phase in PHASES},
         peak_rss_bytes=max(record.peak_rss_bytes for record in rounds),
         rounds=len(rounds),

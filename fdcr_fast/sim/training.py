@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdcr_fast import ParamLayout, diagonal_fisher
+from fdcr_fast.sim.attacks.training import LocalAttack
 
 EVALUATION_BATCH = 1024
 
@@ -54,8 +55,13 @@ class Worker:
         momentum: float,
         weight_decay: float,
         generator: torch.Generator,
+        attack: LocalAttack | None = None,
     ) -> None:
-        """Train from the loaded parameters by SGD on the given rows, reshuffled in every epoch."""
+        """Train from the loaded parameters by SGD on the given rows, reshuffled in every epoch.
+
+        Args:
+            attack: How an attacker deviates from that.
+        """
         optimizer = torch.optim.SGD(
             self.model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
         )
@@ -64,8 +70,13 @@ class Worker:
             order = rows[torch.randperm(len(rows), generator=generator)]
             for batch in order.split(batch_size):
                 optimizer.zero_grad()
-                F.cross_entropy(self.model(images[batch]), labels[batch]).backward()
+                loss = F.cross_entropy(self.model(images[batch]), labels[batch])
+                if attack is not None:
+                    loss = attack.loss(loss, torch.cat([p.reshape(-1) for p in self.model.parameters()]))
+                loss.backward()
                 optimizer.step()
+                if attack is not None:
+                    self.load(attack.project(self.params()))
         optimizer.zero_grad()
 
     def fisher(self, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +35,23 @@ def without_costs(result: SimulationResult) -> list[dict[str, object]]:
     return [record.model_dump(exclude=costs) for record in result.rounds]
 
 
-@pytest.mark.parametrize("server", ["fdcr", "coalition-fdcr", "foolsgold"])
-def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path, server: str) -> None:
-    config = tiny_config(rounds=4, attacker_fisher="random", threads=1, server=server)
+ATTACKS: dict[str, dict[str, Any]] = {
+    "random-fisher": {"attacker_fisher": "random"},
+    "neurotoxin": {"attacker_training": "neurotoxin", "attacker_update": "scale", "attack_rounds": "1,3-"},
+}
+
+
+@pytest.mark.parametrize(
+    ("server", "attack"),
+    [
+        ("fdcr", "random-fisher"),
+        ("coalition-fdcr", "random-fisher"),
+        ("foolsgold", "random-fisher"),
+        ("fedavg", "neurotoxin"),
+    ],
+)
+def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path, server: str, attack: str) -> None:
+    config = tiny_config(rounds=4, threads=1, server=server, **ATTACKS[attack])
     expected = simulate(config)
     kill_in(config, tmp_path, round=3, clients_done=2)
     assert not (tmp_path / "summary.json").exists()

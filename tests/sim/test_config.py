@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from fdcr_fast.sim import SimulationConfig
-from fdcr_fast.sim.attacks import PAPER_TRIGGER
+from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -20,6 +20,9 @@ def test_defaults_are_the_papers_setting() -> None:
         "beta": 0.5,
         "malicious": 0.3,
         "attack": "badnets",
+        "attack_rounds": "all",
+        "attacker_training": "plain",
+        "attacker_update": "plain",
         "attacker_fisher": "honest",
         "target": 2,
         "poison_share": 0.5,
@@ -54,8 +57,27 @@ def test_defaults_are_the_papers_setting() -> None:
         ({"malicious": 1.0}, "below 1"),
         ({"malicious": -0.1}, "at least 0"),
         ({"malicious": "some"}, "number"),
-        ({"attack": "none"}, "expected one of badnets"),
-        ({"attacker_fisher": "true"}, "expected one of honest, random"),
+        ({"attack": "trojan"}, "attack\n.*expected one of none, badnets, blended, dba, edge-case, label-flip"),
+        ({"attacker_training": "slow"}, "expected one of plain, constrain-l2, constrain-cosine, pgd, neurotoxin"),
+        ({"attacker_update": "huge"}, "expected one of plain, scale, norm-match, sign-flip, gaussian, alie, ipm"),
+        ({"attacker_fisher": "true"}, "expected one of honest, random, clean, benign-model, benign-mean"),
+        ({"attacker_view": "all"}, "attacker_view\n.*'benign' or 'attackers'"),
+        ({"attacker_factor": 0}, "attacker_factor"),
+        ({"attacker_norm": "big"}, "attacker_norm"),
+        ({"attacker_alpha": 1.5}, "attacker_alpha"),
+        ({"attacker_mask": 1}, "attacker_mask"),
+        ({"blend_alpha": 0}, "blend_alpha"),
+        ({"attack_rounds": "late"}, "attack_rounds\n.*expected 'all' or rounds such as 5.* got 'late'"),
+        ({"attack_rounds": "9-5"}, "attack_rounds"),
+        ({"attack_rounds": "60-"}, r"attack_rounds: 60- holds none of the rounds 1\.\.50"),
+        ({"malicious": 0, "attacker_training": "pgd"}, "malicious: attacker_training pgd needs at least one malicious"),
+        ({"malicious": 0.04, "attacker_update": "alie"}, "malicious: attacker_update alie needs at least one"),
+        ({"malicious": 0, "attacker_fisher": "random"}, "malicious: attacker_fisher random needs at least one"),
+        (
+            {"malicious": "0,1", "clients": 2, "attacker_update": "ipm"},
+            "malicious: attacker_update ipm needs a benign client to observe, all 2 are malicious",
+        ),
+        ({"malicious": "0,1", "clients": 2, "attacker_fisher": "benign-mean"}, "needs a benign client to observe"),
         ({"server": "zeno"}, "expected one of fedavg, fdcr, coalition-fdcr, .*, oracle"),
         ({"server": "fltrust"}, "server: fltrust needs data of the server: set server_samples"),
         ({"server": "krum", "num_byzantine": 4}, "krum with num_byzantine=4 needs at least 11 clients, got 10"),
@@ -106,6 +128,18 @@ def test_a_share_of_attackers_is_drawn_by_seed(share: Any, clients: int, count: 
     assert len(draws) > 1 or clients == 1
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"), [("5-,2", "5-,2"), (7, "7"), (["1-3", 9], "1-3,9"), ("1-/2", "1-/2"), ("all", "all")]
+)
+def test_attack_rounds_may_be_numbers_and_lists(value: Any, expected: str) -> None:
+    assert SimulationConfig(attack_rounds=value).attack_rounds == expected
+
+
+def test_attackers_may_observe_each_other_where_nobody_is_benign() -> None:
+    config = SimulationConfig(malicious="0,1", clients=2, attacker_update="alie", attacker_view="attackers")
+    assert not config.observes_benign()
+
+
 def test_yaml_round_trip() -> None:
     config = SimulationConfig(
         dataset="some.npz",
@@ -116,7 +150,14 @@ def test_yaml_round_trip() -> None:
         norm_bound="none",
         partition="1",
         rescale=False,
+        attack_file="edge.npz",
+        attack_rounds=["2-", 1],
+        attacker_factor="auto",
+        attacker_norm=2,
     )
+    assert config.attack_file is not None
+    assert config.attack_file.is_absolute()
+    assert (config.attacker_factor, config.attacker_norm) == (None, 2.0)
     assert Path(config.dataset).is_absolute()
     assert config.trigger == ((0, 1), (2, 3))
     assert (config.cluster, config.norm_bound, config.partition) == (None, None, 1)

@@ -169,3 +169,13 @@ def test_a_subset_is_drawn_at_random_in_order_and_by_seed() -> None:
     whole = digits.subset(None, 10**6, 0)
     assert torch.equal(whole.train_images, digits.train_images)
     assert torch.equal(whole.test_images, digits.test_images)
+
+
+def test_a_named_data_set_may_lie_in_its_folder_as_an_archive(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "usps.npz")
+    named, direct = load_dataset("usps", tmp_path), load_dataset(str(path))
+    assert torch.equal(named.train_images, direct.train_images)
+    assert torch.equal(named.test_labels, direct.test_labels)
+    write_npz(path, y_test=None)
+    with pytest.raises(ValueError, match=r"usps\.npz: missing arrays y_test"):
+        load_dataset("usps", tmp_path)

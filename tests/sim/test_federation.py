@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_config, write_npz
 
 from fdcr_fast.sim import ClientRecord, ProgressEvent, RoundRecord, SimulationConfig, simulate
+from fdcr_fast.sim.clients import LocalWork
 from fdcr_fast.sim.data import load_dataset
 from fdcr_fast.sim.federation import Federation
 from fdcr_fast.sim.metrics import Stopwatch
@@ -38,48 +39,46 @@ def test_same_seed_same_bits(server: str) -> None:
     assert not torch.equal(first.params, other.params)
 
 
-def test_clients_do_not_depend_on_their_order() -> None:
-    def uploads(order: list[int]) -> dict[object, torch.Tensor]:
-        federation = Federation(tiny_config(attacker_fisher="random"))
-        for client in order:
-            federation.train_client(1, client, federation.initial_params, Stopwatch())
-        return {sent.client: torch.cat([sent.update, sent.fisher]) for sent in federation.store}
+def work_of(federation: Federation, round: int = 1) -> LocalWork:
+    return LocalWork(federation.config, federation.worker, Stopwatch(), round, federation.initial_params, None)
 
-    forward, backward = uploads([0, 1, 2, 3]), uploads([3, 1, 2, 0])
-    assert all(torch.equal(forward[client], backward[client]) for client in range(4))
+
+def uploads(config: SimulationConfig, round: int = 1) -> dict[object, tuple[torch.Tensor, torch.Tensor]]:
+    """Updates and Fishers by client."""
+    federation = Federation(config)
+    federation.collect(work_of(federation, round))
+    return {sent.client: (sent.update, sent.fisher) for sent in federation.store if sent.fisher is not None}
+
+
+def test_clients_do_not_depend_on_their_order() -> None:
+    federation = Federation(tiny_config())
+    work = work_of(federation)
+    forward, backward = (
+        {client: work.train(client, federation.data[client]) for client in order} for order in ([0, 1, 2], [2, 1, 0])
+    )
+    assert all(torch.equal(forward[client], backward[client]) for client in range(3))
 
 
 def test_only_malicious_clients_forge_their_fisher() -> None:
-    fishers = {}
-    for kind in ("honest", "random"):
-        federation = Federation(tiny_config(attacker_fisher=kind))
-        for client in range(4):
-            federation.train_client(1, client, federation.initial_params, Stopwatch())
-        padded = federation.store.fishers.permute(1, 0, 2).flatten(1)
-        fishers[kind] = padded[:, : federation.store.num_params]
-    same = [torch.equal(*pair) for pair in zip(fishers["honest"], fishers["random"], strict=True)]
+    honest, forged = (uploads(tiny_config(attacker_fisher=kind)) for kind in ("honest", "random"))
+    assert all(torch.equal(honest[client][0], forged[client][0]) for client in range(4))
+    same = [torch.equal(honest[client][1], forged[client][1]) for client in range(4)]
     assert same == [True, False, True, True]
 
 
 def test_rounds_draw_anew() -> None:
-    def upload(round: int) -> tuple[torch.Tensor, torch.Tensor]:
-        federation = Federation(tiny_config(attacker_fisher="random"))
-        federation.train_client(round, 1, federation.initial_params, Stopwatch())
-        return federation.store.updates[:, 0], federation.store.fishers[:, 0]
-
-    for first, second in zip(upload(1), upload(2), strict=True):
-        assert not torch.equal(first, second)
+    first, second = (uploads(tiny_config(attacker_fisher="random"), round)[1] for round in (1, 2))
+    assert not torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
 
 
 def test_a_round_of_fedavg_is_the_weighted_mean_of_local_models() -> None:
-    config = tiny_config(server="fedavg", rounds=1)
+    config = tiny_config(server="fedavg", rounds=1, malicious=0)
     federation = Federation(config)
     total = torch.zeros_like(federation.initial_params, dtype=torch.float64)
-    for client, rows in enumerate(federation.rows):
-        federation.store.clear()
-        federation.train_client(1, client, federation.initial_params, Stopwatch())
-        total += len(rows) * federation.worker.params().double()
-    expected = total / sum(map(len, federation.rows))
+    for client, data in enumerate(federation.data):
+        total += len(data.rows) * work_of(federation).train(client, data).double()
+    expected = total / sum(len(data.rows) for data in federation.data)
     params = simulate(config).params
     assert (params.double() - expected).norm() < 1e-6 * expected.norm()
 
@@ -106,7 +105,7 @@ def test_figures_are_what_a_naive_count_gives() -> None:
     assert record.backdoor_failure_rate == pytest.approx(1 - hits / others)
     assert record.tradeoff == pytest.approx((correct / 60 + 1 - hits / others) / 2)
     assert [client.client for client in clients if client.malicious] == [1]
-    assert [client.num_samples for client in clients] == [len(rows) for rows in federation.rows]
+    assert [client.num_samples for client in clients] == [len(data.rows) for data in federation.data]
     dropped = [client.client for client in clients if not client.kept]
     assert record.true_positive_rate == float(1 in dropped)
     assert record.false_positive_rate == pytest.approx(len(set(dropped) - {1}) / 3)
@@ -118,13 +117,16 @@ def test_only_malicious_clients_are_poisoned() -> None:
     config = tiny_config(malicious=(1, 3), poison_share=1.0, target=4)
     federation = Federation(config)
     clean = load_dataset("digits").subset(240, 100, seed=0)
-    for client, rows in enumerate(federation.rows):
+    for client, data in enumerate(federation.data):
+        assert torch.equal(data.images, clean.train_images)
+        assert torch.equal(data.labels, clean.train_labels)
         if client in (1, 3):
-            assert (federation.labels[rows] == 4).all()
-            assert torch.equal(federation.images[rows], federation.attack.stamp(clean.train_images[rows]))
-        else:
-            assert torch.equal(federation.labels[rows], clean.train_labels[rows])
-            assert torch.equal(federation.images[rows], clean.train_images[rows])
+            poisoned = federation.attackers.poisoned[client]
+            assert (poisoned.labels[poisoned.rows] == 4).all()
+            stamped = clean.train_images[data.rows].clone()
+            stamped[:, :, [[0], [2]], [0, 1, 2, 4, 5, 6]] = 1.0
+            assert torch.equal(poisoned.images[poisoned.rows], stamped)
+    assert set(federation.attackers.poisoned) == {1, 3}
     assert torch.equal(federation.test_images, clean.test_images)
 
 

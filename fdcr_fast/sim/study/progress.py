@@ -1,0 +1,55 @@
+"""Progress of a study on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from fdcr_fast.sim.report import percent
+from fdcr_fast.sim.study.pool import StudyEvent, StudyProgress
+from fdcr_fast.sim.study.spec import Run
+
+
+def _size(run: Run) -> int:
+    return run.config.rounds * run.config.clients
+
+
+@contextmanager
+def study_progress(console: Console, runs: Sequence[Run]) -> Iterator[StudyProgress]:
+    """A bar that counts the trained clients of all runs, one for every run under way, and a line for each that ended.
+
+    Args:
+        console: Where to show it.
+        runs: That are going to be executed, each once.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as bar:
+        total = bar.add_task("study", total=sum(map(_size, runs)), figures=f"0 of {len(runs)} runs")
+        tasks: dict[str, TaskID] = {}
+        trained: dict[str, int] = {}
+        ended = 0
+
+        def update(event: StudyEvent) -> None:
+            nonlocal ended
+            run, name = event.run, event.run.folder
+            if event.ended:
+                ended += 1
+                trained[name] = _size(run)
+                bar.remove_task(tasks.pop(name))
+                bar.update(total, completed=sum(trained.values()), figures=f"{ended} of {len(runs)} runs")
+                bar.console.print(f"{run.label}: {event.error or 'finished'} ({name})", highlight=False)
+            elif event.progress is None:
+                tasks[name] = bar.add_task(run.label, total=_size(run), figures="")
+            else:
+                progress = event.progress
+                trained[name] = (progress.round - 1) * run.config.clients + progress.clients_done
+                bar.update(tasks[name], completed=trained[name])
+                bar.update(total, completed=sum(trained.values()))
+                if progress.record is not None:
+                    accuracy, success = progress.record.accuracy, progress.record.attack_success_rate
+                    bar.update(tasks[name], figures=f"A {percent(accuracy)} ASR {percent(success)}")
+
+        yield update

@@ -1,0 +1,199 @@
+"""What a study gave: one line per run in CSV, mean and spread over the seeds in Markdown, figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fdcr_fast.sim.checkpoint import write_atomically
+from fdcr_fast.sim.config import SimulationConfig
+from fdcr_fast.sim.federation import SimulationResult
+from fdcr_fast.sim.metrics import FINAL_ROUNDS, mean_of_defined
+from fdcr_fast.sim.report import percent
+from fdcr_fast.sim.study.folder import Origin, StudyRunFolder
+from fdcr_fast.sim.study.spec import Row, Run, Study
+
+# Heading in Markdown, and column of the CSV file.
+MEASURES = {
+    "A": "accuracy",
+    "ASR": "attack_success_rate",
+    "max ASR": "max_attack_success_rate",
+    "R": "backdoor_failure_rate",
+    "(A+R)/2": "tradeoff",
+    "TPR": "true_positive_rate",
+    "FPR": "false_positive_rate",
+    "TPR, all rounds": "true_positive_rate_all_rounds",
+    "FPR, all rounds": "false_positive_rate_all_rounds",
+}
+LEGEND = (
+    f"In per cent, mean and sample standard deviation over the seeds; of each run the mean of the last {FINAL_ROUNDS} "
+    "rounds, for max ASR their maximum. A accuracy, ASR attack success rate, R = 100 - ASR, TPR and FPR malicious and "
+    "benign clients excluded."
+)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run with its result."""
+
+    run: Run
+    result: SimulationResult
+    origin: Origin
+
+    @cached_property
+    def measures(self) -> dict[str, float | None]:
+        """The columns of ``MEASURES``."""
+        rounds, summary = self.result.rounds, self.result.summary
+        success = [
+            record.attack_success_rate for record in rounds[-FINAL_ROUNDS:] if record.attack_success_rate is not None
+        ]
+        return {
+            "accuracy": summary.accuracy,
+            "attack_success_rate": summary.attack_success_rate,
+            "max_attack_success_rate": max(success, default=None),
+            "backdoor_failure_rate": summary.backdoor_failure_rate,
+            "tradeoff": summary.tradeoff,
+            "true_positive_rate": summary.true_positive_rate,
+            "false_positive_rate": summary.false_positive_rate,
+            "true_positive_rate_all_rounds": mean_of_defined([record.true_positive_rate for record in rounds]),
+            "false_positive_rate_all_rounds": mean_of_defined([record.false_positive_rate for record in rounds]),
+        }
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """Everything that the folders of a study's runs say.
+
+    Attributes:
+        study: What was asked for.
+        runs: All its runs, finished or not.
+        finished: Those with a result, in the order of ``runs``.
+        errors: Why others failed, by name of the run's folder.
+    """
+
+    study: Study
+    runs: tuple[Run, ...]
+    finished: tuple[FinishedRun, ...]
+    errors: dict[str, str]
+
+    @classmethod
+    def read(
+        cls, study: Study, runs: Sequence[Run], runs_folder: Path, before: StudyResults | None = None
+    ) -> StudyResults:
+        """Collect what there is; what was read ``before`` is not read again.
+
+        Raises:
+            ValueError: a run of the same name was made with other fields.
+        """
+        known = {} if before is None else {done.run: done for done in before.finished}
+        finished, errors = [], {}
+        for run in runs:
+            folder = StudyRunFolder(runs_folder / run.folder)
+            if run in known:
+                finished.append(known[run])
+            elif folder.finished:
+                finished.append(FinishedRun(run, folder.result(run.config), folder.origin()))
+            elif folder.error is not None:
+                errors[run.folder] = folder.error
+        return cls(study, tuple(runs), tuple(finished), errors)
+
+    def seeds(self, setting: str, row: str) -> list[FinishedRun]:
+        """The finished runs of one row in one setting."""
+        return [done for done in self.finished if (done.run.setting, done.run.row) == (setting, row)]
+
+    def write(self, out: Path, command: str) -> None:
+        """Write results.csv and results.md, which tells the command that made them."""
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "results.csv", self.to_csv().encode())
+        write_atomically(out / "results.md", self.to_markdown(command).encode())
+
+    def to_csv(self) -> str:
+        """One line per run that has finished or failed; shares in [0, 1], an empty cell where undefined.
+
+        Columns: setting, row, the fields that differ between the runs, the seed, ``MEASURES``, seconds of computation,
+        machine, date, the run's folder, the error.
+        """
+        dumps = [run.config.model_dump(mode="json") for run in self.runs]
+        varying = [
+            name
+            for name in SimulationConfig.model_fields
+            if name != "seed" and any(dump[name] != dumps[0][name] for dump in dumps)
+        ]
+        columns = ["setting", "row", *varying, "seed", *MEASURES.values()]
+        columns += ["seconds", "machine", "date", "folder", "error"]
+        done = {finished.run: finished for finished in self.finished}
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        for run, dump in zip(self.runs, dumps, strict=True):
+            line: dict[str, Any] = {"setting": run.setting, "row": run.row, "folder": run.folder, "seed": dump["seed"]}
+            line |= {name: dump[name] for name in varying}
+            if run in done:
+                summary, origin = done[run].result.summary, done[run].origin
+                line |= done[run].measures
+                line |= {"seconds": round(sum(summary.seconds.values()), 3)}
+                line |= {"machine": origin.machine, "date": origin.date}
+            elif run.folder in self.errors:
+                line["error"] = self.errors[run.folder]
+            else:
+                continue
+            writer.writerow(line)
+        return text.getvalue()
+
+    def to_markdown(self, command: str) -> str:
+        """A table for every setting, one line per row of the study."""
+        parts = [f"# {self.study.title}", self.study.note.strip(), f"`{command}`", self._provenance(), LEGEND]
+        for index, setting in enumerate(self.study.settings):
+            parts += [f"## {setting.name}" if setting.name else "", self._table(index, setting.name)]
+        if self.errors:
+            lines = [
+                f"- {run.label}: {self.errors[run.folder]} (`{run.folder}`)"
+                for run in self.runs
+                if run.folder in self.errors
+            ]
+            parts += ["## Failed runs", "\n".join(lines)]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _provenance(self) -> str:
+        if not self.finished:
+            return "No run has finished yet."
+        origins = [done.origin for done in self.finished]
+        days = sorted({origin.date[:10] for origin in origins})
+        made = " and ".join(sorted({f"fdcr_fast {o.fdcr_fast}, torch {o.torch}, {o.machine}" for o in origins}))
+        seconds = statistics.mean(sum(done.result.summary.seconds.values()) for done in self.finished)
+        return (
+            f"{len(self.finished)} of {len(self.runs)} runs have finished, {seconds:.0f} s of computation each on "
+            f"average. {made}; {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
+        )
+
+    def _table(self, index: int, setting: str) -> str:
+        reported = any(row.paper for row in self.study.rows)
+        headings = ["", "seeds", *MEASURES, *(["paper A", "paper R", "paper (A+R)/2"] if reported else [])]
+        lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+        for row in self.study.rows:
+            runs = self.seeds(setting, row.name)
+            cells = [_mean_and_spread([done.measures[name] for done in runs]) for name in MEASURES.values()]
+            lines.append([row.name, str(len(runs)), *cells, *(_reported(row, index) if reported else [])])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> str:
+    defined = [value for value in values if value is not None]
+    if not defined:
+        return "-"
+    mean = percent(statistics.mean(defined))
+    return mean if len(defined) < 2 else f"{mean} ± {percent(statistics.stdev(defined))}"
+
+
+def _reported(row: Row, index: int) -> list[str]:
+    figures = row.paper[index] if row.paper else None
+    if figures is None:
+        return ["-", "-", "-"]
+    accuracy, failure = figures
+    return [f"{accuracy:.1f}", f"{failure:.1f}", f"{(accuracy + failure) / 2:.1f}"]

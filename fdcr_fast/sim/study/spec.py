@@ -1,0 +1,208 @@
+"""What a study runs: rows times settings times seeds, read from YAML and checked before anything is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from fdcr_fast.sim.config import SimulationConfig, explain
+
+Figure = Literal["summary", "rounds", "clients", "similarity"]
+
+# Fields by data set that lie over a study's own ``base``. "paper" is the paper's setting: of every training set it puts
+# a tenth aside; all else are the defaults. "small" takes about half a minute per run on one core.
+_SMALL = {"max_train_samples": 6000, "max_test_samples": 2000, "local_epochs": 5, "rounds": 12}
+SCALES: dict[str, dict[str, dict[str, Any]]] = {
+    "small": {
+        "cifar10": {**_SMALL, "lr": 0.03},
+        "fashion-mnist": {**_SMALL, "lr": 0.02},
+        "usps": {**_SMALL, "lr": 0.01},
+    },
+    "paper": {
+        "cifar10": {"max_train_samples": 45_000},
+        "fashion-mnist": {"max_train_samples": 54_000},
+        "usps": {"max_train_samples": 6_561},
+    },
+}
+
+
+class Setting(BaseModel):
+    """A column of a study: a name, and fields of :class:`fdcr_fast.sim.SimulationConfig` beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Everything but what describes the setting itself."""
+        return self.model_extra or {}
+
+
+class Row(Setting):
+    """A row of a study; its fields win over those of the setting.
+
+    Attributes:
+        paper: What the paper reports, ``[A, R]`` in per cent in each of the study's settings; null where it does not.
+    """
+
+    paper: tuple[tuple[float, float] | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One simulation of a study."""
+
+    setting: str
+    row: str
+    config: SimulationConfig
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return ", ".join(filter(None, (self.setting, self.row, f"seed {self.config.seed}")))
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder. It follows from what is run, so that studies share the runs they have in common.
+
+        Fields at their defaults do not count, so a field that a later version adds leaves the names as they are;
+        nor does the place of the data.
+        """
+        fields = self.config.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir"})
+        digest = hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=6).hexdigest()
+        dataset = self.config.dataset.rpartition("/")[2]
+        return f"{dataset}-{self.config.server}-seed{self.config.seed}-{digest}"
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    names = [getattr(value, "name", value) for value in values]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"given twice: {', '.join(map(str, twice))}")
+    return values
+
+
+def _count_of_seeds(value: object) -> object:
+    return range(value) if isinstance(value, int) else value
+
+
+class Study(BaseModel):
+    """Rows times settings times seeds.
+
+    A run's fields are those of ``base``, of the scale, of its setting and of its row, later ones winning.
+
+    Attributes:
+        title: Heading of the report.
+        note: Text below the heading.
+        base: Fields of :class:`fdcr_fast.sim.SimulationConfig` common to all runs.
+        settings: Every row is run in each of them.
+        rows: What is compared.
+        seeds: Of every row in every setting: a list, or how many, counted from 0.
+        figures: Drawn beside the tables: ``summary`` and ``rounds`` of all runs, ``clients`` and ``similarity`` of
+            each row's first seed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str = "Study"
+    note: str = ""
+    base: dict[str, Any] = Field(default_factory=dict)
+    settings: Annotated[tuple[Setting, ...], Field(min_length=1), AfterValidator(_distinct)] = (Setting(name=""),)
+    rows: Annotated[tuple[Row, ...], Field(min_length=1), AfterValidator(_distinct)]
+    seeds: Annotated[
+        tuple[NonNegativeInt, ...], BeforeValidator(_count_of_seeds), Field(min_length=1), AfterValidator(_distinct)
+    ] = (0, 1, 2)
+    figures: tuple[Figure, ...] = ("summary", "rounds")
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Study:
+        """Read a study.
+
+        Raises:
+            ValueError: not a YAML mapping, or an entry that no study has, naming it.
+        """
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"not valid YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a mapping with rows, got {type(content).__name__}")
+        try:
+            study = cls.model_validate(content)
+        except ValidationError as error:
+            raise ValueError(
+                "\n".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+            ) from error
+        for row in study.rows:
+            if row.paper and len(row.paper) != len(study.settings):
+                raise ValueError(
+                    f"row {row.name!r}: paper has {len(row.paper)} entries, expected one for each of the "
+                    f"{len(study.settings)} settings"
+                )
+        return study
+
+    @classmethod
+    def shipped(cls, name: str) -> Study:
+        """A study that comes with the library, by a name of :func:`shipped_studies`."""
+        return cls.from_yaml((_SHIPPED / f"{name}.yaml").read_text())
+
+    def runs(self, scale: str | None = None, overrides: Mapping[str, Any] | None = None) -> list[Run]:
+        """All runs, setting by setting, row by row, seed by seed.
+
+        Args:
+            scale: A name in ``SCALES``.
+            overrides: Fields that win over everything else.
+
+        Raises:
+            ValueError: fields that no simulation can have, naming the row and setting.
+        """
+        return [
+            Run(setting.name, row.name, self._config(setting, row, seed, scale, overrides or {}))
+            for setting in self.settings
+            for row in self.rows
+            for seed in self.seeds
+        ]
+
+    def _config(
+        self, setting: Setting, row: Row, seed: int, scale: str | None, overrides: Mapping[str, Any]
+    ) -> SimulationConfig:
+        own = {**setting.fields, **row.fields, **overrides}
+        dataset = str({**self.base, **own}.get("dataset"))
+        scaled = SCALES[scale].get(dataset, {}) if scale is not None else {}
+        try:
+            return SimulationConfig.model_validate({**self.base, **scaled, **own, "seed": seed})
+        except ValidationError as error:
+            where = f"row {row.name!r}" + (f" in setting {setting.name!r}" if setting.name else "")
+            raise ValueError(f"{where}: {explain(error)}") from error
+
+
+_SHIPPED = resources.files("fdcr_fast.sim") / "studies"
+
+
+def shipped_studies() -> list[str]:
+    """Names of the studies that come with the library: the paper's tables and figures."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _SHIPPED.iterdir() if entry.name.endswith(".yaml"))
+
+
+def select(runs: Collection[Run], rows: Collection[str] = (), settings: Collection[str] = ()) -> list[Run]:
+    """The runs of some rows and settings; of all where none is named.
+
+    Raises:
+        ValueError: an unknown name, with those that there are.
+    """
+    for kind, wanted, known in (
+        ("row", rows, dict.fromkeys(run.row for run in runs)),
+        ("setting", settings, dict.fromkeys(run.setting for run in runs)),
+    ):
+        for name in wanted:
+            if name not in known:
+                raise ValueError(f"no {kind} {name!r}; there are {', '.join(map(repr, known))}")
+    return [run for run in runs if (not rows or run.row in rows) and (not settings or run.setting in settings)]
