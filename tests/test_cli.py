@@ -91,7 +91,9 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--server", "krum"], "--server: expected one of fedavg, fdcr, coalition-fdcr, oracle (got 'krum')"),
+        (["--server", "zeno"], "--server: expected one of fedavg, fdcr, coalition-fdcr, norm-clipping, "),
+        (["--server", "fltrust"], "server: fltrust needs data of the server: set server_samples"),
+        (["--server", "krum", "--num-byzantine", "4"], "krum with num_byzantine=4 needs at least 11 clients, got 10"),
         (["--dataset", "imagenet"], "--dataset: expected one of digits"),
         (["--clients", "3", "--malicious", "4,"], "malicious: no clients [4]"),
         (["--malicious", "5"], "'5'"),

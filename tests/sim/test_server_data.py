@@ -6,9 +6,10 @@ from tiny import tiny_config
 
 from fdcr_fast.sim import simulate
 from fdcr_fast.sim.data import load_dataset
-from fdcr_fast.sim.federation import Federation
+from fdcr_fast.sim.models import build_model
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import SERVERS
+from fdcr_fast.sim.training import Worker
 
 
 def test_what_the_server_holds_no_client_has() -> None:
@@ -33,9 +34,11 @@ def test_what_the_server_holds_no_client_has() -> None:
 
 
 def test_training_and_judging() -> None:
-    federation = Federation(tiny_config(server="fltrust", server_samples=60, local_epochs=10))
-    data = ServerData(federation.worker, federation.images[:60], federation.labels[:60], federation.training, 7)
-    w = federation.initial_params
+    config = tiny_config(local_epochs=20)
+    _, images, labels = load_dataset("digits").hold_out(60, seed=0)
+    worker = Worker(build_model("mlp", (1, 8, 8), 10, seed=0))
+    data = ServerData(worker, images, labels, config.training(), 7)
+    w = worker.params()
     better = data.refine(w)
     before, after = data.evaluate(w), data.evaluate(better)
     assert after.loss < 0.7 * before.loss
