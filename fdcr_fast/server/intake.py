@@ -164,8 +164,12 @@ class ClientUpdates:
         fishers: Tensor | None,
         num_samples: Sequence[float] | Tensor | Any,
         client_ids: Sequence[Hashable] | None = None,
+        *,
+        read_norms: bool = True,
     ) -> ClientUpdates:
         """View ``updates [K, P]`` and ``fishers [K, P]``, of any strides, as a round; nothing is copied.
+
+        Without ``read_norms`` the norms are NaN, and :meth:`with_norms` must be called before anything else is.
 
         Raises:
             TypeError: not floating-point tensors, or sample counts that are not numbers.
@@ -178,8 +182,13 @@ class ClientUpdates:
         if len(ids) != K or len(set(ids)) != K:
             raise ValueError(f"expected {K} different client ids, got {list(ids)}")
         low, high = (None, None) if tiles.fishers is None else ops.importance_range(tiles.fishers, P)
-        norm = ops.squared_norm(tiles.updates, P).cpu()
-        return cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
+        norm = torch.full((K,), torch.nan, dtype=torch.float64)
+        clients = cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
+        return clients.with_norms(ops.squared_norm(tiles.updates, P)) if read_norms else clients
+
+    def with_norms(self, squared_norm: Tensor) -> ClientUpdates:
+        """The same round with these squared norms."""
+        return replace(self, squared_norm=squared_norm.cpu())
 
     @property
     def num_params(self) -> int:

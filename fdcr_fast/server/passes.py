@@ -25,10 +25,12 @@ class Scores(NamedTuple):
 
     Attributes:
         distance: ``S_k = sum_v (u_v - u_{k,v})^2``, float64 ``[K]``, NaN for clients that are not valid.
+        squared_norm: ``sum_v delta_{k,v}^2``, likewise.
         mean_square: ``sum_v u_v^2``.
     """
 
     distance: Tensor
+    squared_norm: Tensor
     mean_square: float
 
 
@@ -125,9 +127,18 @@ def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool) -> 
     return _scores(totals)
 
 
+def sampled_norms(tiles: MatrixTiles) -> Tensor:
+    """Squared norms ``[K]`` of the updates, guessed from a few of the parameters."""
+    total, size = torch.zeros(tiles.updates.shape[1], dtype=torch.float64, device=tiles.device), 0
+    for span in _sample(tiles):
+        total += ops.squared_norm(span.updates, span.num_params)
+        size += span.num_params
+    return total * (tiles.num_params / size)
+
+
 def _sample(tiles: ClientTiles) -> Iterator[Span]:
-    """About one in 64 parameters, and at least 4096 if there are so many, in up to 64 windows."""
-    P, windows = tiles.num_params, 64
+    """About one in 64 parameters, and at least 4096 if there are so many, in up to 16 windows."""
+    P, windows = tiles.num_params, 16
     wanted = max(4096, P // 64)
     if not isinstance(tiles, MatrixTiles):  # of a file: whole tiles are read
         count = min(4, -(-P // tiles.tile))
@@ -171,5 +182,5 @@ def _no_totals(clients: ClientUpdates) -> Tensor:
 
 
 def _scores(totals: Tensor) -> Scores:
-    totals = totals.cpu()
-    return Scores(totals[: len(totals) // 2], totals[-1].item())
+    distance, squared_norm, mean_square = totals.cpu().tensor_split([len(totals) // 2, len(totals) - 1])
+    return Scores(distance, squared_norm, mean_square.item())

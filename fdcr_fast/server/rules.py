@@ -5,19 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
+from fdcr_fast import ops
 from fdcr_fast.server import passes
 from fdcr_fast.server.cluster import CLUSTERINGS, check_density, check_partition
-from fdcr_fast.server.intake import ClientUpdates, OnInvalid, check_device, check_floating, refuse, sample_shares
+from fdcr_fast.server.intake import (
+    ClientUpdates,
+    MatrixTiles,
+    OnInvalid,
+    check_device,
+    check_floating,
+    refuse,
+    sample_shares,
+)
 from fdcr_fast.server.scores import SCORES
 from fdcr_fast.server.shares import limited_shares
 from fdcr_fast.server.store import UpdateStore
 
 _ROUNDING = 1e-9  # scores that differ by less, such as those of two clients of equal size, are the same score
+_NORM_MARGIN = 1e-4  # norms from float32 products are right to much less
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,10 @@ class Selection:
     labels: Tensor | None = None
     weights: Tensor | None = None
     explanation: Mapping[Hashable, Any] = field(default_factory=dict)
+
+
+# What a rule decides, the weights of the clients, and the new parameters.
+Outcome: TypeAlias = tuple[Selection, Tensor, Tensor]
 
 
 class AggregationRule:
@@ -168,12 +182,13 @@ class AggregationRule:
                 clients, or Fishers are missing. What is wrong with one client alone rejects that client
                 instead.
         """
-        clients = self._intake(updates, fishers, num_samples, client_ids)
-        _check_global(global_params, clients)
+        clients, foreseen = self._intake(global_params, updates, fishers, num_samples, client_ids)
         clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
         refuse(clients.rejected, on_invalid)
         valid, rows = clients.valid, len(clients.clients)
-        if valid.any():
+        if foreseen is not None and valid.all():
+            selection, weights, params = foreseen
+        elif valid.any():
             selection, weights, params = self._apply(global_params.detach(), clients)
         else:
             selection, weights, params = Selection(valid), torch.zeros(rows, dtype=torch.float64), global_params
@@ -201,7 +216,7 @@ class AggregationRule:
         """Weight of each client in the mean, float64 ``[K]``, 0 for those that are not kept."""
         return self.shares(clients, kept)
 
-    def _apply(self, global_params: Tensor, clients: ClientUpdates) -> tuple[Selection, Tensor, Tensor]:
+    def _apply(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
         """What the rule decides about a round with valid clients, their weights, and the new parameters."""
         selection = self.judge(global_params, clients)
         kept = selection.kept & clients.valid
@@ -216,24 +231,37 @@ class AggregationRule:
 
     def _intake(
         self,
+        global_params: Tensor,
         updates: Tensor | UpdateStore,
         fishers: Tensor | None,
         num_samples: Any,
         client_ids: Sequence[Hashable] | None,
-    ) -> ClientUpdates:
+    ) -> tuple[ClientUpdates, Outcome | None]:
+        """The round, and where that was found on the way what the rule gives if nobody is rejected."""
+        foreseen = None
         if isinstance(updates, UpdateStore):
             if fishers is not None or num_samples is not None or client_ids is not None:
                 raise TypeError("a store holds fishers, num_samples and client ids: give the store alone")
             clients = updates.client_updates()
             if not clients.clients and not clients.rejected:
                 raise ValueError("expected at least one client, got an empty store")
+            _check_global(global_params, clients)
         else:
             clients = ClientUpdates.from_matrices(
-                updates, fishers if self.needs_fishers else None, num_samples, client_ids
+                updates, fishers if self.needs_fishers else None, num_samples, client_ids, read_norms=False
             )
+            _check_global(global_params, clients)
         if self.needs_fishers and not clients.tiles.with_fishers:
             raise ValueError(f"{self!r} takes importances: fishers must be given")
-        return clients
+        if isinstance(updates, Tensor):
+            squared_norm, foreseen = self._read_norms(global_params.detach(), clients)
+            clients = clients.with_norms(squared_norm)
+        return clients, foreseen
+
+    def _read_norms(self, _global_params: Tensor, clients: ClientUpdates) -> tuple[Tensor, Outcome | None]:
+        """Squared norms of the rows of matrices, and the outcome where the same reading gives it."""
+        assert isinstance(clients.tiles, MatrixTiles)
+        return ops.squared_norm(clients.tiles.updates, clients.num_params), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,8 +370,31 @@ class FDCR(AggregationRule):
                 break
         return self._decide(scores.distance, clients)
 
-    def _apply(self, global_params: Tensor, clients: ClientUpdates) -> tuple[Selection, Tensor, Tensor]:
-        """Scores and the mean over those who will probably be kept in one reading, and the mean again if need be."""
+    def _read_norms(self, global_params: Tensor, clients: ClientUpdates) -> tuple[Tensor, Outcome | None]:
+        """The norms, from the one reading of scores and mean if nobody seems to be rejected."""
+        assert isinstance(clients.tiles, MatrixTiles)
+        if clients.num_params >= ops.STRETCH:
+            guess = clients.with_norms(passes.sampled_norms(clients.tiles))
+            if self._all_pass(guess):
+                outcome, squared_norm = self._read(global_params, guess)
+                known = clients.with_norms(squared_norm)
+                if self._all_pass(known) and passes.fits_single(known) == passes.fits_single(guess):
+                    return squared_norm, outcome
+        return super()._read_norms(global_params, clients)
+
+    def _all_pass(self, clients: ClientUpdates) -> bool:
+        """Whether nobody is rejected, nor would be if norms were a little different."""
+        bound = None if self.norm_bound is None else max(self.norm_bound * (1 - _NORM_MARGIN), 1.0)
+        return bool(clients.screened(importance=self.needs_fishers, norm_bound=bound).valid.all())
+
+    def _apply(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
+        return self._read(global_params, clients)[0]
+
+    def _read(self, global_params: Tensor, clients: ClientUpdates) -> tuple[Outcome, Tensor]:
+        """Scores and the mean over those who will probably be kept in one reading, and the mean again if need be.
+
+        With them the squared norms of the updates, as right as products in the chosen arithmetic are.
+        """
         alpha = self.shares(clients, clients.valid)
         expected = clients.valid
         if self.cluster is not None:
@@ -366,7 +417,7 @@ class FDCR(AggregationRule):
         weights = self.weights(clients, selection.kept)
         if not torch.equal(selection.kept, expected):
             params = passes.mean(global_params, clients, weights, rescale=self.rescale, single=single)
-        return selection, weights, params
+        return (selection, weights, params), scores.squared_norm
 
     def _decide(self, distance: Tensor, clients: ClientUpdates) -> Selection:
         valid, score = clients.valid, SCORES[self.discrepancy]

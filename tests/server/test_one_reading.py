@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdcr_fast import FDCR, FedAvg, UpdateStore
+from fdcr_fast import FDCR, FedAvg, UpdateStore, ops
 from fdcr_fast.server import passes
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.shares import limited_shares
@@ -79,7 +79,7 @@ def test_the_result_has_the_same_bits_whatever_was_guessed(seed, wrong, rescale,
     right = rule.aggregate(w, updates, fishers, n)
     guess = torch.tensor([wrong >> k & 1 for k in range(20)], dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "sampled_scores", lambda *_, **__: passes.Scores(guess, 1.0))
+        patch.setattr(passes, "sampled_scores", lambda *_, **__: passes.Scores(guess, guess, 1.0))
         other = rule.aggregate(w, updates, fishers, n)
     assert torch.equal(other.params, right.params)
     assert torch.equal(other.discrepancy, right.discrepancy)
@@ -88,7 +88,9 @@ def test_the_result_has_the_same_bits_whatever_was_guessed(seed, wrong, rescale,
 
 def test_a_wrong_guess_costs_one_more_reading(readings, monkeypatch):
     w, updates, fishers, n = attacked()
-    monkeypatch.setattr(passes, "sampled_scores", lambda *_, **__: passes.Scores(torch.arange(20.0).double(), 1.0))
+    monkeypatch.setattr(
+        passes, "sampled_scores", lambda *_, **__: passes.Scores(torch.arange(20.0).double(), torch.ones(20), 1.0)
+    )
     FDCR(cluster="kmeans").aggregate(w, updates, fishers, n)
     assert readings == [("scores_and_mean", True), ("mean", True)]
 
@@ -213,3 +215,62 @@ def test_clipped_average(P_, clip):
 def test_options_are_checked(rule, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         rule(**options)
+
+
+def same_result(a, b):
+    assert torch.equal(a.params, b.params)
+    assert torch.equal(a.kept, b.kept)
+    assert torch.equal(a.discrepancy.nan_to_num(-1), b.discrepancy.nan_to_num(-1))
+    assert a.rejected == b.rejected
+
+
+@pytest.fixture
+def norm_readings(monkeypatch):
+    """How many parameters each separate reading of norms took."""
+    seen = []
+
+    def counted(updates, num_params):
+        seen.append(num_params)
+        return norms(updates, num_params)
+
+    norms = ops.squared_norm
+    monkeypatch.setattr(ops, "squared_norm", counted)
+    return seen
+
+
+def test_norms_of_matrices_take_no_reading_of_their_own(readings, norm_readings):
+    w, updates, fishers, n = attacked()
+    FDCR(cluster="kmeans").aggregate(w, updates, fishers, n)
+    assert readings == [("scores_and_mean", True)]
+    assert P not in norm_readings
+
+
+@pytest.mark.parametrize("guess", [0.0, 1e-40, 1e40, float("nan"), float("inf")])
+def test_a_wrong_guess_of_norms_changes_nothing(monkeypatch, guess):
+    w, updates, fishers, n = attacked()
+    expected = FDCR().aggregate(w, stored(updates, fishers, n))
+    monkeypatch.setattr(passes, "sampled_norms", lambda _: torch.full((20,), guess, dtype=torch.float64))
+    same_result(FDCR().aggregate(w, updates, fishers, n), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, 3e38])
+@pytest.mark.parametrize("column", [0, 77, P - 1])
+def test_what_one_entry_hides_is_found_without_a_reading_of_its_own(monkeypatch, value, column):
+    w, updates, fishers, n = attacked()
+    updates[5, column] = value
+    result = FDCR().aggregate(w, updates, fishers, n)
+    assert list(result.rejected) == [5]
+    monkeypatch.setattr(passes, "sampled_norms", lambda _: torch.full((20,), torch.nan, dtype=torch.float64))
+    same_result(result, FDCR().aggregate(w, updates, fishers, n))
+
+
+@pytest.mark.parametrize("factor", [1 - 1e-7, 1.0, 1 + 1e-7])
+def test_norms_at_the_bound_are_judged_by_exact_norms(factor):
+    w, updates, fishers, n = attacked(attackers=0)
+    norms = updates.double().norm(dim=1)
+    median = norms[1:].sort().values[9]  # the lower median of all: row 0 is the longest
+    updates[0] *= float(2 * median * factor / norms[0])
+    same_result(
+        FDCR(norm_bound=2.0).aggregate(w, updates, fishers, n),
+        FDCR(norm_bound=2.0).aggregate(w, stored(updates, fishers, n)),
+    )
