@@ -8,6 +8,8 @@ cache that all programs share: blocks are so narrow, and so few programs run, th
 
 # ruff: noqa: D103
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch

@@ -2,6 +2,8 @@
 
 # ruff: noqa: D103
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 

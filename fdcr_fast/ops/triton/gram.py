@@ -1,0 +1,195 @@
+"""Inner products of all pairs of clients, transformed as they are read."""
+
+# ruff: noqa: D103
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fdcr_fast.ops.reference import check_ranges
+from fdcr_fast.ops.triton.elements import product, span, tiled
+from fdcr_fast.ops.triton.launch import blocks, launch, power_of_two, splits
+
+_STEP = {False: 64, True: 16}  # parameters whose products are summed at a time, in float32 and in float64
+_CLIENTS = {False: 64, True: 32}
+
+
+@triton.jit
+def power_of_two_near(largest):
+    """A power of two between half of the float64 number, which is not negative, and that; 1 for 0 and non-finite ones."""
+    exponent = largest.to(tl.int64, bitcast=True) >> 52
+    fine = (largest > 0) & (exponent < 0x7FF)
+    return tl.where(fine, exponent << 52, 0x3FF << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def transformed(
+    updates,
+    fishers,
+    low,
+    high,
+    k,
+    known,
+    update_at,
+    fisher_at,
+    there,
+    update_client,
+    fisher_client,
+    TRANSFORM: tl.constexpr,
+    exact: tl.constexpr,
+):
+    """Rows ``[B, V]`` in ``exact``, and the power of two ``[B]`` that those in float32 are divided by."""
+    mask = known[:, None] & there[None, :]
+    wide = tl.float64 if TRANSFORM == "fisher_update" or TRANSFORM == "reweighted_update" else exact
+    if TRANSFORM != "fourth_root_fisher":
+        x = tl.load(updates + (k * update_client)[:, None] + update_at[None, :], mask=mask, other=0.0)
+    if TRANSFORM != "update":
+        f = tl.load(fishers + (k * fisher_client)[:, None] + fisher_at[None, :], mask=mask, other=0.0).to(exact)
+    if TRANSFORM == "update":
+        x = x.to(exact)
+    elif TRANSFORM == "fisher_update":
+        x = root(f).to(tl.float64) * x.to(tl.float64)
+    elif TRANSFORM == "reweighted_update":
+        smallest = tl.load(low + k, mask=known, other=0.0)
+        scale = tl.load(high + k, mask=known, other=1.0) - smallest
+        x = (f.to(tl.float64) - smallest[:, None]) / scale[:, None] * x.to(tl.float64)
+        x = tl.where(mask, x, 0.0)
+    else:
+        x = root(root(f))
+    if exact == tl.float64:
+        return x, tl.full((k.shape[0],), 1.0, tl.float64)
+    else:
+        size = tl.where(x == x, tl.abs(x), float("inf"))
+        divisor = power_of_two_near(tl.max(size, axis=1).to(tl.float64))
+        return (x / divisor.to(x.dtype)[:, None]).to(tl.float32), divisor
+
+
+@triton.jit
+def root(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def inner_products(
+    updates,
+    fishers,
+    low,
+    high,
+    read,
+    steps,
+    partial,
+    clients,
+    count,
+    per_split,
+    length,
+    update_tile,
+    update_client,
+    update_column,
+    fisher_tile,
+    fisher_client,
+    fisher_column,
+    TILED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    CLIENTS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    if tl.program_id(1) <= tl.program_id(0):
+        exact: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+        i = span(tl.program_id(0).to(tl.int64) * CLIENTS, CLIENTS)
+        j = span(tl.program_id(1).to(tl.int64) * CLIENTS, CLIENTS)
+        i_known = tl.load(read + i, mask=i < clients, other=0) != 0
+        j_known = tl.load(read + j, mask=j < clients, other=0) != 0
+        first = tl.program_id(2) * per_split
+        total = tl.zeros((CLIENTS, CLIENTS), tl.float64)
+        for step in range(first, tl.minimum(first + per_split, count)):
+            start = tl.load(steps + 2 * step)
+            if ALIGNED:
+                start = tl.multiple_of(start, 16)
+            v = span(start, STEP)
+            there = v < tl.load(steps + 2 * step + 1)
+            update_at = tiled(v, length, update_tile, update_column, TILED)
+            fisher_at = tiled(v, length, fisher_tile, fisher_column, TILED)
+            x, x_size = transformed(
+                updates, fishers, low, high, i, i_known, update_at, fisher_at, there,
+                update_client, fisher_client, TRANSFORM, exact,
+            )  # fmt: skip
+            y, y_size = transformed(
+                updates, fishers, low, high, j, j_known, update_at, fisher_at, there,
+                update_client, fisher_client, TRANSFORM, exact,
+            )  # fmt: skip
+            products = product(x, tl.trans(y), tl.zeros((CLIENTS, CLIENTS), exact), "ieee" if DOUBLE else "tf32x3")
+            total += products.to(tl.float64) * x_size[:, None] * y_size[None, :]
+        to = (tl.program_id(2).to(tl.int64) * clients + i[:, None]) * clients + j[None, :]
+        tl.store(partial + to, total, mask=(i < clients)[:, None] & (j < clients)[None, :])
+
+
+def _steps(ranges: Tensor, step: int) -> Tensor:
+    """Ranges ``[R, 2]`` cut into pieces of at most ``step`` parameters."""
+    lengths = ranges[:, 1] - ranges[:, 0]
+    counts = (lengths + step - 1) // step
+    behind = counts.cumsum(0)
+    of_range = torch.repeat_interleave(torch.arange(len(ranges)), counts)
+    starts = ranges[of_range, 0] + (torch.arange(len(of_range)) - (behind - counts)[of_range]) * step
+    return torch.stack([starts, torch.minimum(starts + step, ranges[of_range, 1])], 1)
+
+
+def gram(
+    updates: Tensor,
+    fishers: Tensor | None,
+    fisher_min: Tensor | None,
+    fisher_max: Tensor | None,
+    read: Tensor,
+    transforms: Sequence[str],
+    ranges: Sequence[Tensor],
+    total: Tensor,
+    num_params: int,
+    float64: bool,
+) -> Tensor:
+    """Inner products of transformed clients; see ``schemas``."""
+    check_ranges(ranges, num_params)
+    tiles, clients, length = updates.shape
+    double = float64 or torch.float64 in (updates.dtype, updates.dtype if fishers is None else fishers.dtype)
+    of_clients = power_of_two(clients, least=16, most=_CLIENTS[double])
+    edge = blocks(clients, of_clients)
+    known = read.to(updates.device)
+    result = total.clone(memory_format=torch.contiguous_format)
+    for view, (transform, selected) in enumerate(zip(transforms, ranges, strict=True)):
+        steps = _steps(selected, _STEP[double])
+        parts = splits(len(steps), edge * (edge + 1) // 2, updates.device)
+        partial = updates.new_zeros(parts, clients, clients, dtype=torch.float64)
+        launch(
+            inner_products,
+            (edge, edge, parts),
+            updates,
+            fishers,
+            fisher_min,
+            fisher_max,
+            known.view(torch.uint8),
+            steps.to(updates.device),
+            partial,
+            clients,
+            len(steps),
+            blocks(len(steps), parts),
+            length,
+            *updates.stride(),
+            *(updates if fishers is None else fishers).stride(),
+            TILED=tiles > 1,
+            ALIGNED=bool((steps[:, 0] % 16 == 0).all()),
+            TRANSFORM=transform,
+            DOUBLE=double,
+            CLIENTS=of_clients,
+            STEP=_STEP[double],
+        )
+        lower = partial.sum(0).tril()
+        result[view] += lower + lower.tril(-1).t()
+    return result.masked_fill_(~(known & known[:, None]), torch.nan)
