@@ -149,7 +149,7 @@ def aggregate(
     result,
     partial,
     clients,
-    params,
+    parameters,
     chunks,
     length,
     columns,
@@ -181,9 +181,9 @@ def aggregate(
         distance = tl.zeros((GROUPS, 16), tl.float64)
         norm = tl.zeros((GROUPS, 16), tl.float64)
         mean_square = tl.zeros((COLUMNS,), tl.float64)
-        for start in range(first, tl.minimum(first + CHUNK, params), COLUMNS):
+        for start in range(first, tl.minimum(first + CHUNK, parameters), COLUMNS):
             v = span(start, COLUMNS)
-            there = v < params
+            there = v < parameters
             within = v < columns
             update_at = tiled(v, length, update_tile, update_column, TILED)
             fisher_at = tiled(v, length, fisher_tile, fisher_column, TILED)

@@ -1,4 +1,7 @@
-"""Inner products of all pairs of clients, transformed as they are read."""
+"""Inner products of all pairs of clients, transformed as they are read.
+
+In float32 only: products of float64 are PyTorch's own, by way of the reference.
+"""
 
 # ruff: noqa: D103
 
@@ -11,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdcr_fast.ops.reference import check_ranges
+from fdcr_fast.ops import reference
 from fdcr_fast.ops.triton.elements import product, span, tiled
 from fdcr_fast.ops.triton.launch import blocks, launch, power_of_two, splits
 
-_STEP = {False: 64, True: 16}  # parameters whose products are summed at a time, in float32 and in float64
-_CLIENTS = {False: 64, True: 32}
+_STEP = 64  # parameters whose products are summed in float32
+_CLIENTS = 64  # of a tile
 
 
 @triton.jit
@@ -41,40 +44,27 @@ def transformed(
     update_client,
     fisher_client,
     TRANSFORM: tl.constexpr,
-    exact: tl.constexpr,
 ):
-    """Rows ``[B, V]`` in ``exact``, and the power of two ``[B]`` that those in float32 are divided by."""
+    """Rows ``[B, V]``, and the power of two ``[B]`` that they are divided by: their largest entry is at least 1."""
     mask = known[:, None] & there[None, :]
-    wide = tl.float64 if TRANSFORM == "fisher_update" or TRANSFORM == "reweighted_update" else exact
     if TRANSFORM != "fourth_root_fisher":
         x = tl.load(updates + (k * update_client)[:, None] + update_at[None, :], mask=mask, other=0.0)
     if TRANSFORM != "update":
-        f = tl.load(fishers + (k * fisher_client)[:, None] + fisher_at[None, :], mask=mask, other=0.0).to(exact)
+        f = tl.load(fishers + (k * fisher_client)[:, None] + fisher_at[None, :], mask=mask, other=0.0).to(tl.float32)
     if TRANSFORM == "update":
-        x = x.to(exact)
+        x = x.to(tl.float32)
     elif TRANSFORM == "fisher_update":
-        x = root(f).to(tl.float64) * x.to(tl.float64)
+        x = tl.sqrt_rn(f).to(tl.float64) * x.to(tl.float64)
     elif TRANSFORM == "reweighted_update":
         smallest = tl.load(low + k, mask=known, other=0.0)
         scale = tl.load(high + k, mask=known, other=1.0) - smallest
         x = (f.to(tl.float64) - smallest[:, None]) / scale[:, None] * x.to(tl.float64)
         x = tl.where(mask, x, 0.0)
     else:
-        x = root(root(f))
-    if exact == tl.float64:
-        return x, tl.full((k.shape[0],), 1.0, tl.float64)
-    else:
-        size = tl.where(x == x, tl.abs(x), float("inf"))
-        divisor = power_of_two_near(tl.max(size, axis=1).to(tl.float64))
-        return (x / divisor.to(x.dtype)[:, None]).to(tl.float32), divisor
-
-
-@triton.jit
-def root(x):
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
+        x = tl.sqrt_rn(tl.sqrt_rn(f))
+    size = tl.where(x == x, tl.abs(x), float("inf"))
+    divisor = power_of_two_near(tl.max(size, axis=1).to(tl.float64))
+    return (x / divisor.to(x.dtype)[:, None]).to(tl.float32), divisor
 
 
 @triton.jit
@@ -99,12 +89,10 @@ def inner_products(
     TILED: tl.constexpr,
     ALIGNED: tl.constexpr,
     TRANSFORM: tl.constexpr,
-    DOUBLE: tl.constexpr,
     CLIENTS: tl.constexpr,
     STEP: tl.constexpr,
 ):
     if tl.program_id(1) <= tl.program_id(0):
-        exact: tl.constexpr = tl.float64 if DOUBLE else tl.float32
         i = span(tl.program_id(0).to(tl.int64) * CLIENTS, CLIENTS)
         j = span(tl.program_id(1).to(tl.int64) * CLIENTS, CLIENTS)
         i_known = tl.load(read + i, mask=i < clients, other=0) != 0
@@ -121,13 +109,13 @@ def inner_products(
             fisher_at = tiled(v, length, fisher_tile, fisher_column, TILED)
             x, x_size = transformed(
                 updates, fishers, low, high, i, i_known, update_at, fisher_at, there,
-                update_client, fisher_client, TRANSFORM, exact,
+                update_client, fisher_client, TRANSFORM,
             )  # fmt: skip
             y, y_size = transformed(
                 updates, fishers, low, high, j, j_known, update_at, fisher_at, there,
-                update_client, fisher_client, TRANSFORM, exact,
+                update_client, fisher_client, TRANSFORM,
             )  # fmt: skip
-            products = product(x, tl.trans(y), tl.zeros((CLIENTS, CLIENTS), exact), "ieee" if DOUBLE else "tf32x3")
+            products = product(x, tl.trans(y), tl.zeros((CLIENTS, CLIENTS), tl.float32), "tf32x3")
             total += products.to(tl.float64) * x_size[:, None] * y_size[None, :]
         to = (tl.program_id(2).to(tl.int64) * clients + i[:, None]) * clients + j[None, :]
         tl.store(partial + to, total, mask=(i < clients)[:, None] & (j < clients)[None, :])
@@ -156,15 +144,18 @@ def gram(
     float64: bool,
 ) -> Tensor:
     """Inner products of transformed clients; see ``schemas``."""
-    check_ranges(ranges, num_params)
+    if float64 or torch.float64 in (updates.dtype, updates.dtype if fishers is None else fishers.dtype):
+        return reference.gram(
+            updates, fishers, fisher_min, fisher_max, read, transforms, ranges, total, num_params, float64
+        )
+    reference.check_ranges(ranges, num_params)
     tiles, clients, length = updates.shape
-    double = float64 or torch.float64 in (updates.dtype, updates.dtype if fishers is None else fishers.dtype)
-    of_clients = power_of_two(clients, least=16, most=_CLIENTS[double])
+    of_clients = power_of_two(clients, least=16, most=_CLIENTS)
     edge = blocks(clients, of_clients)
     known = read.to(updates.device)
     result = total.clone(memory_format=torch.contiguous_format)
     for view, (transform, selected) in enumerate(zip(transforms, ranges, strict=True)):
-        steps = _steps(selected, _STEP[double])
+        steps = _steps(selected, _STEP)
         parts = splits(len(steps), edge * (edge + 1) // 2, updates.device)
         partial = updates.new_zeros(parts, clients, clients, dtype=torch.float64)
         launch(
@@ -186,9 +177,8 @@ def gram(
             TILED=tiles > 1,
             ALIGNED=bool((steps[:, 0] % 16 == 0).all()),
             TRANSFORM=transform,
-            DOUBLE=double,
             CLIENTS=of_clients,
-            STEP=_STEP[double],
+            STEP=_STEP,
         )
         lower = partial.sum(0).tril()
         result[view] += lower + lower.tril(-1).t()

@@ -4,6 +4,8 @@ A program owns a tile of the weight. For each of its samples it forms that tile 
 products over the positions, squares it where it stands, in registers, and adds it. Windows of a convolution are
 gathered while they are loaded (implicit im2col). Nothing grows with samples times parameters.
 
+In float32 only: products of float64 are PyTorch's own, by way of the reference.
+
 Where there is one position, ``(g x)^2 = g^2 x^2``: the samples become the positions of one matrix product of squares.
 """
 
@@ -18,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdcr_fast.ops.reference import accumulation_dtype
+from fdcr_fast.ops import reference
 from fdcr_fast.ops.triton.elements import product
 from fdcr_fast.ops.triton.launch import blocks, in_order, launch, power_of_two, splits
 
@@ -79,7 +81,6 @@ def squared_grads(
     COLUMNS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    exact: tl.constexpr = partial.dtype.element_ty
     out_tiles = tl.cdiv(outs, OUTS)
     column_tiles = tl.cdiv(columns, COLUMNS)
     j = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -98,11 +99,11 @@ def squared_grads(
     channel = group * channels + j // kernel_2 // kernel_1 // kernel_0
     place = channel * input_channel + at_0 * place_0 + at_1 * place_1 + at_2 * place_2 - origin
     out = group * outs + o
-    total = tl.zeros((OUTS, COLUMNS), exact)
+    total = tl.zeros((OUTS, COLUMNS), tl.float32)
     for n in range(first, last):
         of_grad = grad + tl.cast(n, tl.int64) * grad_sample + (out * grad_out)[:, None]
         of_input = input + tl.cast(n, tl.int64) * input_sample + place[None, :]
-        of_sample = tl.zeros((OUTS, COLUMNS), exact)
+        of_sample = tl.zeros((OUTS, COLUMNS), tl.float32)
         for start in range(first_position, last_position, POSITIONS):
             s = start + tl.arange(0, POSITIONS)
             s_2 = s
@@ -127,8 +128,8 @@ def squared_grads(
             g = tl.load(of_grad + (s.to(tl.int64) * grad_position)[None, :], mask=mask, other=0.0)
             x = tl.load(of_input + row[:, None], mask=inside, other=0.0)
             if SQUARED:
-                g = g.to(exact)
-                x = x.to(exact)
+                g = g.to(tl.float32)
+                x = x.to(tl.float32)
                 g = g * g
                 x = x * x
             of_sample = product(g, x, of_sample, PRECISION)
@@ -154,29 +155,28 @@ def squared_sums(
     OUTS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    exact: tl.constexpr = partial.dtype.element_ty
     o = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     first = tl.program_id(1) * per_split
-    total = tl.zeros((OUTS,), exact)
+    total = tl.zeros((OUTS,), tl.float32)
     for n in range(first, tl.minimum(first + per_split, samples)):
         rows = grad + tl.cast(n, tl.int64) * grad_sample + (o.to(tl.int64) * grad_out)[:, None]
-        sums = tl.zeros((OUTS, POSITIONS), exact)
+        sums = tl.zeros((OUTS, POSITIONS), tl.float32)
         for start in range(0, positions, POSITIONS):
             s = start + tl.arange(0, POSITIONS)
             mask = (o < outs)[:, None] & (s < positions)[None, :]
-            sums += tl.load(rows + (s.to(tl.int64) * grad_position)[None, :], mask=mask, other=0.0).to(exact)
+            sums += tl.load(rows + (s.to(tl.int64) * grad_position)[None, :], mask=mask, other=0.0).to(tl.float32)
         of_sample = tl.sum(sums, axis=1)
         total += of_sample * of_sample
     tl.store(partial + tl.program_id(1).to(tl.int64) * outs + o, total, mask=o < outs)
 
 
-def _bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
+def _bias(grad: Tensor) -> Tensor:
     """``sum_n (sum_s grad[n, o, s])^2``."""
     samples, outs, positions = grad.shape
     of_positions = power_of_two(positions, most=128)
     of_outs = power_of_two(outs, most=2048 // of_positions)
     parts = splits(samples, blocks(outs, of_outs), grad.device)
-    partial = grad.new_empty(parts, outs, dtype=dtype)
+    partial = grad.new_empty(parts, outs, dtype=torch.float32)
     launch(
         squared_sums,
         (blocks(outs, of_outs), parts),
@@ -198,13 +198,12 @@ def _precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def tile_of(outs: int, columns: int, positions: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def tile_of(outs: int, columns: int, positions: int) -> tuple[int, int, int]:
     """Of a program: output channels and columns of the weight, and positions at a time."""
-    wide = dtype == torch.float64
     return (
-        power_of_two(outs, least=16, most=32 if wide else 64),
-        power_of_two(columns, least=16, most=32 if wide else 64),
-        power_of_two(positions, least=16, most=16 if wide else 32),
+        power_of_two(outs, least=16, most=64),
+        power_of_two(columns, least=16, most=64),
+        power_of_two(positions, least=16, most=32),
     )
 
 
@@ -216,7 +215,6 @@ def _weight(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    dtype: torch.dtype,
 ) -> Tensor:
     """``[O, C / groups * kernel]`` from ``grad [N, O, *output]`` and ``input [N, C, *size]``."""
     # Everything in three dimensions, of which the first may be of size 1.
@@ -239,11 +237,11 @@ def _weight(
         samples, positions = 1, len(grad)
         out_shape[2], stride = positions, [0, 0, 0]
         position_stride, row[2] = sample_strides
-    of_outs, of_columns, of_positions = tile_of(outs, columns, positions, dtype)
+    of_outs, of_columns, of_positions = tile_of(outs, columns, positions)
     tiles = groups * blocks(outs, of_outs) * blocks(columns, of_columns)
     parts = splits(blocks(positions, of_positions) if squared else samples, tiles, grad.device)
     per_split = blocks(blocks(positions, of_positions), parts) * of_positions if squared else blocks(samples, parts)
-    partial = grad.new_empty(parts, groups * outs, columns, dtype=dtype)
+    partial = grad.new_empty(parts, groups * outs, columns, dtype=torch.float32)
     launch(
         squared_grads,
         (tiles, parts),
@@ -284,9 +282,10 @@ def _weight(
 
 def sum_squared_grads_linear(grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over samples of squared per-sample gradients of a linear layer; see ``schemas``."""
-    dtype = accumulation_dtype(grad_output, input)
+    if reference.accumulation_dtype(grad_output, input) == torch.float64:
+        return reference.sum_squared_grads_linear(grad_output, input)
     grad, input = grad_output.transpose(1, 2), input.transpose(1, 2)
-    return _weight(grad, input, (1,), (1,), (0,), (1,), 1, dtype), _bias(grad, dtype)
+    return _weight(grad, input, (1,), (1,), (0,), (1,), 1), _bias(grad)
 
 
 def sum_squared_grads_conv(
@@ -299,7 +298,8 @@ def sum_squared_grads_conv(
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     """Sum over samples of squared per-sample gradients of a convolution; see ``schemas``."""
-    dtype = accumulation_dtype(grad_output, input)
-    weight = _weight(grad_output, input, kernel_size, stride, padding, dilation, groups, dtype)
+    geometry = kernel_size, stride, padding, dilation, groups
+    if reference.accumulation_dtype(grad_output, input) == torch.float64:
+        return reference.sum_squared_grads_conv(grad_output, input, *geometry)
     shape = grad_output.shape[1], input.shape[1] // groups, *kernel_size
-    return weight.view(shape), _bias(grad_output.flatten(2), dtype)
+    return _weight(grad_output, input, *geometry).view(shape), _bias(grad_output.flatten(2))

@@ -128,27 +128,29 @@ def squared_norm_grads(
             t = span(t0, POSITIONS)
             rows = known[None, :] & (t < positions)[:, None]
             at = (n * mean_n + group * mean_g + t * mean_t)[:, None] + (c * mean_c)[None, :]
-            m = at.to(exact)[:, :, None]
             if not OWN_MEAN:
                 m = tl.load(mean + at, mask=rows, other=0.0).to(exact)[:, :, None]
             at = (n * variance_n + group * variance_g + t * variance_t)[:, None] + (c * variance_c)[None, :]
-            v = at.to(exact)[:, :, None]
             if not OWN_VARIANCE:
                 v = tl.load(variance + at, mask=rows, other=0.0).to(exact)[:, :, None]
             for s0 in range(0, pixels, PIXELS):
                 s = span(s0, PIXELS)
                 mask = rows[:, :, None] & (s < pixels)[None, None, :]
-                at = (n * x_n + group * x_g + t * x_t)[:, None, None] + (c * x_c)[None, :, None]
-                x = tl.load(input + at + (s * x_s)[None, None, :], mask=mask, other=0.0).to(exact)
-                at = (n * g_n + group * g_g + t * g_t)[:, None, None] + (c * g_c)[None, :, None]
-                g = tl.load(grad + at + (s * g_s)[None, None, :], mask=mask, other=0.0).to(exact)
+                x_at = (n * x_n + group * x_g + t * x_t)[:, None, None] + (c * x_c)[None, :, None]
+                x = tl.load(input + x_at + (s * x_s)[None, None, :], mask=mask, other=0.0).to(exact)
+                g_at = (n * g_n + group * g_g + t * g_t)[:, None, None] + (c * g_c)[None, :, None]
+                g = tl.load(grad + g_at + (s * g_s)[None, None, :], mask=mask, other=0.0).to(exact)
                 if OWN_MEAN:
-                    m = (tl.sum(tl.sum(x, axis=2), axis=1) / size)[:, None, None]
-                x = tl.where(mask, x - m, 0.0)
+                    away = x - (tl.sum(tl.sum(x, axis=2), axis=1) / size)[:, None, None]
+                else:
+                    away = x - m
+                away = tl.where(mask, away, 0.0)
                 if OWN_VARIANCE:
-                    v = (tl.sum(tl.sum(x * x, axis=2), axis=1) / size)[:, None, None]
-                x = tl.where(mask, g * x / tl.sqrt((v + eps).to(exact)), 0.0)
-                of_weight += tl.sum(tl.sum(x, axis=2), axis=0)
+                    spread = (tl.sum(tl.sum(away * away, axis=2), axis=1) / size)[:, None, None]
+                else:
+                    spread = v
+                part = tl.where(mask, g * away / tl.sqrt((spread + eps).to(exact)), 0.0)
+                of_weight += tl.sum(tl.sum(part, axis=2), axis=0)
                 of_bias += tl.sum(tl.sum(g, axis=2), axis=0)
         total_weight += of_weight * of_weight
         total_bias += of_bias * of_bias

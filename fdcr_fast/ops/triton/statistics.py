@@ -25,7 +25,7 @@ def client_statistics(
     low,
     high,
     clients,
-    params,
+    parameters,
     length,
     columns,
     tile_stride,
@@ -46,11 +46,11 @@ def client_statistics(
     smallest = tl.full((CLIENTS, COLUMNS), float("inf"), exact)
     largest = tl.full((CLIENTS, COLUMNS), float("-inf"), exact)
     first = tl.program_id(0).to(tl.int64) * CHUNK
-    for start in range(first, tl.minimum(first + CHUNK, params), COLUMNS):
+    for start in range(first, tl.minimum(first + CHUNK, parameters), COLUMNS):
         v = span(start, COLUMNS)
         at = tiled(v, length, tile_stride, column_stride, TILED)
         x = tl.load(rows + at[None, :], mask=known[:, None] & (v < columns)[None, :], other=0.0).to(exact)
-        there = (v < params)[None, :]
+        there = (v < parameters)[None, :]
         if NORM:
             wide = tl.where(there, x, 0.0).to(tl.float64)
             squares += wide * wide
