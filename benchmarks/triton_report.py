@@ -14,7 +14,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import triton
+from gpu_cases import CASES
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -32,7 +33,6 @@ from fdcr_fast.ops.triton import launch
 
 CAPABILITIES = (80, 90, 100)
 RESULTS = Path(__file__).parent / "results" / "triton.md"
-REGISTERS, SHARED = 255, 99 << 10  # of a thread; of a program, such that two run side by side on each of them
 
 
 @dataclass(frozen=True)
@@ -49,103 +49,27 @@ class Row:
     loads: dict[str, int]  # global loads by bits per thread
     tensor_core: str  # the matrix instruction, if there is one
 
-    @property
-    def wide(self) -> bool:
-        """Whether all loads of more than a scalar are 128 bits wide."""
-        return self.loads.get("128", 0) > 0
-
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def cases() -> dict[str, Callable[[], object]]:
-    """Calls of every operator. What is said of kernels in the tests goes by these names."""
-    half, double = torch.bfloat16, torch.float64
-
-    def clients(K: int, P: int, dtype: torch.dtype = torch.float32, tile: int | None = None) -> tuple[Tensor, Tensor]:
-        data = empty(1, 2, K, P, dtype=dtype).transpose(1, 2)
-        if tile is not None:
-            data = empty(-(-P // tile), K, 2, tile, dtype=dtype)
-        return data[:, :, 1], data[:, :, 0]
-
-    def round_of(K: int, P: int, dtype: torch.dtype = torch.float32, tile: int | None = None) -> tuple[Any, ...]:
-        return *clients(K, P, dtype, tile), empty(K, dtype=double), empty(K, dtype=double)
-
-    def both(K: int, P: int, dtype: torch.dtype = torch.float32, tile: int | None = None, single: bool = True) -> object:
-        alpha = empty(K, dtype=double)
-        totals = empty(2 * K + 1, dtype=double)
-        options = alpha, alpha, totals, True, True, single
-        return kernels.discrepancy_and_mean(empty(P), *round_of(K, P, dtype, tile), *options)
-
-    def scores(K: int, P: int) -> object:
-        alpha, totals = empty(K, dtype=double), empty(2 * K + 1, dtype=double)
-        return kernels.discrepancy(*round_of(K, P), alpha, totals, P, True)
-
-    def gram(transform: str) -> object:
-        read, total = torch.ones(200, dtype=torch.bool, device="meta"), empty(1, 200, 200, dtype=double)
-        ranges = [torch.tensor([[0, 1_000_000]])]
-        return kernels.gram(*round_of(200, 1_000_000), read, [transform], ranges, total, 1_000_000, False)
-
-    def linear(n: int, t: int, o: int, i: int, dtype: torch.dtype = torch.float32) -> object:
-        return kernels.sum_squared_grads_linear(empty(n, t, o, dtype=dtype), empty(n, t, i, dtype=dtype))
-
-    def conv(n: int, o: int, c: int, size: int, dtype: torch.dtype = torch.float32) -> object:
-        g, x = empty(n, o, size, size, dtype=dtype), empty(n, c, size, size, dtype=dtype)
-        return kernels.sum_squared_grads_conv(g, x, (3, 3), (1, 1), (1, 1), (1, 1), 1)
-
-    def norm(*shape: int, given: bool = False) -> object:
-        statistics = empty(*shape[2:4]) if given else None
-        return kernels.sum_squared_grads_norm(empty(*shape), empty(*shape), statistics, statistics, 1e-5)
-
-    K, P = 100, 1_000_000
-    return {
-        "discrepancy_and_mean, [K, P]": lambda: both(K, P),
-        "discrepancy_and_mean, tiles of 16": lambda: both(K, P, tile=16),
-        "discrepancy_and_mean, tiles of 16, bfloat16": lambda: both(K, P, half, 16),
-        "discrepancy_and_mean, tiles of 16, float64 products": lambda: both(K, P, tile=16, single=False),
-        "discrepancy_and_mean, K = 1000": lambda: both(1000, P, tile=16),
-        "discrepancy_and_mean, K = 10": lambda: both(10, P, tile=16),
-        "discrepancy, [K, P]": lambda: scores(K, P),
-        "rescaled_mean, [K, P]": lambda: kernels.rescaled_mean(
-            empty(P), *round_of(K, P), empty(K, dtype=double), True
-        ),
-        "importance_range, [K, P]": lambda: kernels.importance_range(clients(K, P)[0], P),
-        "squared_norm, tiles of 16": lambda: kernels.squared_norm(clients(K, P, tile=16)[0], P),
-        "fill_row, bfloat16 tiles": lambda: kernels.fill_row(
-            [empty(P)], clients(K, P, half, 16)[0][:, 0], empty(3, dtype=double)
-        ),
-        "gram, update": lambda: gram("update"),
-        "gram, fisher_update": lambda: gram("fisher_update"),
-        "linear, 128 positions": lambda: linear(32, 128, 1024, 256),
-        "linear, 128 positions, bfloat16": lambda: linear(32, 128, 1024, 256, half),
-        "linear, one position": lambda: linear(256, 1, 120, 400),
-        "convolution 3x3": lambda: conv(128, 128, 64, 16),
-        "convolution 3x3, float16": lambda: conv(128, 128, 64, 16, torch.float16),
-        "LayerNorm": lambda: norm(32, 128, 1, 256, 1),
-        "GroupNorm, large groups": lambda: norm(32, 1, 8, 16, 1024),
-        "BatchNorm": lambda: norm(64, 1, 1, 64, 1024, given=True),
-        "embedding": lambda: kernels.sum_squared_grads_embedding(
-            empty(32, 128, 256), torch.empty(32, 128, dtype=torch.int64, device="meta"), 4096
-        ),
-    }
-
-
 Launch = tuple[str, Any, tuple[Any, ...], dict[str, Any]]
 
 
-def launches() -> Iterator[Launch]:
-    """What the cases launch, without doing it."""
+def launches(capability: int) -> Iterator[Launch]:
+    """What the cases launch on a device of 132 multiprocessors, without doing it."""
     found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    before = launch.run
+    before = launch.run, launch.assumed
+    launch.assumed = launch.Target(132, capability)
     launch.run = lambda kernel, grid, args, meta: found.append((kernel, args, meta))
     try:
-        for case, call in cases().items():
-            call()
-            yield from ((case, *each) for each in found)
+        for case in CASES:
+            getattr(kernels, case.operator)(*case.arguments(empty))
+            yield from ((case.name, *each) for each in found)
             found.clear()
     finally:
-        launch.run = before
+        launch.run, launch.assumed = before
 
 
 def compiled(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], capability: int) -> Any:
@@ -193,8 +117,9 @@ def described(each: Launch, capability: int) -> Row:
     )
 
 
-def report(workers: int = 2) -> list[Row]:
-    todo = [(each, capability) for each in launches() for capability in CAPABILITIES]
+def report(workers: int = 2, capabilities: Collection[int] = CAPABILITIES, only: str = "") -> list[Row]:
+    todo = [(each, capability) for capability in capabilities for each in launches(capability)]
+    todo = [(each, capability) for each, capability in todo if re.search(only, each[0])]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda given: described(*given), todo))
 
@@ -203,8 +128,8 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# The Triton kernels as machine code",
         "",
-        f"`python benchmarks/triton_report.py`, triton {triton.__version__}; compiled, never run on a GPU. Spills: loads",
-        "and stores of local memory. Loads: instructions by bits per thread.",
+        f"`python benchmarks/triton_report.py`, triton {triton.__version__}; compiled, never run on a GPU.",
+        "Spills: loads and stores of local memory. Loads: instructions by bits per thread.",
         "",
         "| call | kernel | capability | warps | registers | shared memory | spills | loads | matrix instructions |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -222,8 +147,11 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the rows and write nothing")
-    rows = report()
-    if parser.parse_args().json:
+    parser.add_argument("--capability", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
+    parser.add_argument("--only", default="", help="a regular expression that calls must contain")
+    options = parser.parse_args()
+    rows = report(capabilities=options.capability, only=options.only)
+    if options.json:
         print(json.dumps([asdict(row) for row in rows]))
     else:
         RESULTS.write_text(table(rows))

@@ -1,7 +1,5 @@
 """What kernels share: addresses of tiled client matrices, rounding, and operands of matrix products."""
 
-# ruff: noqa: D103
-
 from __future__ import annotations
 
 import triton
@@ -23,8 +21,7 @@ def tiled(v, length, tile_stride, column_stride, TILED: tl.constexpr):
     """Where parameter ``v`` of a row lies: in tile ``v // length`` at ``v % length``; without tiles at ``v``."""
     if TILED:
         return v // length * tile_stride + v % length * column_stride
-    else:
-        return v * column_stride
+    return v * column_stride
 
 
 @triton.jit
@@ -35,13 +32,12 @@ def rounded(x, dtype: tl.constexpr):
     """
     if dtype == tl.float64:
         return x.to(tl.float64)
-    elif dtype == tl.bfloat16:
+    if dtype == tl.bfloat16:
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(tl.float32).to(dtype)
+    return x.to(tl.float32).to(dtype)
 
 
 @triton.jit

@@ -1,7 +1,5 @@
 """Squared per-sample gradients of embedding tables, without atomics: tokens are sorted by row and sample first."""
 
-# ruff: noqa: D103
-
 from __future__ import annotations
 
 import torch

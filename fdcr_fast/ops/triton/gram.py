@@ -16,18 +16,29 @@ from torch import Tensor
 
 from fdcr_fast.ops import reference
 from fdcr_fast.ops.triton.elements import product, span, tiled
-from fdcr_fast.ops.triton.launch import blocks, launch, power_of_two, splits
+from fdcr_fast.ops.triton.launch import Target, blocks, launch, power_of_two, splits, target
 
-_STEP = 64  # parameters whose products are summed in float32
-_CLIENTS = 64  # of a tile
+_STEP = 32  # parameters whose products are summed in float32
 
 
 @triton.jit
-def power_of_two_near(largest):
-    """A power of two between half of the float64 number, which is not negative, and that; 1 for 0 and non-finite ones."""
-    exponent = largest.to(tl.int64, bitcast=True) >> 52
-    fine = (largest > 0) & (exponent < 0x7FF)
-    return tl.where(fine, exponent << 52, 0x3FF << 52).to(tl.float64, bitcast=True)
+def scaled(x):
+    """Rows of float32 whose largest entry is in [1, 2), and the powers of two that they were divided by.
+
+    Zeros and rows with a non-finite entry stay as they are. In two factors: one might not be a number of float32.
+    """
+    largest = tl.max(tl.where(x == x, tl.abs(x), float("inf")), axis=1).to(tl.float64)
+    exponent = (largest.to(tl.int64, bitcast=True) >> 52) - 1023
+    exponent = tl.where((largest > 0) & (largest < float("inf")), exponent, 0)
+    half = exponent >> 1
+    first = two_to(-half).to(x.dtype)
+    second = two_to(half - exponent).to(x.dtype)
+    return (x * first[:, None] * second[:, None]).to(tl.float32), two_to(exponent)
+
+
+@triton.jit
+def two_to(exponent):
+    return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -45,7 +56,7 @@ def transformed(
     fisher_client,
     TRANSFORM: tl.constexpr,
 ):
-    """Rows ``[B, V]``, and the power of two ``[B]`` that they are divided by: their largest entry is at least 1."""
+    """Rows ``[B, V]``, and the powers of two ``[B]`` that they were divided by."""
     mask = known[:, None] & there[None, :]
     if TRANSFORM != "fourth_root_fisher":
         x = tl.load(updates + (k * update_client)[:, None] + update_at[None, :], mask=mask, other=0.0)
@@ -62,9 +73,7 @@ def transformed(
         x = tl.where(mask, x, 0.0)
     else:
         x = tl.sqrt_rn(tl.sqrt_rn(f))
-    size = tl.where(x == x, tl.abs(x), float("inf"))
-    divisor = power_of_two_near(tl.max(size, axis=1).to(tl.float64))
-    return (x / divisor.to(x.dtype)[:, None]).to(tl.float32), divisor
+    return scaled(x)
 
 
 @triton.jit
@@ -104,7 +113,10 @@ def inner_products(
             if ALIGNED:
                 start = tl.multiple_of(start, 16)
             v = span(start, STEP)
-            there = v < tl.load(steps + 2 * step + 1)
+            stop = tl.load(steps + 2 * step + 1)
+            if ALIGNED:
+                stop = tl.multiple_of(stop, 16)
+            there = v < stop
             update_at = tiled(v, length, update_tile, update_column, TILED)
             fisher_at = tiled(v, length, fisher_tile, fisher_column, TILED)
             x, x_size = transformed(
@@ -119,6 +131,11 @@ def inner_products(
             total += products.to(tl.float64) * x_size[:, None] * y_size[None, :]
         to = (tl.program_id(2).to(tl.int64) * clients + i[:, None]) * clients + j[None, :]
         tl.store(partial + to, total, mask=(i < clients)[:, None] & (j < clients)[None, :])
+
+
+def clients_of(clients: int, device: Target) -> int:
+    """How many clients a tile has on each side."""
+    return power_of_two(clients, least=16, most=64 if device.capability >= 90 else 32)
 
 
 def _steps(ranges: Tensor, step: int) -> Tensor:
@@ -150,7 +167,7 @@ def gram(
         )
     reference.check_ranges(ranges, num_params)
     tiles, clients, length = updates.shape
-    of_clients = power_of_two(clients, least=16, most=_CLIENTS)
+    of_clients = clients_of(clients, target(updates.device))
     edge = blocks(clients, of_clients)
     known = read.to(updates.device)
     result = total.clone(memory_format=torch.contiguous_format)
@@ -175,10 +192,11 @@ def gram(
             *updates.stride(),
             *(updates if fishers is None else fishers).stride(),
             TILED=tiles > 1,
-            ALIGNED=bool((steps[:, 0] % 16 == 0).all()),
+            ALIGNED=bool((steps % 16 == 0).all()),
             TRANSFORM=transform,
             CLIENTS=of_clients,
             STEP=_STEP,
+            num_warps=8 if of_clients == 64 else 4,
         )
         lower = partial.sum(0).tril()
         result[view] += lower + lower.tril(-1).t()

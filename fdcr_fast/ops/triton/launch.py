@@ -20,29 +20,28 @@ class Target:
 
     Attributes:
         multiprocessors: How many programs run side by side, at least.
-        cache_bytes: Size of the cache that they share (L2).
+        capability: Compute capability, 90 for 9.0.
     """
 
     multiprocessors: int
-    cache_bytes: int
+    capability: int
 
 
-H100 = Target(132, 50 << 20)
+H100 = Target(132, 90)
+
+# Of tensors that are on no GPU: where kernels are interpreted, or only compiled.
+assumed = H100
 
 
 def target(device: torch.device) -> Target:
-    """Of the device; of an H100 where kernels are interpreted, or only compiled."""
-    return _of_gpu(torch.cuda.current_device() if device.index is None else device.index) if _is_gpu(device) else H100
-
-
-def _is_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
+    """Of the device that tensors are on."""
+    return _of_gpu(device) if device.type == "cuda" else assumed
 
 
 @functools.cache
-def _of_gpu(index: int) -> Target:
-    properties = torch.cuda.get_device_properties(index)
-    return Target(properties.multi_processor_count, properties.L2_cache_size)
+def _of_gpu(device: torch.device) -> Target:
+    found = torch.cuda.get_device_properties(device)
+    return Target(int(found.multi_processor_count), 10 * int(found.major) + int(found.minor))
 
 
 def power_of_two(n: int, least: int = 1, most: int = 1 << 30) -> int:

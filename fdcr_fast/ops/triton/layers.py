@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fdcr_fast.ops import reference
 from fdcr_fast.ops.triton.elements import product
-from fdcr_fast.ops.triton.launch import blocks, in_order, launch, power_of_two, splits
+from fdcr_fast.ops.triton.launch import Target, blocks, in_order, launch, power_of_two, splits, target
 
 
 @triton.jit
@@ -170,11 +170,16 @@ def squared_sums(
     tl.store(partial + tl.program_id(1).to(tl.int64) * outs + o, total, mask=o < outs)
 
 
+def bias_tile_of(outs: int, positions: int) -> tuple[int, int]:
+    """Of a program: output channels, and positions at a time."""
+    of_positions = power_of_two(positions, most=128)
+    return power_of_two(outs, most=2048 // of_positions), of_positions
+
+
 def _bias(grad: Tensor) -> Tensor:
     """``sum_n (sum_s grad[n, o, s])^2``."""
     samples, outs, positions = grad.shape
-    of_positions = power_of_two(positions, most=128)
-    of_outs = power_of_two(outs, most=2048 // of_positions)
+    of_outs, of_positions = bias_tile_of(outs, positions)
     parts = splits(samples, blocks(outs, of_outs), grad.device)
     partial = grad.new_empty(parts, outs, dtype=torch.float32)
     launch(
@@ -198,11 +203,11 @@ def _precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def tile_of(outs: int, columns: int, positions: int) -> tuple[int, int, int]:
+def tile_of(outs: int, columns: int, positions: int, device: Target) -> tuple[int, int, int]:
     """Of a program: output channels and columns of the weight, and positions at a time."""
     return (
         power_of_two(outs, least=16, most=64),
-        power_of_two(columns, least=16, most=64),
+        power_of_two(columns, least=16, most=64 if device.capability >= 90 else 32),
         power_of_two(positions, least=16, most=32),
     )
 
@@ -237,7 +242,7 @@ def _weight(
         samples, positions = 1, len(grad)
         out_shape[2], stride = positions, [0, 0, 0]
         position_stride, row[2] = sample_strides
-    of_outs, of_columns, of_positions = tile_of(outs, columns, positions)
+    of_outs, of_columns, of_positions = tile_of(outs, columns, positions, target(input.device))
     tiles = groups * blocks(outs, of_outs) * blocks(columns, of_columns)
     parts = splits(blocks(positions, of_positions) if squared else samples, tiles, grad.device)
     per_split = blocks(blocks(positions, of_positions), parts) * of_positions if squared else blocks(samples, parts)
@@ -276,6 +281,7 @@ def _weight(
         OUTS=of_outs,
         COLUMNS=of_columns,
         POSITIONS=of_positions,
+        num_warps=8 if of_outs * of_columns > 2048 else 4,
     )
     return in_order(partial)
 

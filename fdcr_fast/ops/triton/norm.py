@@ -4,8 +4,6 @@ Where all that shares statistics fits into a program's registers, it is read onc
 was read. Else one kernel takes the statistics, and another reads the input again.
 """
 
-# ruff: noqa: D103
-
 from __future__ import annotations
 
 import torch
@@ -140,16 +138,10 @@ def squared_norm_grads(
                 x = tl.load(input + x_at + (s * x_s)[None, None, :], mask=mask, other=0.0).to(exact)
                 g_at = (n * g_n + group * g_g + t * g_t)[:, None, None] + (c * g_c)[None, :, None]
                 g = tl.load(grad + g_at + (s * g_s)[None, None, :], mask=mask, other=0.0).to(exact)
-                if OWN_MEAN:
-                    away = x - (tl.sum(tl.sum(x, axis=2), axis=1) / size)[:, None, None]
-                else:
-                    away = x - m
+                away = x - (tl.sum(tl.sum(x, axis=2), axis=1) / size)[:, None, None] if OWN_MEAN else x - m
                 away = tl.where(mask, away, 0.0)
-                if OWN_VARIANCE:
-                    spread = (tl.sum(tl.sum(away * away, axis=2), axis=1) / size)[:, None, None]
-                else:
-                    spread = v
-                part = tl.where(mask, g * away / tl.sqrt((spread + eps).to(exact)), 0.0)
+                s2 = (tl.sum(tl.sum(away * away, axis=2), axis=1) / size)[:, None, None] if OWN_VARIANCE else v
+                part = tl.where(mask, g * away / tl.sqrt((s2 + eps).to(exact)), 0.0)
                 of_weight += tl.sum(tl.sum(part, axis=2), axis=0)
                 of_bias += tl.sum(tl.sum(g, axis=2), axis=0)
         total_weight += of_weight * of_weight
@@ -163,6 +155,16 @@ def _over(channels: int, pixels: int) -> tuple[int, int]:
     """Channels and pixels of a block that goes over all of them, part by part."""
     of_pixels = power_of_two(pixels, most=_ELEMENTS)
     return power_of_two(channels, most=_ELEMENTS // of_pixels), of_pixels
+
+
+def block_of(input: Tensor, own: bool) -> tuple[bool, tuple[int, int, int]]:
+    """Whether a block holds all that shares statistics of its own, and its channels, pixels and positions."""
+    _, positions, _, channels, pixels = input.shape
+    of_channels, of_pixels = _over(channels, pixels)
+    held = own and of_channels >= channels and of_pixels >= pixels
+    if not held:
+        of_channels, of_pixels = power_of_two(channels, most=32), power_of_two(pixels, most=128)
+    return held, (of_channels, of_pixels, power_of_two(positions, most=max(1, _ELEMENTS // (of_channels * of_pixels))))
 
 
 def _own_statistics(input: Tensor, mean: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -201,18 +203,12 @@ def sum_squared_grads_norm(
     """Sum over samples of squared per-sample gradients of a norm layer's scale and shift; see ``schemas``."""
     dtype = accumulation_dtype(grad_output, input)
     samples, positions, groups, channels, pixels = input.shape
-    of_channels, of_pixels = _over(channels, pixels)
-    held = of_channels >= channels and of_pixels >= pixels
+    held, (of_channels, of_pixels, of_positions) = block_of(input, mean is None or variance is None)
     if not held and variance is None:
         own_mean, variance = _own_statistics(input, mean, dtype)
         mean = own_mean if mean is None else mean
     elif not held and mean is None:
         mean = input.mean((3, 4), dtype=dtype)
-    if not held:
-        of_channels, of_pixels = power_of_two(channels, most=64), power_of_two(pixels, most=128)
-    elif mean is not None and variance is not None:
-        of_channels = min(of_channels, 64)
-    of_positions = power_of_two(positions, most=max(1, _ELEMENTS // (of_channels * of_pixels)))
     tiles = groups * blocks(channels, of_channels)
     parts = splits(samples, tiles, input.device)
     weight, bias = (input.new_empty(parts, groups, channels, dtype=dtype) for _ in range(2))

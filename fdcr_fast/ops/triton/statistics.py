@@ -169,6 +169,4 @@ def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tenso
         begin += len(piece)
     norm, low, high = parts.sum(0)[0], parts[:, 1].amin(), parts[:, 2].amax()
     norm, low, high = torch.stack([norm, low, high]).to(statistics.device)
-    return torch.stack(
-        [statistics[0] + norm, torch.minimum(statistics[1], low), torch.maximum(statistics[2], high)]
-    )
+    return torch.stack([statistics[0] + norm, torch.minimum(statistics[1], low), torch.maximum(statistics[2], high)])
