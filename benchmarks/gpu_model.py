@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fdcr_fast.ops.triton import aggregation, gram, launch, layers, norm, statistics
+from fdcr_fast.ops.triton import aggregation, launch, layers, norm, statistics
+from fdcr_fast.ops.triton.gram import clients_of, steps_of
 from fdcr_fast.ops.triton.launch import H100, blocks
 
 
@@ -73,17 +74,20 @@ def _fill_row(values: list[Tensor], row: Tensor, given: Tensor) -> Traffic:
 
 def _gram(updates: Tensor, fishers: Tensor | None, *args: Any) -> Traffic:
     clients = updates.shape[1]
-    side = gram.clients_of(clients, H100)
+    side = clients_of(clients, H100)
     transforms, ranges = args[3], args[4]
     moved = least = products = 0
     edge = blocks(clients, side)
+    pairs = edge * (edge + 1) // 2
+    inside = sum(min(side, clients - i * side) ** 2 for i in range(edge))  # products within the tiles on the diagonal
     for transform, bounds in zip(transforms, ranges, strict=True):
         row = 0 if transform == "fourth_root_fisher" else updates.element_size()
         row += 0 if transform == "update" or fishers is None else fishers.element_size()
-        selected = int((bounds[:, 1] - bounds[:, 0]).sum())
-        least += clients * selected * row
-        moved += (edge + 1) * clients * selected * row - edge * clients * selected * row // edge
-        products += edge * (edge + 1) // 2 * side**2 * selected
+        selected, steps = int((bounds[:, 1] - bounds[:, 0]).sum()), len(steps_of(bounds))
+        parts = launch.splits(steps, pairs, updates.device)
+        least += clients * selected * row + clients * clients * 8
+        moved += edge * clients * (selected * row + parts) + parts * 4 * (clients**2 + inside) + pairs * steps * 16
+        products += pairs * side**2 * selected
     return Traffic(moved, least, products)
 
 

@@ -25,6 +25,7 @@ _HELD = 128
 _ELEMENTS = 2048  # of one matrix in a block; half of that where products are float64
 _CHUNK = 4096  # columns whose sums one program forms
 _WARPS = 8
+_REGISTERS = 128  # at most, of a thread: two programs per multiprocessor, and no spills for the sake of three
 
 
 @dataclass(frozen=True)
@@ -299,6 +300,7 @@ def _aggregate(
         COLUMNS=block.columns,
         CHUNK=_CHUNK,
         num_warps=_WARPS,
+        maxnreg=_REGISTERS,
     )
     if alpha is None or totals is None:
         return partial, result

@@ -138,7 +138,7 @@ def clients_of(clients: int, device: Target) -> int:
     return power_of_two(clients, least=16, most=64 if device.capability >= 90 else 32)
 
 
-def _steps(ranges: Tensor, step: int) -> Tensor:
+def steps_of(ranges: Tensor, step: int = _STEP) -> Tensor:
     """Ranges ``[R, 2]`` cut into pieces of at most ``step`` parameters."""
     lengths = ranges[:, 1] - ranges[:, 0]
     counts = (lengths + step - 1) // step
@@ -172,7 +172,7 @@ def gram(
     known = read.to(updates.device)
     result = total.clone(memory_format=torch.contiguous_format)
     for view, (transform, selected) in enumerate(zip(transforms, ranges, strict=True)):
-        steps = _steps(selected, _STEP)
+        steps = steps_of(selected)
         parts = splits(len(steps), edge * (edge + 1) // 2, updates.device)
         partial = updates.new_zeros(parts, clients, clients, dtype=torch.float64)
         launch(
@@ -197,6 +197,7 @@ def gram(
             CLIENTS=of_clients,
             STEP=_STEP,
             num_warps=8 if of_clients == 64 else 4,
+            maxnreg=168,
         )
         lower = partial.sum(0).tril()
         result[view] += lower + lower.tril(-1).t()

@@ -46,7 +46,7 @@ def _of_gpu(device: torch.device) -> Target:
 
 def power_of_two(n: int, least: int = 1, most: int = 1 << 30) -> int:
     """The smallest power of two that is not less than ``n``, within bounds that are powers of two."""
-    return min(max(triton.next_power_of_2(max(n, 1)), least), most)
+    return min(max(1 << (n - 1).bit_length() if n > 1 else 1, least), most)
 
 
 def blocks(size: int, block: int) -> int:

@@ -281,7 +281,7 @@ def _weight(
         OUTS=of_outs,
         COLUMNS=of_columns,
         POSITIONS=of_positions,
-        num_warps=8 if of_outs * of_columns > 2048 else 4,
+        num_warps=8 if of_outs * of_columns >= 2048 else 4,
     )
     return in_order(partial)
 
