@@ -16,15 +16,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 def interpreted(*command, **env):
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
-    result = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
     return result.stdout
 
 
 # What takes long because the interpreter goes through programs one by one; nothing that other tests do not try.
-SLOW = "any_number_of_clients", "large_convolutions", "cut", "test_large", "any_narrow", "one_row"
+SLOW = "any_number_of_clients", "large_convolutions", "cut", "test_large", "any_narrow", "one_row", "many_parameters"
 
 
 def test_they_pass_the_tests_of_all_implementations():
@@ -70,3 +68,13 @@ def test_a_choice_that_cannot_be_honoured_raises():
     )
     assert result.returncode != 0
     assert "FDCR_FAST_BACKEND=triton: " in result.stderr
+
+
+def test_the_check_on_a_gpu_says_what_it_would_do_without_one():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "benchmarks/gpu_check.py"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 3, result.stderr
+    assert "gram, update" in result.stdout

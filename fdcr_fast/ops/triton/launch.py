@@ -29,8 +29,8 @@ class Target:
 
 H100 = Target(132, 90)
 
-# Of tensors that are on no GPU: where kernels are interpreted, or only compiled.
-assumed = H100
+# Of tensors that are on no GPU: where kernels are only compiled, or interpreted, one program after the other.
+assumed = Target(2, 90) if INTERPRETED else H100
 
 
 def target(device: torch.device) -> Target:
