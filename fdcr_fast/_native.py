@@ -7,16 +7,20 @@ import os
 from types import ModuleType
 
 BACKEND = os.environ.get("FDCR_FAST_BACKEND", "auto")
-if BACKEND not in ("auto", "cpu", "reference"):
+if BACKEND not in ("auto", "cpu", "triton", "reference"):
     raise ImportError(
-        f"FDCR_FAST_BACKEND={BACKEND!r}: expected auto, cpu or reference (this release has no triton or cuda kernels)"
+        f"FDCR_FAST_BACKEND={BACKEND!r}: expected auto, cpu, triton or reference (this release has no cuda kernels)"
     )
+# Triton's interpreter runs its kernels on CPU tensors, in the place of the compiled ones.
+INTERPRETED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 module: ModuleType | None = None
 reason = "loaded"
 
 if BACKEND == "reference":
     reason = "switched off by FDCR_FAST_BACKEND=reference"
+elif INTERPRETED:
+    reason = "Triton's interpreter takes its place (TRITON_INTERPRET=1)"
 else:
     try:
         # Loading it registers the CPU operators with the PyTorch dispatcher.

@@ -1,3 +1,4 @@
+import importlib
 import os
 from contextlib import contextmanager
 
@@ -11,7 +12,9 @@ from fdcr_fast.ops import reference
 # The same examples on every CI run: a red run can be repeated. Elsewhere every run looks at new ones.
 settings.register_profile("default", deadline=None, max_examples=60, print_blob=True)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "default")
+settings.register_profile("interpreted", settings.get_profile("ci"), max_examples=8)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+settings.load_profile("interpreted" if INTERPRETED else "ci" if os.environ.get("CI") else "default")
 
 SIMD_LEVELS = ("avx512", "avx2", "baseline")
 
@@ -37,11 +40,16 @@ def compiled(request):
         yield found
 
 
-@pytest.fixture(scope="module", params=[*SIMD_LEVELS, "reference"])
+@pytest.fixture(scope="module", params=[*SIMD_LEVELS, "reference", "triton"])
 def implementation(request):
     """Every implementation of the operators that this machine can run, in turn."""
     if request.param == "reference":
         yield lambda name: getattr(reference, name)
+    elif request.param == "triton":
+        if not INTERPRETED:
+            pytest.skip("Triton's interpreter takes a process of its own: tests/triton_kernels runs these tests in one")
+        kernels = importlib.import_module("fdcr_fast.ops.triton")
+        yield lambda name: getattr(kernels, name)
     else:
         with operators(request.param) as found:
             yield found

@@ -254,10 +254,7 @@ def gram(
     float64: bool,
 ) -> Tensor:
     """Inner products of transformed clients, always in float64; see ``schemas``."""
-    for pairs in ranges:
-        bounds = [0, *pairs.flatten().tolist(), num_params]
-        message = f"ranges must be ascending, disjoint parts of {num_params} parameters, got {pairs.tolist()}"
-        torch._check(all(a <= b for a, b in itertools.pairwise(bounds)), partial(str, message))
+    check_ranges(ranges, num_params)
     read = read.to(updates.device)
     result = total.clone(memory_format=torch.contiguous_format)
     both = read.unsqueeze(0) & read.unsqueeze(1)
@@ -281,6 +278,14 @@ def gram(
             result[view, both] += (products + products.tril(-1).t()).flatten()
         first = stop
     return result
+
+
+def check_ranges(ranges: Sequence[Tensor], num_params: int) -> None:
+    """Refuse ranges that are not ascending, disjoint parts of the parameters."""
+    for pairs in ranges:
+        bounds = [0, *pairs.flatten().tolist(), num_params]
+        message = f"ranges must be ascending, disjoint parts of {num_params} parameters, got {pairs.tolist()}"
+        torch._check(all(a <= b for a, b in itertools.pairwise(bounds)), partial(str, message))
 
 
 def _selected(ranges: Tensor, first: int, stop: int) -> Tensor:

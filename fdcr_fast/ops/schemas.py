@@ -172,8 +172,8 @@ def discrepancy(
     ``S_k = sum_v (u_v - u_{k,v})^2`` with ``u_k = I_k * updates_k``, ``u = sum_k alpha_k u_k`` and
     ``I_k = (F_k - min F_k) / (max F_k - min F_k)``; beside them ``N_k = sum_v updates_{k,v}^2`` and ``sum_v u_v^2``.
 
-    Every ``max(1, STRETCH // L)`` tiles are summed by themselves and then added to the totals, in order: a round has
-    the same bits if it is given in spans of a multiple of so many tiles.
+    The compiled kernels sum every ``max(1, STRETCH // L)`` tiles by themselves and then add them to the totals, in
+    order: a round has the same bits if it is given in spans of a multiple of so many tiles.
 
     Args:
         updates: Tiled client matrix ``[T, K, L]``.
@@ -308,7 +308,7 @@ def gram(
     there, if their products could leave the range of float32; :func:`fdcr_fast.grams` states the error. NaN, infinity,
     the root of a negative Fisher entry, and the importance of a constant Fisher make the row and column of that client
     non-finite, and no others. ``total`` threaded through successive spans of tiles gives the same bits as one call for
-    all of them.
+    all of them, except by the Triton kernels.
 
     Args:
         updates: Tiled client matrix ``[T, K, L]``.
@@ -700,7 +700,9 @@ OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]] = {
 }
 
 
-def _checked(check: Callable[..., None], implementation: Callable[..., Any]) -> Callable[..., Any]:
+def checked(check: Callable[..., None], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """An implementation in Python that gets to see only what the operator accepts."""
+
     def call(*args: Any) -> Any:
         check(*args)
         return implementation(*args)
@@ -711,8 +713,8 @@ def _checked(check: Callable[..., None], implementation: Callable[..., Any]) -> 
 def _register() -> None:
     for name, (schema, check, fake) in OPERATORS.items():
         _library.define(name + schema)
-        _library.impl(name, _checked(check, getattr(reference, name)), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fdcr_fast::{name}", _checked(check, fake), lib=_library)
+        _library.impl(name, checked(check, getattr(reference, name)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fdcr_fast::{name}", checked(check, fake), lib=_library)
 
 
 _register()

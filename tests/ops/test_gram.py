@@ -269,7 +269,7 @@ def test_nobody_and_nothing(implementation):
 
 def checked_reference(**arguments):
     """As where nothing is compiled."""
-    return schemas._checked(schemas._check_gram, reference.gram)(*arguments.values())
+    return schemas.checked(schemas._check_gram, reference.gram)(*arguments.values())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""The kernels in Triton's interpreter, which takes processes of its own: what they compute, and what they move."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def interpreted(*command, **env):
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+# What takes long because the interpreter goes through programs one by one; nothing that other tests do not try.
+SLOW = "any_number_of_clients", "large_convolutions", "cut", "test_large", "any_narrow", "one_row", "many_parameters"
+
+
+def test_they_pass_the_tests_of_all_implementations():
+    chosen = " and ".join(["triton", *(f"not {name}" for name in SLOW)])
+    output = interpreted("-m", "pytest", "tests/ops", "-p", "no:warnings", "-k", chosen)
+    assert "passed" in output
+    assert "skipped" not in output
+
+
+def test_the_dispatcher_reaches_them():
+    """The same through ``torch.ops``, where they take the place of the compiled kernels: schemas, fakes, compile."""
+    output = interpreted(
+        "-m", "pytest", "tests/ops/test_registration.py", "-p", "no:warnings", "-k", "opcheck or torch_compile",
+        FDCR_FAST_BACKEND="triton",
+    )  # fmt: skip
+    assert "passed" in output
+
+
+def test_they_move_the_bytes_of_the_model():
+    assert "calls move what the model says" in interpreted("tests/triton_kernels/count_bytes.py")
+
+
+def test_memory_bound_kernels_move_little_more_than_they_must():
+    from gpu_cases import CASES
+    from gpu_model import bytes_moved
+
+    def make(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for case in CASES:
+        traffic = bytes_moved(case.operator, case.arguments(make))
+        if not traffic.products and case.name != "GroupNorm, large groups":  # whose input is read a second time
+            assert traffic.moved <= 1.05 * traffic.least, case.name
+
+
+def test_a_choice_that_cannot_be_honoured_raises():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    env = {**os.environ, "FDCR_FAST_BACKEND": "triton"}
+    env.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, "-c", "import fdcr_fast"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "FDCR_FAST_BACKEND=triton: " in result.stderr
+
+
+def test_the_check_on_a_gpu_says_what_it_would_do_without_one():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "benchmarks/gpu_check.py"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 3, result.stderr
+    assert "gram, update" in result.stdout
