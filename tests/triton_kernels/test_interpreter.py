@@ -21,15 +21,21 @@ def interpreted(*command, **env):
     return result.stdout
 
 
-# What takes long because the interpreter goes through programs one by one; nothing that other tests do not try.
-SLOW = "any_number_of_clients", "large_convolutions", "cut", "test_large", "any_narrow", "one_row", "many_parameters"
+# What takes long because the interpreter goes through programs one by one.
+SLOW = "large_convolutions", "test_large", "any_narrow", "one_row"
+FILES = [f"tests/ops/test_{name}.py" for name in ("aggregation", "embedding_grads", "fill_row", "norm_grads")]
 
 
-def test_they_pass_the_tests_of_all_implementations():
-    chosen = " and ".join(["triton", *(f"not {name}" for name in SLOW)])
-    output = interpreted("-m", "pytest", "tests/ops", "-p", "no:warnings", "-k", chosen)
-    assert "passed" in output
-    assert "skipped" not in output
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [
+        (FILES, [f"not {name}" for name in SLOW]),
+        (["tests/ops/test_squared_grads.py"], ["not large_convolutions"]),
+        (["tests/ops/test_gram.py"], ["(nobody or undefined)"]),
+    ],
+)
+def test_they_pass_the_tests_of_all_implementations(files, chosen):
+    assert "passed" in interpreted("-m", "pytest", *files, "-p", "no:warnings", "-k", " and ".join(["triton", *chosen]))
 
 
 def test_the_dispatcher_reaches_them():
