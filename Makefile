@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/fdcr-fast demo --out $(OUT)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer; leaves that build in place.
 sanitize: SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -21,7 +21,7 @@ sanitize: $(VENV)/installed
 	FDCR_FAST_BUILD=require FDCR_FAST_CXXFLAGS="$(SANITIZERS) -O1 -g1" FDCR_FAST_LDFLAGS="$(SANITIZERS)" \
 		$(BIN)/python setup.py --quiet build_ext --inplace --force
 	LD_PRELOAD="$$(for l in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$l.so; done | paste -sd ' ')" \
-		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -s tests/ops tests/importance/test_layer_rules.py
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -n auto tests/ops tests/importance/test_layer_rules.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"

@@ -141,7 +141,7 @@ def _sample(tiles: ClientTiles) -> Iterator[Span]:
     P, windows = tiles.num_params, 16
     wanted = max(4096, P // 64)
     if not isinstance(tiles, MatrixTiles):  # of a file: whole tiles are read
-        count = min(4, -(-P // tiles.tile))
+        count = min(2, -(-P // tiles.tile))
         for i in range(count):
             first = i * (P // count) // tiles.tile * tiles.tile
             yield tiles.window(first, min(tiles.tile, P - first, wanted // count))

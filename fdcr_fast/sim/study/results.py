@@ -147,10 +147,16 @@ class StudyResults:
         return text.getvalue()
 
     def to_markdown(self, command: str) -> str:
-        """A table for every setting, one line per row of the study."""
+        """A table for every setting that was run, one line per row of the study."""
         parts = [f"# {self.study.title}", self.study.note.strip(), f"`{command}`", self._provenance(), LEGEND]
+        known = {done.run for done in self.finished} | {run for run in self.runs if run.folder in self.errors}
+        tried = {run.setting for run in known}
         for index, setting in enumerate(self.study.settings):
-            parts += [f"## {setting.name}" if setting.name else "", self._table(index, setting.name)]
+            if setting.name in tried:
+                parts += [f"## {setting.name}" if setting.name else "", self._table(index, setting.name)]
+        untried = [setting.name for setting in self.study.settings if setting.name and setting.name not in tried]
+        if untried:
+            parts.append(f"Not run yet: {'; '.join(untried)}.")
         if self.errors:
             lines = [
                 f"- {run.label}: {self.errors[run.folder]} (`{run.folder}`)"
