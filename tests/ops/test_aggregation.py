@@ -315,6 +315,8 @@ print(status("VmHWM") - before)
 """
     if _native.module is None or not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("needs the extension and Linux")
+    if "asan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("AddressSanitizer takes memory of its own")
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
