@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fdcr_fast.ops.backends import WITHOUT_TRITON
+from fdcr_fast.ops.schemas import OPERATORS
+
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +48,19 @@ def test_the_dispatcher_reaches_them():
         FDCR_FAST_BACKEND="triton",
     )  # fmt: skip
     assert "passed" in output
+
+
+def test_every_operator_has_a_kernel_or_is_left_to_the_reference():
+    from fdcr_fast.ops import triton as kernels
+
+    assert set(kernels.__all__) | WITHOUT_TRITON == set(OPERATORS)
+    assert not set(kernels.__all__) & WITHOUT_TRITON
+    code = (
+        "import torch, fdcr_fast; from fdcr_fast.ops.schemas import OPERATORS; "
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key; "
+        "print(*sorted(name for name in OPERATORS if has(f'fdcr_fast::{name}', 'CPU')))"
+    )
+    assert interpreted("-c", code, FDCR_FAST_BACKEND="triton").split() == sorted(kernels.__all__)
 
 
 def test_they_move_the_bytes_of_the_model():
