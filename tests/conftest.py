@@ -12,7 +12,7 @@ from fdcr_fast.ops import reference
 # The same examples on every CI run: a red run can be repeated. Elsewhere every run looks at new ones.
 settings.register_profile("default", deadline=None, max_examples=60, print_blob=True)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
-settings.register_profile("interpreted", settings.get_profile("ci"), max_examples=8)
+settings.register_profile("interpreted", settings.get_profile("ci"), max_examples=4)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 settings.load_profile("interpreted" if INTERPRETED else "ci" if os.environ.get("CI") else "default")
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fdcr_fast.ops.backends import WITHOUT_TRITON
+from fdcr_fast.ops.schemas import OPERATORS
+
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 ROOT = Path(__file__).parents[2]
@@ -22,15 +25,17 @@ def interpreted(*command, **env):
 
 
 # What takes long because the interpreter goes through programs one by one.
-SLOW = "large_convolutions", "test_large", "any_narrow", "one_row"
-FILES = [f"tests/ops/test_{name}.py" for name in ("aggregation", "embedding_grads", "fill_row", "norm_grads")]
+SLOW = "large_convolutions", "test_large", "every_narrow", "triton-900", "[triton-3]"
+FILES = [
+    f"tests/ops/test_{name}.py"
+    for name in ("aggregation", "embedding_grads", "fill_row", "norm_grads", "squared_grads")
+]
 
 
 @pytest.mark.parametrize(
     ("files", "chosen"),
     [
         (FILES, [f"not {name}" for name in SLOW]),
-        (["tests/ops/test_squared_grads.py"], ["not large_convolutions"]),
         (["tests/ops/test_gram.py"], ["(nobody or undefined)"]),
     ],
 )
@@ -45,6 +50,19 @@ def test_the_dispatcher_reaches_them():
         FDCR_FAST_BACKEND="triton",
     )  # fmt: skip
     assert "passed" in output
+
+
+def test_every_operator_has_a_kernel_or_is_left_to_the_reference():
+    from fdcr_fast.ops import triton as kernels
+
+    assert set(kernels.__all__) | WITHOUT_TRITON == set(OPERATORS)
+    assert not set(kernels.__all__) & WITHOUT_TRITON
+    code = (
+        "import torch, fdcr_fast; from fdcr_fast.ops.schemas import OPERATORS; "
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key; "
+        "print(*sorted(name for name in OPERATORS if has(f'fdcr_fast::{name}', 'CPU')))"
+    )
+    assert interpreted("-c", code, FDCR_FAST_BACKEND="triton").split() == sorted(kernels.__all__)
 
 
 def test_they_move_the_bytes_of_the_model():

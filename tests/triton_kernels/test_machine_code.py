@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,20 @@ MATRIX = {"squared_grads", "inner_products"}
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """All calls for capability 9.0, and those of the largest kernels for 8.0 and 10.0."""
+    """Every kernel for capability 9.0, and for 8.0 and 10.0 matrix products: there tiles or instructions differ."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     env.pop("TRITON_INTERPRET", None)
+    report = [sys.executable, ROOT / "benchmarks" / "triton_report.py", "--json", "--capability"]
+    options = ["90", "--only", "^(?!.*(K = |, float16))"], ["80", "100", "--only", "fisher_update|^convolution 3x3$"]
+
+    def run(chosen):
+        return subprocess.run([*report, *chosen], env=env, capture_output=True, text=True, check=False)
+
     found = []
-    for options in (
-        ["--capability", "90"],
-        ["--capability", "80", "100", "--only", "tiles of 16$|fisher_update|^convolution 3x3$|^linear, bfloat16"],
-    ):
-        command = [sys.executable, ROOT / "benchmarks" / "triton_report.py", "--json", *options]
-        result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr[-3000:]
-        found += json.loads(result.stdout)
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(run, options):
+            assert result.returncode == 0, result.stderr[-3000:]
+            found += json.loads(result.stdout)
     return found
 
 
@@ -37,11 +40,9 @@ def test_every_kernel_is_there(rows):
     assert {row["capability"] for row in rows} == {80, 90, 100}
 
 
-def test_nothing_spills_and_two_programs_fit_on_a_multiprocessor(rows):
+def test_nothing_spills_and_a_program_fits_on_a_multiprocessor(rows):
     for row in rows:
-        # A value or two that ptxas keeps in memory around the loop.
-        known = 3 if (row["case"], row["capability"]) == ("gram, fisher_update", 100) else 0
-        assert row["spills"] <= known, row
+        assert row["spills"] == 0, row
         assert row["registers"] * row["warps"] * 32 <= 65536, row
         assert row["shared"] <= 99 << 10, row  # of 164 KiB and more; a single program could have 163
 
@@ -69,6 +70,6 @@ def test_the_table_in_the_repository_is_of_these_calls():
     from gpu_cases import CASES
 
     assert all(f"| {case.name} |" in table for case in CASES)
-    cells = [line.split(" | ") for line in table.splitlines() if "aggregate" in line or "squared" in line]
+    cells = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
     assert cells
     assert all(row[6] == "0" for row in cells)
