@@ -85,18 +85,18 @@ def test_a_killed_study_resumes_to_the_same_results_with_any_number_of_workers(
     assert process.exitcode == -9
     finished = {path: path.read_text() for path in killed.glob("*/origin.json")}
     begun = list(killed.glob("*coalition*/checkpoint.npz"))
-    assert len(finished) == 2
+    assert 1 <= len(finished) <= 3
     assert begun
 
     told: list[StudyEvent] = []
     execute(study().runs(), killed, 2, told.append)
     assert results_csv(study(), killed) == results_csv(study(), runs_folder)
     assert {path: path.read_text() for path in finished} == finished, "what had finished was run again"
-    assert all(event.run.row == "coalition" for event in told)
+    assert not {event.run.folder for event in told} & {path.parent.name for path in finished}
     rounds = [event.progress.round for event in told if event.progress and event.run.folder == begun[0].parent.name]
     assert rounds
     assert 1 not in rounds, "what had begun was not resumed"
-    assert sum(event.ended for event in told) == 2
+    assert sum(event.ended for event in told) == 4 - len(finished)
     assert pending(study().runs(), killed) == []
 
 
