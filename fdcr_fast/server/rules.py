@@ -182,7 +182,12 @@ class AggregationRule:
                 clients, or Fishers are missing. What is wrong with one client alone rejects that client
                 instead.
         """
-        clients, foreseen = self._intake(global_params, updates, fishers, num_samples, client_ids)
+        clients = self._intake(updates, fishers, num_samples, client_ids)
+        _check_global(global_params, clients)
+        foreseen = None
+        if isinstance(clients.tiles, MatrixTiles) and isinstance(updates, Tensor):
+            squared_norm, foreseen = self._read_norms(global_params.detach(), clients, clients.tiles)
+            clients = clients.with_norms(squared_norm)
         clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
         refuse(clients.rejected, on_invalid)
         valid, rows = clients.valid, len(clients.clients)
@@ -231,37 +236,31 @@ class AggregationRule:
 
     def _intake(
         self,
-        global_params: Tensor,
         updates: Tensor | UpdateStore,
         fishers: Tensor | None,
         num_samples: Any,
         client_ids: Sequence[Hashable] | None,
-    ) -> tuple[ClientUpdates, Outcome | None]:
-        """The round, and where that was found on the way what the rule gives if nobody is rejected."""
-        foreseen = None
+    ) -> ClientUpdates:
+        """The round; that of matrices without norms."""
         if isinstance(updates, UpdateStore):
             if fishers is not None or num_samples is not None or client_ids is not None:
                 raise TypeError("a store holds fishers, num_samples and client ids: give the store alone")
             clients = updates.client_updates()
             if not clients.clients and not clients.rejected:
                 raise ValueError("expected at least one client, got an empty store")
-            _check_global(global_params, clients)
         else:
             clients = ClientUpdates.from_matrices(
                 updates, fishers if self.needs_fishers else None, num_samples, client_ids, read_norms=False
             )
-            _check_global(global_params, clients)
         if self.needs_fishers and not clients.tiles.with_fishers:
             raise ValueError(f"{self!r} takes importances: fishers must be given")
-        if isinstance(updates, Tensor):
-            squared_norm, foreseen = self._read_norms(global_params.detach(), clients)
-            clients = clients.with_norms(squared_norm)
-        return clients, foreseen
+        return clients
 
-    def _read_norms(self, _global_params: Tensor, clients: ClientUpdates) -> tuple[Tensor, Outcome | None]:
-        """Squared norms of the rows of matrices, and the outcome where the same reading gives it."""
-        assert isinstance(clients.tiles, MatrixTiles)
-        return ops.squared_norm(clients.tiles.updates, clients.num_params), None
+    def _read_norms(
+        self, _global_params: Tensor, clients: ClientUpdates, tiles: MatrixTiles
+    ) -> tuple[Tensor, Outcome | None]:
+        """Squared norms of the rows, and where the same reading gives it the outcome if nobody is rejected."""
+        return ops.squared_norm(tiles.updates, clients.num_params), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,17 +369,18 @@ class FDCR(AggregationRule):
                 break
         return self._decide(scores.distance, clients)
 
-    def _read_norms(self, global_params: Tensor, clients: ClientUpdates) -> tuple[Tensor, Outcome | None]:
+    def _read_norms(
+        self, global_params: Tensor, clients: ClientUpdates, tiles: MatrixTiles
+    ) -> tuple[Tensor, Outcome | None]:
         """The norms, from the one reading of scores and mean if nobody seems to be rejected."""
-        assert isinstance(clients.tiles, MatrixTiles)
         if clients.num_params >= ops.STRETCH:
-            guess = clients.with_norms(passes.sampled_norms(clients.tiles))
+            guess = clients.with_norms(passes.sampled_norms(tiles))
             if self._all_pass(guess):
                 outcome, squared_norm = self._read(global_params, guess)
                 known = clients.with_norms(squared_norm)
                 if self._all_pass(known) and passes.fits_single(known) == passes.fits_single(guess):
                     return squared_norm, outcome
-        return super()._read_norms(global_params, clients)
+        return super()._read_norms(global_params, clients, tiles)
 
     def _all_pass(self, clients: ClientUpdates) -> bool:
         """Whether nobody is rejected, nor would be if norms were a little different."""
