@@ -14,6 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from ranks import PerRank, started
 
+import fdcr_fast
 from fdcr_fast import (
     CRFL,
     FDCR,
@@ -119,6 +120,11 @@ def same(a, b):
 def ranks(tmp_path_factory):
     with started(tmp_path_factory.mktemp("ranks")) as ranks:
         yield ranks
+
+
+def test_the_table_has_every_rule_that_takes_shards():
+    exported = {x for x in vars(fdcr_fast).values() if isinstance(x, type) and issubclass(x, AggregationRule)}
+    assert {type(make()) for make in RULES.values()} == {rule for rule in exported if rule.sharded}
 
 
 @pytest.mark.parametrize("source", ["store", "tensors"])
