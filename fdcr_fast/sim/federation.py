@@ -71,7 +71,7 @@ class SimulationResult:
         rounds: One record per round.
         clients: One record per round and client drawn for it.
         similarity: Cosine similarity of the importances of the last round's clients, in the order of their records and
-            at most ``MOST_COMPARED`` of them, float64 ``[S, S]``.
+            at most ``MOST_COMPARED`` of them, float64 ``[S, S]``; None where they compute no Fishers.
         summary: Means over the last five rounds.
     """
 
@@ -79,7 +79,7 @@ class SimulationResult:
     params: Tensor
     rounds: tuple[RoundRecord, ...]
     clients: tuple[ClientRecord, ...]
-    similarity: Tensor
+    similarity: Tensor | None
     summary: Summary
 
 
@@ -131,8 +131,11 @@ class Federation:
             data = ServerData(self.worker, server_images, server_labels, config.training(), seed)
         self.rule = build_rule(config, self.attackers.clients, ParamGroups.from_module(self.worker.model), data)
         self.initial_params = self.worker.params()
-        self.store = UpdateStore(self.worker.layout.numel, config.cohort(), shared=config.workers > 1)
-        self.clients = Clients(self.data, self.attackers)
+        with_fishers = config.fishers == "always" or self.rule.needs_fishers
+        self.store = UpdateStore(
+            self.worker.layout.numel, config.cohort(), with_fishers=with_fishers, shared=config.workers > 1
+        )
+        self.clients = Clients(self.data, self.attackers, with_fishers)
         self.executor: Executor = InProcess(self.clients)
         if config.workers > 1:
             self.executor = WorkerPool(config, self.clients, self.build, self.store)
@@ -295,14 +298,13 @@ def _run(
         state.rounds.append(record)
         state.clients.extend(clients)
         state.memory = federation.rule.memory()
-        if round == config.rounds:
+        if round == config.rounds and federation.store.with_fishers:
             compared = [record.client for record in clients[:MOST_COMPARED]]
             state.similarity = importance_similarity(federation.store, compared)
         if folder is not None:
             folder.save(state, clients)
         if progress is not None:
             progress(ProgressEvent(round, config.cohort(), record))
-    assert state.similarity is not None
     result = SimulationResult(
         config,
         state.params,
