@@ -30,6 +30,7 @@ from fdcr_fast.server.defenses import (
 from fdcr_fast.server.gram import GramEstimate, GramView, estimate_gram, gram, grams
 from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule, FedAvg, Selection
 from fdcr_fast.server.state_dicts import aggregate_state_dicts
+from fdcr_fast.server.state_store import StateStore
 from fdcr_fast.server.store import UpdateStore
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "ParamLayout",
     "Sageflow",
     "Selection",
+    "StateStore",
     "TrimmedMean",
     "UpdateStore",
     "__version__",
