@@ -11,6 +11,7 @@ from torch import Tensor
 from fdcr_fast.server.columns import column_blocks
 from fdcr_fast.server.defenses.byzantine import ByzantineRule
 from fdcr_fast.server.defenses.comparison import equal_weights, of_all
+from fdcr_fast.server.gram import gram
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.randomness import round_generator
 from fdcr_fast.server.rules import Selection
@@ -69,7 +70,8 @@ def outlier_scores(updates: Tensor) -> Tensor:
     if size == 0:
         return torch.zeros(len(updates), dtype=torch.float64)
     centred = centred / size
-    values, vectors = torch.linalg.eigh(centred @ centred.t())
+    # The library's product: that of PyTorch has other bits with other numbers of threads.
+    values, vectors = torch.linalg.eigh(gram(centred, precision="float64"))
     scores: Tensor = values[-1] * vectors[:, -1].square() * size**2
     return scores
 
