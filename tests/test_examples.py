@@ -7,13 +7,18 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "examples" / "pytorch"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="not a checkout")
 
 
 def main(name):
-    return runpy.run_path(str(FOLDER / name))["main"]()
+    threads = torch.get_num_threads()
+    try:
+        return runpy.run_path(str(FOLDER / name))["main"]()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_fewer_than_ten_changed_lines_defend_a_script():
