@@ -111,12 +111,30 @@ class ParamShard(Shard):
 
     def gather(self, vector: Tensor) -> Tensor:
         """All parameters ``[P]`` from the parts of all ranks, such as ``result.params``, on every rank."""
-        ranges = [shard_range(self.num_params, rank, self.world) for rank in range(self.world)]
+        ranges = self._ranges()
         longest = max(part.stop - part.start for part in ranges)
         padded = torch.nn.functional.pad(vector.detach(), (0, longest - len(vector)))
         parts = self._gathered(padded)
         whole = [values[: part.stop - part.start] for values, part in zip(parts, ranges, strict=True)]
         return torch.cat(whole).to(vector.device)
+
+    def deal(self, vectors: Tensor) -> Tensor:
+        """Of vectors ``[m, P]`` that ranks have the parameters of this rank, ``[M, len(self)]``.
+
+        Ranks may have different numbers ``m``, 0 too, of which ``M`` is the sum, in the order of the ranks.
+        """
+        counts = self._gathered(torch.tensor([len(vectors)])).flatten().tolist()
+        sent = [vectors[:, part].reshape(-1) for part in self._ranges()]
+        result = torch.empty(sum(counts), len(self), dtype=vectors.dtype, device=self._device)
+        with self._waiting():
+            dist.all_to_all_single(
+                _bytes(result),
+                _bytes(torch.cat(sent).to(self._device)),
+                [count * len(self) * vectors.element_size() for count in counts],
+                [part.numel() * vectors.element_size() for part in sent],
+                group=self._group,
+            )
+        return result.to(vectors.device)
 
     def own(self, vector: Tensor) -> Tensor:
         """This process's parameters of a vector ``[P]``; a view."""
@@ -144,9 +162,9 @@ class ParamShard(Shard):
                 settings |= {"client_ids": clients.clients, "num_samples": clients.num_samples.tolist()}
             part = RoundPart.of(clients, {name: str(value) for name, value in settings.items()})
         except Exception as error:
-            self._exchanged(RoundPart(error=f"{type(error).__name__}: {error}"))
+            self.exchanged(RoundPart(error=f"{type(error).__name__}: {error}"))
             raise
-        parts = self._exchanged(part)
+        parts = self.exchanged(part)
         for rank, other in enumerate(parts):
             if other.error is not None:
                 raise ValueError(f"rank {rank} of {self.world} cannot aggregate: {other.error}")
@@ -163,6 +181,9 @@ class ParamShard(Shard):
         digests = self._gathered(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
         if not (digests == digests[0]).all():
             raise RuntimeError("the ranks came to different decisions: do they remember the same of earlier rounds?")
+
+    def _ranges(self) -> list[slice]:
+        return [shard_range(self.num_params, rank, self.world) for rank in range(self.world)]
 
     def _blocks(self, rank: int) -> range:
         return range(*(first_block(self._bounds, r, self.world) for r in (rank, rank + 1)))
@@ -194,13 +215,15 @@ class ParamShard(Shard):
 
     def _gathered(self, values: Tensor) -> Tensor:
         """``[world, *shape]`` from the ranks' ``[*shape]``, on the device of the collectives."""
-        sent = values.to(self._device).contiguous().view(torch.uint8)  # bytes: backends do not know all dtypes
-        result = sent.new_empty(self.world, *sent.shape)
-        with self._waiting():
-            dist.all_gather(list(result.unbind()), sent, group=self._group)
-        return result.view(values.dtype)
+        result = torch.empty(self.world, *values.shape, dtype=values.dtype, device=self._device)
+        if result.numel():
+            parts = [_bytes(part) for part in result]
+            with self._waiting():
+                dist.all_gather(parts, _bytes(values.to(self._device)), group=self._group)
+        return result
 
-    def _exchanged(self, value: T) -> list[T]:
+    def exchanged(self, value: T) -> list[T]:
+        """What every rank has, such as a number; it is pickled, and small."""
         result: list[Any] = [None] * self.world
         with self._waiting():
             dist.all_gather_object(result, value, group=self._group)
@@ -215,3 +238,8 @@ class ParamShard(Shard):
                 f"rank {self.rank} of {self.world} cannot go on: another rank died, or did not get here within the "
                 f"timeout of the group ({error})"
             ) from error
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """The bytes of a tensor, a view if it is contiguous: backends do not know all dtypes."""
+    return values.reshape(-1).view(torch.uint8)

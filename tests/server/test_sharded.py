@@ -116,12 +116,6 @@ def same(a, b):
     )
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    with started(tmp_path_factory.mktemp("ranks")) as ranks:
-        yield ranks
-
-
 def test_the_table_has_every_rule_that_takes_shards():
     exported = {x for x in vars(fdcr_fast).values() if isinstance(x, type) and issubclass(x, AggregationRule)}
     assert {type(make()) for make in RULES.values()} == {rule for rule in exported if rule.sharded}
