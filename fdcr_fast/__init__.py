@@ -32,6 +32,7 @@ from fdcr_fast.server.gram import GramEstimate, GramView, estimate_gram, gram, g
 from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule, FedAvg, Selection
 from fdcr_fast.server.sharded import ParamShard
 from fdcr_fast.server.state_dicts import aggregate_state_dicts
+from fdcr_fast.server.state_store import StateStore
 from fdcr_fast.server.store import UpdateStore
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "ParamShard",
     "Sageflow",
     "Selection",
+    "StateStore",
     "TrimmedMean",
     "UpdateStore",
     "__version__",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from fdcr_fast.server.rules import AggregationResult, AggregationRule
 from fdcr_fast.sim.across_ranks import AcrossRanks, on_first_rank
 from fdcr_fast.sim.attackers import Attackers
 from fdcr_fast.sim.checkpoint import RunFolder, RunState, write_atomically
-from fdcr_fast.sim.clients import ClientData, LocalWork
+from fdcr_fast.sim.clients import ClientShares, LocalWork
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.data import load_dataset
 from fdcr_fast.sim.execution import Clients, Executor, InProcess, Job
@@ -41,6 +41,7 @@ from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions, assumed_byzantine
 from fdcr_fast.sim.training import Worker
+from fdcr_fast.sim.workers import WorkerPool
 
 _AT_A_TIME = 4  # clients that a rank trains before ranks send each other their parameters
 MOST_COMPARED = 200  # clients whose similarity is kept, which takes time and memory for all pairs
@@ -124,30 +125,36 @@ class Federation:
         rows = partition(
             config.split,
             dataset,
-            PartitionOptions(config.clients, config.min_samples, config.beta, config.seed),
+            PartitionOptions(config.clients, config.min_samples, config.beta, config.seed, config.samples_per_client),
         )
         images = dataset.train_images.contiguous(memory_format=torch.channels_last)
-        self.data = [ClientData(images, dataset.train_labels, own) for own in rows]
+        self.data = ClientShares(images, dataset.train_labels, rows, shared=config.workers > 1)
         self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
         self.attackers = Attackers(config, dataset, self.data)
         self.victims = self.attackers.poisoning.victims(self.test_images, self.test_labels)
-        self.worker = Worker(build_model(config.model, dataset.image_shape, dataset.num_classes, config.seed))
+        self.build = partial(build_model, config.model, dataset.image_shape, dataset.num_classes, config.seed)
+        self.worker = Worker(self.build())
         data = None
         if config.server_samples:
             seed = derive_seed(config.seed, "server data")
             data = ServerData(self.worker, server_images, server_labels, config.training(), seed)
         self.rule = build_rule(config, self.attackers.clients, ParamGroups.from_module(self.worker.model), data)
         self.initial_params = self.worker.params()
-        num_params = len(self.initial_params)
+        num_params, several = len(self.initial_params), config.workers > 1
         self.ranks = None if group is None else ParamShard(num_params, group)
-        self.executor: Executor = InProcess(Clients(self.data, self.attackers))
         if self.ranks is None:
-            self.store = UpdateStore(num_params, config.cohort())
-        else:
-            if not self.rule.sharded:
-                raise ValueError(f"server {config.server} needs all parameters in one process: it runs on no ranks")
-            self.executor = AcrossRanks(self.ranks, self.executor, UpdateStore(num_params, _AT_A_TIME))
+            self.store = whole = UpdateStore(num_params, config.cohort(), shared=several)
+        elif self.rule.sharded:
             self.store = UpdateStore(len(self.ranks), config.cohort())
+            whole = UpdateStore(num_params, _AT_A_TIME * config.workers, shared=several)
+        else:
+            raise ValueError(f"server {config.server} needs all parameters in one process: it runs on no ranks")
+        self.clients = Clients(self.data, self.attackers)
+        self.executor: Executor = InProcess(self.clients)
+        if several:
+            self.executor = WorkerPool(config, self.clients, self.build, whole)
+        if self.ranks is not None:
+            self.executor = AcrossRanks(self.ranks, self.executor, whole)
 
     @property
     def shard(self) -> Shard:
@@ -159,6 +166,10 @@ class Federation:
         if self.ranks is None:
             return self.store.client_updates()
         return self.ranks.agreed(self.store.client_updates, stored=True)
+
+    def close(self) -> None:
+        """End what runs besides this process."""
+        self.executor.close()
 
     def collect(self, work: LocalWork, progress: Progress | None = None) -> Participants:
         """Let the round's clients train and fill the store with their uploads; tells who sent something and who not.
@@ -291,8 +302,7 @@ def simulate(
         ValueError: the configuration does not fit the data, or the server cannot run in several processes.
         RuntimeError: another process of the group died or did not arrive in time.
     """
-    with _num_threads(config.threads):
-        federation = Federation(config, group)
+    with _num_threads(config.threads), closing(Federation(config, group)) as federation:
         folder = None if out is None else RunFolder(Path(out))
         if folder is not None:
             on_first_rank(federation.ranks, partial(folder.create, config))
@@ -310,8 +320,7 @@ def resume(out: str | Path, progress: Progress | None = None, group: ProcessGrou
     """
     folder = RunFolder(Path(out))
     config = folder.config()
-    with _num_threads(config.threads):
-        federation = Federation(config, group)
+    with _num_threads(config.threads), closing(Federation(config, group)) as federation:
         state = folder.load() or RunState(federation.initial_params, [], [])
         if state.memory:
             federation.rule = federation.rule.with_memory(state.memory)
