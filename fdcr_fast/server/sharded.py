@@ -199,12 +199,24 @@ class ParamShard(Shard):
         plans = [self._plan(rank, sums.together) for rank in range(self.world)]
         stacked = torch.stack([node.total for node in sums.nodes])
         room = max(len(plan) for plan in plans) - len(stacked)
-        parts = self._gathered(torch.cat([stacked, stacked.new_zeros(room, *stacked.shape[1:])]))
+        padded = torch.cat([stacked, stacked.new_zeros(room, *stacked.shape[1:])])
         everything = BlockSums(sums.together)
-        for plan, totals in zip(plans, parts, strict=True):
+        for plan, totals in zip(plans, self._one_by_one(padded), strict=True):
             for (block, size), total in zip(plan, totals, strict=False):  # of the shorter plans the rest is padding
                 everything.add(block, total, size)
         return in_order([node.total for node in everything.nodes])
+
+    def _one_by_one(self, values: Tensor) -> Iterator[Tensor]:
+        """The values of the ranks in order; together only where that takes little memory."""
+        if self.world * values.numel() * values.element_size() <= 4 * _SUMS_BYTES:
+            yield from self._gathered(values)
+            return
+        values = values.to(self._device)
+        for rank in range(self.world):
+            part = values if rank == self.rank else torch.empty_like(values)
+            with self._waiting():
+                dist.broadcast(part, group=self._group, group_src=rank)
+            yield part
 
     def _plan(self, rank: int, together: int) -> list[tuple[int, int]]:
         """Of which blocks, from which on and how many, a rank will send the sums."""
