@@ -1,9 +1,9 @@
-"""How clients resemble each other: in their updates, in their importances, and in what their updates concentrate on."""
+"""How clients resemble each other: in the direction of their updates, and in what these concentrate on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.coalition.search import Views
 from fdcr_fast.server.gram import GramView, grams
-from fdcr_fast.server.intake import ClientUpdates
+from fdcr_fast.server.intake import ClientTiles, ClientUpdates, Span
 
 _BLOCK = 1 << 20  # numbers of all clients that are looked at together
+_NO_DIRECTION = 1e-6  # squared length beside which a cosine is rounding
 
 
 @dataclass(frozen=True)
@@ -81,24 +82,70 @@ def standard_scores(values: Tensor) -> Tensor:
 
 def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
     """The views of one round of valid clients only; see :class:`fdcr_fast.CoalitionFDCR` for the formulas."""
-    update, importance = grams(
-        clients, views=[GramView("fisher_update"), GramView("fourth_root_fisher", groups.features)]
-    )
-    valid = clients.valid
     mean_fisher = _mean_fisher(clients)
-    head, kurtosis = (
-        _head_importance(clients, groups, mean_fisher),
-        _kurtosis(clients, groups, mean_fisher, regularisation),
-    )
+    head = _head_importance(clients, groups, mean_fisher)
+    kurtosis = _kurtosis(clients, groups, mean_fisher, regularisation)
     return Views(
-        standardised(_cosines(update[valid][:, valid])),
-        standardised(_cosines(importance[valid][:, valid])),
+        standardised(_similarity(clients, mean_fisher)),
         standard_scores(head) + standard_scores(kurtosis),
     )
 
 
-def _cosines(gram: Tensor) -> Tensor:
-    length = gram.diagonal().sqrt()
+@dataclass(frozen=True)
+class _SharedFisher:
+    """The tiles of a round in which all clients have one Fisher ``[P]``; of rows it takes no memory."""
+
+    tiles: ClientTiles
+    fisher: Tensor
+
+    with_fishers = True
+
+    @property
+    def num_params(self) -> int:
+        return self.tiles.num_params
+
+    @property
+    def tile(self) -> int:
+        return self.tiles.tile
+
+    @property
+    def device(self) -> torch.device:
+        return self.tiles.device
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        return self.tiles.dtypes
+
+    def spans(self) -> Iterator[Span]:
+        return map(self._shared, self.tiles.spans())
+
+    def window(self, first: int, num_params: int) -> Span:
+        return self._shared(self.tiles.window(first, num_params))
+
+    def _shared(self, span: Span) -> Span:
+        tiles, _, length = span.updates.shape
+        own = self.fisher[span.first : span.first + span.num_params]
+        padded = nn.functional.pad(own, (0, tiles * length - len(own)))
+        return replace(span, fishers=padded.view(tiles, 1, length).expand(span.updates.shape))
+
+
+def _similarity(clients: ClientUpdates, mean_fisher: Tensor) -> Tensor:
+    """``A [K', K']`` before standardising."""
+    # sqrt(F) D with F = sqrt(Pbar), whose scale does not matter, is Pbar^(1/4) D.
+    dtype = torch.float64 if torch.float64 in clients.tiles.dtypes else torch.float32
+    metric = (mean_fisher / mean_fisher.mean()).sqrt().to(dtype)
+    shared = replace(clients, tiles=_SharedFisher(clients.tiles, metric))
+    (inner,) = grams(shared, views=[GramView("fisher_update")])
+    valid = clients.valid
+    cosines = _cosines(inner.cpu()[valid][:, valid]).nan_to_num(0.0)
+    rows = cosines.mean(0)
+    return _cosines(cosines - rows - rows[:, None] + rows.mean(), _NO_DIRECTION)
+
+
+def _cosines(gram: Tensor, least: float = 0.0) -> Tensor:
+    """Cosines from inner products; NaN for those whose squared length is not above the least."""
+    square = gram.diagonal()
+    length = torch.where(square > least, square, torch.nan).sqrt()
     return gram / (length[:, None] * length)
 
 
