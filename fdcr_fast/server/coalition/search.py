@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 _EXACT = 14  # up to so many clients all minorities are compared
-_STARTS = 64  # as many clients as this are grown into sets
-_POLISHED = 8  # as many of the sets are improved client by client
+_STARTS = 16  # as many clients as this are grown into sets
+_STRIDE = 20  # a set of more clients grows by this part of itself at a time
+_POLISHED = 4  # as many of the sets are improved client by client
 _SWAPPED = 32  # swaps are of so many clients inside with so many outside
 
 
@@ -87,6 +88,11 @@ class _Sets:
         members[sets, clients] ^= True
         return _Sets(members, self.views, self.similarity + sign * self.views.similarity[clients])
 
+    def joined(self, clients: Tensor) -> _Sets:
+        """Every set with its clients of ``clients [R, n]``, which were out, in."""
+        members = self.members.scatter(1, clients, True)
+        return _Sets(members, self.views, self.similarity + self.views.similarity[clients].sum(1))
+
     def changed(self, sign: int) -> Tensor:
         """``J [R, K]`` of every set with one client more, or one less; -inf where there is none such."""
         t = self.sums
@@ -153,19 +159,22 @@ def _minorities(K: int) -> Tensor:
 
 
 def _grown(views: Views) -> list[Tensor]:
-    """The best sets met while single clients are grown to half of all, one best client at a time."""
+    """The best sets met while single clients are grown to half of all, by the clients that help most."""
     K = len(views)
     singles = _Sets(torch.eye(K, dtype=torch.bool), views)
     pairs = singles.changed(+1).amax(1)
     starts = pairs.topk(min(_STARTS, K)).indices
     sets = _Sets(singles.members[starts], views)
     best, best_scores = sets.members, sets.scores()
-    for _ in range(_largest(K) - 1):
-        added = sets.changed(+1).max(1)
-        sets = sets.flipped(added.indices)
-        better = added.values > best_scores
+    size = 1
+    while size < _largest(K):
+        step = min(max(1, size // _STRIDE), _largest(K) - size)
+        sets = sets.joined(sets.changed(+1).topk(step).indices)
+        size += step
+        scores = sets.scores()
+        better = scores > best_scores
         best = torch.where(better[:, None], sets.members, best)
-        best_scores = torch.where(better, added.values, best_scores)
+        best_scores = torch.where(better, scores, best_scores)
     order = best_scores.argsort(descending=True, stable=True)
     return _distinct(best[order])[:_POLISHED]
 

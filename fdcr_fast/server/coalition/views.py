@@ -75,9 +75,9 @@ def standard_scores(values: Tensor) -> Tensor:
     """``(x - mean) / sd`` with the population's deviation; 0 where all are equal or a value is not finite."""
     finite = values.isfinite()
     known = values[finite]
-    centred = torch.where(finite, values - known.mean(), 0.0)
-    deviation = known.std(correction=0)
-    return centred / deviation if deviation > 0 else torch.zeros_like(values)
+    if len(known) < 2 or not known.std(correction=0) > 0:
+        return torch.zeros_like(values)
+    return torch.where(finite, values - known.mean(), 0.0) / known.std(correction=0)
 
 
 def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
@@ -153,20 +153,22 @@ def _mean_fisher(clients: ClientUpdates) -> Tensor:
     """``Pbar [P]``, the mean of the valid clients' Fishers, each divided by its sum; float64."""
     everything = [slice(0, clients.num_params)]
     total = _zeros(clients)
-    for _, _, fishers in _blocks(clients, everything):
-        total += fishers.sum(1)
+    for _, span, block in _blocks(clients, everything):
+        assert span.fishers is not None
+        total += _rows(span.fishers, block).sum(1, dtype=torch.float64)
     share = 1 / (len(total) * total)
     mean = torch.empty(clients.num_params, dtype=torch.float64, device=total.device)
-    for columns, _, fishers in _blocks(clients, everything):
-        mean[columns] = share @ fishers
+    for columns, span, block in _blocks(clients, everything):
+        assert span.fishers is not None
+        mean[columns] = share @ _rows(span.fishers, block).double()
     return mean
 
 
 def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor) -> Tensor:
     """``r_k``: how important the parameters of the head are that a client changes."""
     weighted, plain = _zeros(clients), _zeros(clients)
-    for columns, updates, _ in _blocks(clients, groups.head):
-        squares = updates.square_()
+    for columns, span, block in _blocks(clients, groups.head):
+        squares = _rows(span.updates, block).double().square()
         weighted += squares @ mean_fisher[columns]
         plain += squares.sum(1)
     return torch.log(weighted / plain).cpu()
@@ -177,8 +179,8 @@ def _kurtosis(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor, 
     floor = regularisation * mean_fisher.mean()
     size = sum(group.stop - group.start for group in groups.features)
     first, second = _zeros(clients), _zeros(clients)
-    for columns, updates, _ in _blocks(clients, groups.features):
-        q = updates.square_() / (mean_fisher[columns] + floor)
+    for columns, span, block in _blocks(clients, groups.features):
+        q = _rows(span.updates, block).double().square().div_(mean_fisher[columns] + floor)
         first += q.sum(1)
         second += q.square_().sum(1)
     return torch.log((second / size) / (first / size) ** 2).cpu()
@@ -188,10 +190,25 @@ def _zeros(clients: ClientUpdates) -> Tensor:
     return torch.zeros(int(clients.valid.sum()), dtype=torch.float64, device=clients.tiles.device)
 
 
-def _blocks(clients: ClientUpdates, ranges: Iterable[slice]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Columns of the valid clients within the ranges: where they are, updates and Fishers ``[K', n]`` in float64."""
-    valid = clients.valid.to(clients.tiles.device)
-    width = max(1, _BLOCK // max(1, len(valid)))
+@dataclass(frozen=True)
+class _Block:
+    """Columns of one tile, of the valid clients."""
+
+    tile: int
+    columns: slice
+    rows: Tensor | None  # None for all
+
+
+def _rows(matrix: Tensor, block: _Block) -> Tensor:
+    """The block ``[K', n]`` of a tiled client matrix."""
+    columns = matrix[block.tile, :, block.columns]
+    return columns if block.rows is None else columns[block.rows]
+
+
+def _blocks(clients: ClientUpdates, ranges: Iterable[slice]) -> Iterator[tuple[slice, Span, _Block]]:
+    """The ranges in blocks of bounded size: which parameters, and where in which span."""
+    rows = None if clients.valid.all() else clients.valid.nonzero().flatten().to(clients.tiles.device)
+    width = max(1, _BLOCK // max(1, len(clients.valid)))
     for span in clients.spans():
         tile = span.updates.shape[2]
         for start in range(span.first, span.first + span.num_params, tile):
@@ -199,6 +216,5 @@ def _blocks(clients: ClientUpdates, ranges: Iterable[slice]) -> Iterator[tuple[s
             for part in ranges:
                 for first in range(max(start, part.start), min(stop, part.stop), width):
                     last = min(first + width, stop, part.stop)
-                    block = (start - span.first) // tile, valid, slice(first - start, last - start)
-                    assert span.fishers is not None
-                    yield slice(first, last), span.updates[block].double(), span.fishers[block].double()
+                    block = _Block((start - span.first) // tile, slice(first - start, last - start), rows)
+                    yield slice(first, last), span, block
