@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -133,7 +133,7 @@ def _similarity(clients: ClientUpdates, mean_fisher: Tensor) -> Tensor:
     """``A [K', K']`` before standardising."""
     # sqrt(F) D with F = sqrt(Pbar), whose scale does not matter, is Pbar^(1/4) D.
     dtype = torch.float64 if torch.float64 in clients.tiles.dtypes else torch.float32
-    metric = (mean_fisher / mean_fisher.mean()).sqrt().to(dtype)
+    metric = (mean_fisher / _mean_over_params(clients, mean_fisher)).sqrt().to(dtype)
     shared = replace(clients, tiles=_SharedFisher(clients.tiles, metric))
     (inner,) = grams(shared, views=[GramView("fisher_update")])
     valid = clients.valid
@@ -150,71 +150,99 @@ def _cosines(gram: Tensor, least: float = 0.0) -> Tensor:
 
 
 def _mean_fisher(clients: ClientUpdates) -> Tensor:
-    """``Pbar [P]``, the mean of the valid clients' Fishers, each divided by its sum; float64."""
+    """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum; float64, of the parameters here."""
     everything = [slice(0, clients.num_params)]
-    total = _zeros(clients)
-    for _, span, block in _blocks(clients, everything):
-        assert span.fishers is not None
-        total += _rows(span.fishers, block).sum(1, dtype=torch.float64)
+    total = _sums(clients, everything, lambda block: block.fishers().sum(1, dtype=torch.float64))
     share = 1 / (len(total) * total)
-    mean = torch.empty(clients.num_params, dtype=torch.float64, device=total.device)
-    for columns, span, block in _blocks(clients, everything):
-        assert span.fishers is not None
-        mean[columns] = share @ _rows(span.fishers, block).double()
+    mean = torch.empty(clients.tiles.num_params, dtype=torch.float64, device=total.device)
+    for span in clients.spans():
+        for block in _blocks(clients, span, everything):
+            mean[block.params] = share @ block.fishers().double()
     return mean
+
+
+def _mean_over_params(clients: ClientUpdates, vector: Tensor) -> Tensor:
+    """Of a vector over all parameters, of which some are here."""
+    return clients.shard.sum_vector(vector, torch.sum) / clients.num_params
 
 
 def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor) -> Tensor:
     """``r_k``: how important the parameters of the head are that a client changes."""
-    weighted, plain = _zeros(clients), _zeros(clients)
-    for columns, span, block in _blocks(clients, groups.head):
-        squares = _rows(span.updates, block).double().square()
-        weighted += squares @ mean_fisher[columns]
-        plain += squares.sum(1)
+
+    def terms(block: _Block) -> Tensor:
+        squares = block.updates().double().square()
+        return torch.stack([squares @ mean_fisher[block.params], squares.sum(1)])
+
+    weighted, plain = _sums(clients, groups.head, terms, 2)
     return torch.log(weighted / plain).cpu()
 
 
 def _kurtosis(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor, regularisation: float) -> Tensor:
     """``kappa_k``: how much a client's update concentrates on unimportant features."""
-    floor = regularisation * mean_fisher.mean()
+    floor = regularisation * _mean_over_params(clients, mean_fisher)
     size = sum(group.stop - group.start for group in groups.features)
-    first, second = _zeros(clients), _zeros(clients)
-    for columns, span, block in _blocks(clients, groups.features):
-        q = _rows(span.updates, block).double().square().div_(mean_fisher[columns] + floor)
-        first += q.sum(1)
-        second += q.square_().sum(1)
+
+    def terms(block: _Block) -> Tensor:
+        q = block.updates().double().square().div_(mean_fisher[block.params] + floor)
+        return torch.stack([q.sum(1), q.square_().sum(1)])
+
+    first, second = _sums(clients, groups.features, terms, 2)
     return torch.log((second / size) / (first / size) ** 2).cpu()
-
-
-def _zeros(clients: ClientUpdates) -> Tensor:
-    return torch.zeros(int(clients.valid.sum()), dtype=torch.float64, device=clients.tiles.device)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Columns of one tile, of the valid clients."""
+    """Some parameters of the valid clients.
 
+    Attributes:
+        params: Which of those that are here.
+        span: That they lie in.
+        tile: Of the span.
+        columns: Of the tile.
+        rows: The valid clients; None for all.
+    """
+
+    params: slice
+    span: Span
     tile: int
     columns: slice
-    rows: Tensor | None  # None for all
+    rows: Tensor | None
+
+    def updates(self) -> Tensor:
+        """``[K', n]``, maybe a view."""
+        return self._of(self.span.updates)
+
+    def fishers(self) -> Tensor:
+        """Likewise."""
+        assert self.span.fishers is not None
+        return self._of(self.span.fishers)
+
+    def _of(self, matrix: Tensor) -> Tensor:
+        columns = matrix[self.tile, :, self.columns]
+        return columns if self.rows is None else columns[self.rows]
 
 
-def _rows(matrix: Tensor, block: _Block) -> Tensor:
-    """The block ``[K', n]`` of a tiled client matrix."""
-    columns = matrix[block.tile, :, block.columns]
-    return columns if block.rows is None else columns[block.rows]
+def _sums(clients: ClientUpdates, ranges: Iterable[slice], terms: Callable[[_Block], Tensor], *size: int) -> Tensor:
+    """Sums over ranges of the parameters of what ``terms`` says of each valid client, float64 ``[*size, K']``."""
+
+    def read(span: Span, total: Tensor) -> Tensor:
+        for block in _blocks(clients, span, ranges):
+            total = total + terms(block)
+        return total
+
+    zeros = torch.zeros(*size, int(clients.valid.sum()), dtype=torch.float64, device=clients.tiles.device)
+    return clients.sum(zeros, read)
 
 
-def _blocks(clients: ClientUpdates, ranges: Iterable[slice]) -> Iterator[tuple[slice, Span, _Block]]:
-    """The ranges in blocks of bounded size: which parameters, and where in which span."""
+def _blocks(clients: ClientUpdates, span: Span, ranges: Iterable[slice]) -> Iterator[_Block]:
+    """What a span holds of the ranges, in blocks of bounded size."""
     rows = None if clients.valid.all() else clients.valid.nonzero().flatten().to(clients.tiles.device)
     width = max(1, _BLOCK // max(1, len(clients.valid)))
-    for span in clients.spans():
-        tile = span.updates.shape[2]
-        for start in range(span.first, span.first + span.num_params, tile):
-            stop = min(start + tile, span.first + span.num_params)
-            for part in ranges:
-                for first in range(max(start, part.start), min(stop, part.stop), width):
-                    last = min(first + width, stop, part.stop)
-                    block = _Block((start - span.first) // tile, slice(first - start, last - start), rows)
-                    yield slice(first, last), span, block
+    tile, shift = span.updates.shape[2], clients.shard.first
+    for start in range(span.first, span.first + span.num_params, tile):
+        stop = min(start + tile, span.first + span.num_params)
+        for part in ranges:
+            for first in range(max(start, part.start - shift), min(stop, part.stop - shift), width):
+                last = min(first + width, stop, part.stop - shift)
+                columns = slice(first - start, last - start)
+                yield _Block(slice(first, last), span, (start - span.first) // tile, columns, rows)

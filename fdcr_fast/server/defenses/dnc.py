@@ -34,6 +34,7 @@ class DnC(ByzantineRule):
         seed: Of the draws, to be kept secret; see :func:`fdcr_fast.server.randomness.round_generator`.
     """
 
+    sharded = True
     iterations: int = 5
     sample: int = 10_000
     filter_fraction: float = 1.0
@@ -50,7 +51,7 @@ class DnC(ByzantineRule):
         """Keep those that no sample drops."""
         drop = int(self.filter_fraction * self.tolerated(clients))
         n = int(clients.valid.sum())
-        draw = random.Random(round_generator(self.seed, "DnC", global_params).initial_seed())
+        draw = random.Random(round_generator(self.seed, "DnC", clients.shard.gather(global_params)).initial_seed())
         sample = min(self.sample, clients.num_params)
         good = torch.ones(n, dtype=torch.bool)
         worst = torch.zeros(n, dtype=torch.float64)
@@ -78,10 +79,11 @@ def outlier_scores(updates: Tensor) -> Tensor:
 
 def _samples(clients: ClientUpdates, drawn: Tensor) -> Tensor:
     """The drawn parameters ``[S, m]`` of the valid clients in one reading, float64 ``[S, n, m]``."""
-    result = torch.empty(len(drawn), int(clients.valid.sum()), drawn.shape[1], dtype=torch.float64)
+    shift = clients.shard.first
+    result = torch.zeros(len(drawn), int(clients.valid.sum()), drawn.shape[1], dtype=torch.float64)
     for columns, updates in column_blocks(clients):
         for sample, params in zip(result, drawn, strict=True):
-            first, stop = torch.searchsorted(params, torch.tensor([columns.start, columns.stop])).tolist()
-            here = (params[first:stop] - columns.start).to(updates.device)
+            first, stop = torch.searchsorted(params, torch.tensor([columns.start, columns.stop]) + shift).tolist()
+            here = (params[first:stop] - shift - columns.start).to(updates.device)
             sample[:, first:stop] = updates[:, here].double().cpu()
-    return result
+    return clients.shard.sum_parts(result)
