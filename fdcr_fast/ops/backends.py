@@ -15,10 +15,11 @@ import torch
 from fdcr_fast import _native
 from fdcr_fast._version import __version__
 from fdcr_fast.ops import reference
+from fdcr_fast.ops.network_schemas import NETWORK_OPERATORS
 from fdcr_fast.ops.schemas import OPERATORS, checked
 
 CAPABILITY = (8, 0)  # of the oldest NVIDIA GPUs that the Triton kernels are compiled for in the tests
-WITHOUT_TRITON = frozenset({"central_mean"})  # operators that are plain PyTorch on GPUs, too
+WITHOUT_TRITON = frozenset({"central_mean", *NETWORK_OPERATORS})  # operators that are plain PyTorch on GPUs, too
 
 
 @dataclass(frozen=True)
