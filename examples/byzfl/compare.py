@@ -59,8 +59,8 @@ def main():
     torch.manual_seed(1)
     honest = [1 + torch.randn(given.dim) for _ in range(kept)]
     mean = torch.stack(honest).mean(0)
-    attacks = {name: theirs for name in ("SignFlipping", "InnerProductManipulation", "ALittleIsEnough", "Gaussian")}
-    attacks |= {name: ours for name in ("sign-flip", "ipm", "alie", "gaussian")}
+    attacks = dict.fromkeys(("SignFlipping", "InnerProductManipulation", "ALittleIsEnough", "Gaussian"), theirs)
+    attacks |= dict.fromkeys(("sign-flip", "ipm", "alie", "gaussian"), ours)
     print(f"{'attack':26} {'rule':17} {'ours':>9} {'ByzFL':>9} {'time ratio':>10}")
     for attack, upload in attacks.items():
         vectors = honest + upload(attack, honest, f)
