@@ -18,7 +18,6 @@ from fdcr_fast.ops import reference
 from fdcr_fast.ops.schemas import OPERATORS, checked
 
 CAPABILITY = (8, 0)  # of the oldest NVIDIA GPUs that the Triton kernels are compiled for in the tests
-WITHOUT_TRITON = frozenset({"central_mean"})  # operators that are plain PyTorch on GPUs, too
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ def _triton() -> BackendStatus:
     found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     if max(found) < CAPABILITY:
         return BackendStatus(False, f"needs compute capability {_dotted(CAPABILITY)}, found {_dotted(max(found))}")
-    reason = f"CUDA tensors on devices of compute capability {_dotted(CAPABILITY)} and above"
-    return BackendStatus(True, f"{reason}; {', '.join(sorted(WITHOUT_TRITON))} by the reference")
+    return BackendStatus(True, f"CUDA tensors on devices of compute capability {_dotted(CAPABILITY)} and above")
 
 
 def _has_triton() -> bool:
@@ -116,9 +114,8 @@ def _register() -> None:
         return
     key = "CPU" if _native.INTERPRETED else "CUDA"
     for name, (_, check, _) in OPERATORS.items():
-        if name not in WITHOUT_TRITON:
-            call: Callable[..., Any] = partial(_on_device, name)
-            _library.impl(name, checked(check, call), key)
+        call: Callable[..., Any] = partial(_on_device, name)
+        _library.impl(name, checked(check, call), key)
 
 
 _library = torch.library.Library("fdcr_fast", "IMPL")

@@ -1,7 +1,5 @@
 """The operators as Triton kernels, under the names of ``ops.reference``.
 
-All but those of ``backends.WITHOUT_TRITON``, which the dispatcher leaves to the reference.
-
 One module per family holds kernels and their launchers. Block sizes are functions of shapes and of the device, nothing
 is tuned at run time. Sums that several programs share are partial results, added in a fixed order: no atomics, the same
 bits every time. Nothing waits for the device, and nothing needs more memory than partial results.
@@ -10,6 +8,7 @@ Importing this package imports Triton. ``TRITON_INTERPRET=1`` in the environment
 """
 
 from fdcr_fast.ops.triton.aggregation import discrepancy, discrepancy_and_mean, rescaled_mean
+from fdcr_fast.ops.triton.central import central_mean
 from fdcr_fast.ops.triton.embedding import sum_squared_grads_embedding
 from fdcr_fast.ops.triton.gram import gram
 from fdcr_fast.ops.triton.layers import sum_squared_grads_conv, sum_squared_grads_linear
@@ -17,6 +16,7 @@ from fdcr_fast.ops.triton.norm import sum_squared_grads_norm
 from fdcr_fast.ops.triton.statistics import fill_row, importance_range, squared_norm
 
 __all__ = [
+    "central_mean",
     "discrepancy",
     "discrepancy_and_mean",
     "fill_row",
