@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import heapq
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,36 @@ Vectors = Mapping[int, Sequence[Tensor]]  # by UPDATE and FISHER, each in pieces
 Statistics = dict[int, Tensor]  # likewise: float64 (squared norm, smallest, largest)
 
 NO_STATISTICS = torch.tensor([0.0, torch.inf, -torch.inf], dtype=torch.float64)
+
+
+class FreeRows:
+    """The rows that no client has; the first one is taken first."""
+
+    def __init__(self, rows: Iterable[int]) -> None:
+        self._rows = set(rows)
+        self._heap = sorted(self._rows)
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def take(self, row: int | None = None) -> int:
+        """The given row, or the first one.
+
+        Raises:
+            ValueError: it is not free.
+        """
+        while row is None:
+            first = heapq.heappop(self._heap)  # rows that were taken by number are still in the heap
+            row = first if first in self._rows else None
+        if row not in self._rows:
+            raise ValueError(f"row {row} is not free")
+        self._rows.remove(row)
+        return row
+
+    def release(self, row: int) -> None:
+        """Give a row back."""
+        self._rows.add(row)
+        heapq.heappush(self._heap, row)
 
 
 class MemoryRows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import os
 import threading
 from collections.abc import Hashable, Iterator
@@ -16,7 +15,7 @@ from torch import Tensor
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.file_rows import FileRows
 from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refuse, rejection_reason
-from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, MemoryRows, StoreShape, Vectors
+from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, FreeRows, MemoryRows, StoreShape, Vectors
 from fdcr_fast.server.vectors import shown, vector_pieces
 
 _MEMORY_TILE = 32  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
@@ -46,8 +45,9 @@ class UpdateStore:
     pass that copies it. All methods may be called from many threads at once; contributions are then copied side by
     side, and views that the store has given out hold until a client is removed or replaced or the store is cleared.
 
-    **Order.** Clients lie in rows in the order in which their ``put`` began; where one was rejected or removed, a later
-    client takes the row, or else the last one moves there. The order decides how sums are rounded, nothing else.
+    **Order.** Clients lie in rows in the order in which their ``put`` began, or where ``row`` says; where one was
+    rejected or removed, a later client takes the row, or else the last one moves there. The order decides how sums
+    are rounded, nothing else.
 
     **Files.** With ``path`` the rows lie in a new file (docs/store-format.md) that may be larger than memory, and rules
     read it span by span. When ``put`` has returned, the contribution outlives a crash. Ids are then str or int. What
@@ -170,7 +170,7 @@ class UpdateStore:
         self._accepted = accepted
         self._arriving: set[Hashable] = set()
         taken = {client.row for client in accepted.values()}
-        self._free = [row for row in range(shape.capacity) if row not in taken]  # a heap, the first row first
+        self._free = FreeRows(row for row in range(shape.capacity) if row not in taken)
         self._arrived = 0
         self.rejected: dict[Hashable, str] = {}
 
@@ -190,10 +190,12 @@ class UpdateStore:
 
     def __iter__(self) -> Iterator[Contribution]:
         """The accepted contributions, one by one, in the order of the rows."""
-        for client in self._in_order():
-            row = self._rows.read(client.row)
-            fisher = row[FISHER] if self.with_fishers else None
-            yield Contribution(client.client, row[UPDATE], fisher, client.num_samples)
+        return map(self._contribution, self._in_order())
+
+    def __getitem__(self, client_id: Hashable) -> Contribution:
+        """The accepted contribution of one client."""
+        with self._changed:
+            return self._contribution(self._accepted[client_id])
 
     def __repr__(self) -> str:
         return (
@@ -262,7 +264,7 @@ class UpdateStore:
             self._wait_for_arrivals()
             self._rows.forget([client.row for client in self._accepted.values()])
             self._accepted = {}
-            self._free = list(range(self.capacity))
+            self._free = FreeRows(range(self.capacity))
             self._arrived = 0
             self.rejected = {}
 
@@ -297,6 +299,7 @@ class UpdateStore:
         num_samples: float | Tensor,
         client_id: Hashable | None = None,
         *,
+        row: int | None = None,
         replace: bool = False,
     ) -> bool:
         """Copy one client's contribution into the store, if it can be used.
@@ -307,6 +310,8 @@ class UpdateStore:
             fisher: ``F_k [P]`` likewise; None for a store without Fishers.
             num_samples: ``n_k``.
             client_id: By default the number of earlier calls in this round.
+            row: Where it lies, so that the order of the rows does not depend on who arrives first; by default the
+                first free row.
             replace: Whether a contribution under an accepted id takes the place of the first one, which stays until the
                 new one is accepted; that takes a free row. By default it is not accepted.
 
@@ -315,7 +320,7 @@ class UpdateStore:
 
         Raises:
             RuntimeError: the store is full.
-            ValueError: it was not accepted, and ``on_invalid`` is ``"raise"``.
+            ValueError: it was not accepted, and ``on_invalid`` is ``"raise"``; or the given row is not free.
         """
         with self._changed:
             client = self._arrived if client_id is None else client_id
@@ -324,14 +329,14 @@ class UpdateStore:
                 return self._refuse(client, "sent a second contribution, which was ignored; the first one counts")
             if not self._free:
                 raise RuntimeError(f"the store is full: its capacity is {self.capacity} clients")
-            row = heapq.heappop(self._free)
+            row = self._free.take(row)
             self._arriving.add(client)
         try:
             accepted = self._receive(row, client, update, fisher, num_samples)
         except BaseException as error:
             with self._changed:
                 self._arriving.discard(client)
-                heapq.heappush(self._free, row)
+                self._free.release(row)
                 self._changed.notify_all()
                 if isinstance(error, ValueError):
                     return self._refuse(client, str(error))
@@ -392,9 +397,13 @@ class UpdateStore:
         refuse({client: reason}, self._on_invalid)
         return False
 
+    def _contribution(self, client: Accepted) -> Contribution:
+        row = self._rows.read(client.row)
+        return Contribution(client.client, row[UPDATE], row[FISHER] if self.with_fishers else None, client.num_samples)
+
     def _release(self, row: int) -> None:
         self._rows.forget([row])
-        heapq.heappush(self._free, row)
+        self._free.release(row)
 
     def _wait_for_arrivals(self) -> None:
         self._changed.wait_for(lambda: not self._arriving)
@@ -410,7 +419,7 @@ class UpdateStore:
             if rows != [client.row for client in clients]:
                 clients = [dataclasses.replace(client, row=row) for client, row in zip(clients, rows, strict=True)]
                 self._accepted = {client.client: client for client in clients}
-                self._free = list(range(len(clients), self.capacity))
+                self._free = FreeRows(range(len(clients), self.capacity))
             return clients
 
     def _matrices(self) -> MatrixTiles:

@@ -39,8 +39,11 @@ class LocalWork:
     params: Tensor
     last_update: Tensor | None
 
-    def train(self, client: int, data: ClientData, attack: LocalAttack | None = None) -> Tensor:
-        """The client's model ``w_k [P]`` after local training."""
+    def train(
+        self, client: int, data: ClientData, attack: LocalAttack | None = None, epochs: int | None = None
+    ) -> Tensor:
+        """The client's model ``w_k [P]`` after local training, of as many epochs as configured or as given."""
+        options = self.config.training() if epochs is None else {**self.config.training(), "epochs": epochs}
         with self.clock.phase("training"):
             self.worker.load(self.params)
             self.worker.train(
@@ -49,7 +52,7 @@ class LocalWork:
                 data.rows,
                 generator=torch_generator(self.config.seed, "shuffle", self.round, client),
                 attack=attack,
-                **self.config.training(),
+                **options,
             )
             return self.worker.params()
 

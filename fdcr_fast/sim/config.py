@@ -80,6 +80,13 @@ def _parse_malicious(value: object) -> object:
     return value
 
 
+def _parse_participants(value: object) -> object:
+    """``"all"``, ``"0.1"`` (a share) or ``"100"`` (a number): whatever has a decimal point is a share."""
+    if value == "all":
+        return None
+    return float(value) if isinstance(value, str) and "." in value else value
+
+
 def _parse_trigger(value: object) -> object:
     """``"paper"``, or pixels written ``"row:column,row:column"``."""
     if value == "paper":
@@ -119,7 +126,19 @@ class SimulationConfig(BaseModel):
     max_train_samples: PositiveInt | None = Field(default=None, description="Use at most so many training images.")
     max_test_samples: PositiveInt | None = Field(default=None, description="Use at most so many test images.")
 
-    clients: PositiveInt = Field(default=10, description="Number of clients; all take part in every round.")
+    clients: PositiveInt = Field(default=10, description="Number of clients.")
+    participants: Annotated[PositiveInt | float | None, BeforeValidator(_parse_participants)] = Field(
+        default=None,
+        description="Clients drawn for each round: a number (100), a share below 1 (0.1), or all, the default.",
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Probability that a drawn client sends nothing.")
+    stragglers: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Probability that one gets through 0 to local_epochs - 1 epochs only, which are all equally "
+        "likely; with 0 it sends nothing.",
+    )
     split: Annotated[str, OneOf(*PARTITIONS)] = Field(
         default="dirichlet", description="How images are dealt to clients."
     )
@@ -227,6 +246,13 @@ class SimulationConfig(BaseModel):
     seed: NonNegativeInt = Field(default=0, description="Seed of every random draw.")
     threads: PositiveInt = Field(default=1, description="Threads per operator; 1 suits small models best.")
 
+    @field_validator("participants")
+    @classmethod
+    def _check_participants(cls, value: int | float | None) -> int | float | None:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError("a share must be above 0 and below 1; all clients are 'all', one client is 1")
+        return value
+
     @field_validator("malicious")
     @classmethod
     def _check_malicious(cls, value: float | tuple[int, ...]) -> float | tuple[int, ...]:
@@ -252,6 +278,8 @@ class SimulationConfig(BaseModel):
         unknown = [index for index in listed if index >= self.clients]
         if unknown:
             raise ValueError(f"malicious: no clients {unknown}, the clients are 0..{self.clients - 1}")
+        if not 1 <= self.cohort() <= self.clients:
+            raise ValueError(f"participants: {self.participants} of {self.clients} clients are {self.cohort()} clients")
         return self
 
     @model_validator(mode="after")
@@ -277,8 +305,16 @@ class SimulationConfig(BaseModel):
     def _check_server(self) -> SimulationConfig:
         if self.server in NEED_DATA and not self.server_samples:
             raise ValueError(f"server: {self.server} needs data of the server: set server_samples")
-        assumed_byzantine(self.server, self.clients, self.num_byzantine)
+        assumed_byzantine(self.server, self.cohort(), self.num_byzantine)
         return self
+
+    def cohort(self) -> int:
+        """How many clients are drawn for a round."""
+        if self.participants is None:
+            return self.clients
+        if isinstance(self.participants, float):
+            return round(self.participants * self.clients)
+        return self.participants
 
     def training(self) -> dict[str, Any]:
         """Options of :meth:`fdcr_fast.sim.training.Worker.train`, for everybody who trains."""
