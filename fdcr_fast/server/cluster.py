@@ -152,7 +152,9 @@ def dbscan(values: Tensor, eps: float = 0.5, min_samples: int = 2) -> Tensor:
     scores = scores / scores.abs().max()
     scores = scores / scores.std(correction=0)
     K = len(values)
-    core = torch.searchsorted(scores, scores + eps, right=True) - torch.searchsorted(scores, scores - eps) >= min_samples
+    core = (
+        torch.searchsorted(scores, scores + eps, right=True) - torch.searchsorted(scores, scores - eps) >= min_samples
+    )
     number = torch.arange(K, device=values.device)
     left = torch.where(core, number, -1).cummax(0).values  # the last core up to here, and the next one from here on
     right = torch.where(core, number, K).flip(0).cummin(0).values.flip(0)

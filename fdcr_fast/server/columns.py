@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.server.intake import ClientUpdates
+from fdcr_fast.server.transfer import sent
 
 _BLOCK = 1 << 20  # numbers of all clients that are looked at together
 
@@ -27,8 +28,7 @@ class Columns(NamedTuple):
 
 def column_blocks(clients: ClientUpdates) -> Iterator[Columns]:
     """All parameters in order; a block is valid until the next one."""
-    valid = clients.valid.to(clients.tiles.device)
-    everybody = bool(valid.all())
+    valid = None if clients.rows is None else sent(clients.rows, clients.tiles.device)
     for span in clients.spans():
         tiles, K, length = span.updates.shape
         width = max(1, _BLOCK // K)
@@ -40,15 +40,17 @@ def column_blocks(clients: ClientUpdates) -> Iterator[Columns]:
             for start in range(0, size, width):
                 stop = min(start + width, size)
                 block = rows[:, start:stop]
-                yield Columns(slice(first + start, first + stop), block if everybody else block[valid])
+                yield Columns(
+                    slice(first + start, first + stop), block if valid is None else block.index_select(0, valid)
+                )
 
 
 def dot_products(clients: ClientUpdates, vector: Tensor) -> Tensor:
     """``<delta_k, vector>`` of the valid clients with a vector ``[P]``, float64 ``[n]``."""
-    total = torch.zeros(int(clients.valid.sum()), dtype=torch.float64)
+    total = torch.zeros(int(clients.valid.sum()), dtype=torch.float64, device=clients.tiles.device)
     for params, updates in column_blocks(clients):
-        total += (updates.double() @ vector[params].double()).cpu()
-    return total
+        total += updates.double() @ vector[params].double()
+    return total.cpu()
 
 
 def client_params(global_params: Tensor, clients: ClientUpdates) -> Iterator[Tensor]:

@@ -83,7 +83,7 @@ def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: flo
     """The views of one round of valid clients only; see :class:`fdcr_fast.CoalitionFDCR` for the formulas."""
     update, importance = grams(
         clients, views=[GramView("fisher_update"), GramView("fourth_root_fisher", groups.features)]
-    )
+    ).cpu()
     valid = clients.valid
     mean_fisher = _mean_fisher(clients)
     head, kurtosis = (
