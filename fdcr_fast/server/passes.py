@@ -38,14 +38,14 @@ class Scores(NamedTuple):
     mean_square: Tensor
 
 
-def may_fit_single(tiles: ClientTiles) -> bool:
+def may_fit_single(clients: ClientUpdates) -> bool:
     """What :func:`fits_single` says of rounds with numbers of usual sizes."""
-    return tiles.num_params >= ops.STRETCH and torch.float64 not in tiles.dtypes
+    return clients.num_params >= ops.STRETCH and torch.float64 not in clients.tiles.dtypes
 
 
 def fits_single(clients: ClientUpdates) -> bool:
     """Whether products of this round stay far from the limits of float32; small rounds are computed in float64."""
-    if not may_fit_single(clients.tiles):
+    if not may_fit_single(clients):
         return False
     largest = clients.of_valid(clients.squared_norm).max().sqrt().item()
     if not _LEAST_RMS * clients.num_params**0.5 <= largest <= _MOST_NORM:
@@ -69,18 +69,19 @@ def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Tensor:
 
 def scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
     """One reading for the distances of the reweighted updates to their mean."""
-    clients, totals = clients.on_device(), _no_totals(clients)
-    alpha = sent(alpha, totals.device)
-    for span in clients.spans():
-        totals = ops.discrepancy(
-            span.updates,
-            *_importances(clients, span, reweight),
-            alpha,
-            totals,
-            span.num_params,
-            single,
-        )
-    return _scores(totals)
+    clients, alpha = clients.on_device(), sent(alpha, clients.tiles.device)
+
+    def read(span: Span, totals: Tensor) -> Tensor:
+        importances = _importances(clients, span, reweight)
+        return ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, single)
+
+    return _scores(clients.sum(_no_totals(clients), read))
+
+
+def squared_norms(clients: ClientUpdates) -> Tensor:
+    """One reading for the squared norms of the updates, float64 ``[K]``, of clients that are not valid too."""
+    zeros = torch.zeros(len(clients.clients), dtype=torch.float64, device=clients.tiles.device)
+    return clients.sum(zeros, lambda span, total: total + ops.squared_norm(span.updates, span.num_params))
 
 
 def mean(global_params: Tensor, clients: ClientUpdates, weights: Tensor, *, rescale: bool, single: bool) -> Tensor:
@@ -106,19 +107,19 @@ def scores_and_mean(
     single: bool,
 ) -> tuple[Scores, Tensor]:
     """Both of the above in one reading, with the same bits."""
-    clients, totals = clients.on_device(), _no_totals(clients)
-    alpha, weights = sent(alpha, totals.device), sent(weights, totals.device)
+    clients = clients.on_device()
+    alpha, weights = sent(alpha, clients.tiles.device), sent(weights, clients.tiles.device)
+    params = _NewParams(global_params)
 
-    def read(params: Tensor, span: Span) -> Tensor:
-        nonlocal totals
+    def read(span: Span, totals: Tensor) -> Tensor:
         importances = _importances(clients, span, reweight or rescale)
         totals, new = ops.discrepancy_and_mean(
-            params, span.updates, *importances, alpha, weights, totals, reweight, rescale, single
+            params.old(span), span.updates, *importances, alpha, weights, totals, reweight, rescale, single
         )
-        return new
+        params.put(span, new)
+        return totals
 
-    params = _by_span(global_params, clients, read)
-    return _scores(totals), params
+    return _scores(clients.sum(_no_totals(clients), read)), params.new
 
 
 def central_mean(global_params: Tensor, clients: ClientUpdates, read: Tensor, keep: int, *, nearest: bool) -> Tensor:
@@ -135,16 +136,16 @@ def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, sin
     for span in _sample(clients.tiles):
         importances = _importances(clients, span, reweight)
         totals = ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, single)
-    return _scores(totals)
+    return _scores(clients.shard.sum_parts(totals))
 
 
-def sampled_norms(tiles: MatrixTiles) -> Tensor:
+def sampled_norms(clients: ClientUpdates) -> Tensor:
     """Squared norms ``[K]`` of the updates, guessed from a few of the parameters."""
-    total, size = torch.zeros(tiles.updates.shape[1], dtype=torch.float64, device=tiles.device), 0
-    for span in _sample(tiles):
+    total, size = torch.zeros(len(clients.clients), dtype=torch.float64, device=clients.tiles.device), 0
+    for span in _sample(clients.tiles):
         total += ops.squared_norm(span.updates, span.num_params)
         size += span.num_params
-    return total * (tiles.num_params / size)
+    return clients.shard.sum_parts(total * (clients.tiles.num_params / size))
 
 
 def _sample(tiles: ClientTiles) -> Iterator[Span]:
@@ -171,17 +172,34 @@ def _sample(tiles: ClientTiles) -> Iterator[Span]:
 
 def _by_span(global_params: Tensor, clients: ClientUpdates, read: Callable[[Tensor, Span], Tensor]) -> Tensor:
     """New parameters from those of every span."""
-    params: Tensor | None = None
+    params = _NewParams(global_params)
     for span in clients.spans():
-        part = slice(span.first, span.first + span.num_params)
-        new = read(global_params[part], span)
-        if span.num_params == clients.num_params:
-            return new
-        if params is None:
-            params = torch.empty_like(global_params, memory_format=torch.contiguous_format)
-        params[part] = new
-    assert params is not None, "a round has at least one parameter"
-    return params
+        params.put(span, read(params.old(span), span))
+    return params.new
+
+
+class _NewParams:
+    """New parameters that come span by span; not copied if they come at once."""
+
+    def __init__(self, global_params: Tensor) -> None:
+        self._old = global_params
+        self._new: Tensor | None = None
+
+    def old(self, span: Span) -> Tensor:
+        return self._old[span.first : span.first + span.num_params]
+
+    def put(self, span: Span, new: Tensor) -> None:
+        if span.num_params == len(self._old):
+            self._new = new
+            return
+        if self._new is None:
+            self._new = torch.empty_like(self._old, memory_format=torch.contiguous_format)
+        self._new[span.first : span.first + span.num_params] = new
+
+    @property
+    def new(self) -> Tensor:
+        assert self._new is not None, "a round has at least one parameter"
+        return self._new
 
 
 def _importances(clients: ClientUpdates, span: Span, wanted: bool) -> Importances:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, cast, overload
+from typing import Any, ClassVar, Literal, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from fdcr_fast.server import passes
 from fdcr_fast.server.cluster import CLUSTERINGS, check_density, check_partition
 from fdcr_fast.server.intake import (
     ClientUpdates,
-    MatrixTiles,
     OnInvalid,
     check_device,
     check_floating,
@@ -23,6 +22,7 @@ from fdcr_fast.server.intake import (
     sample_shares,
 )
 from fdcr_fast.server.scores import SCORES
+from fdcr_fast.server.sharded import ParamShard
 from fdcr_fast.server.shares import limited_shares
 from fdcr_fast.server.store import UpdateStore
 from fdcr_fast.server.transfer import fetch, sent
@@ -39,7 +39,7 @@ class AggregationResult:
     the CPU.
 
     Attributes:
-        params: ``[P]``, dtype and device of the global parameters.
+        params: ``[P]``, dtype and device of the global parameters; with a shard, those of the shard.
         weights: Weight of each client in the mean, float64 ``[K]``; 0 for those dropped or rejected.
         discrepancy: ``V_k``, float64 ``[K]``; NaN for rejected clients and under rules that compute none.
         kept: bool ``[K]``, who was aggregated.
@@ -94,8 +94,11 @@ class AggregationRule:
         max_weight_share: Largest share of one client in the sums over clients; None for no limit.
         rescale: Whether kept updates are rescaled by ``2 sigmoid(I_k)`` (eq. 12).
         importance: Whether :meth:`select` reads importances.
+        sharded: Whether the rule takes a shard. Whatever such a rule computes from more than one parameter goes through
+            the methods of ``clients`` and ``clients.shard``, or through functions that do.
     """
 
+    sharded: ClassVar[bool] = False
     norm_bound: float | None = None
     max_weight_share: float | None = None
     rescale: bool = False
@@ -136,7 +139,12 @@ class AggregationRule:
 
     @overload
     def aggregate(
-        self, global_params: Tensor, updates: UpdateStore, *, on_invalid: OnInvalid = "reject"
+        self,
+        global_params: Tensor,
+        updates: UpdateStore,
+        *,
+        on_invalid: OnInvalid = "reject",
+        shard: ParamShard | None = None,
     ) -> AggregationResult: ...
 
     @overload
@@ -149,6 +157,7 @@ class AggregationRule:
         *,
         client_ids: Sequence[Hashable] | None = None,
         on_invalid: OnInvalid = "reject",
+        shard: ParamShard | None = None,
     ) -> AggregationResult: ...
 
     def aggregate(
@@ -160,6 +169,7 @@ class AggregationRule:
         *,
         client_ids: Sequence[Hashable] | None = None,
         on_invalid: OnInvalid = "reject",
+        shard: ParamShard | None = None,
     ) -> AggregationResult:
         """New global parameters ``w' = w + sum_k alpha^_k c_k delta_k`` over the kept clients (Algorithm 1).
 
@@ -176,19 +186,43 @@ class AggregationRule:
             client_ids: ``K`` different ids, by default 0 to K - 1.
             on_invalid: What becomes of a round with clients whose contribution cannot be used: ``"reject"``
                 aggregates the others, ``"raise"`` raises ValueError naming client and reason.
+            shard: Which parameters the global parameters and the updates are; by default all of them. All processes of
+                the shard's group must call alike, and get the same but for the parameters; see
+                :class:`fdcr_fast.ParamShard`.
 
         Raises:
-            TypeError: a matrix is not a floating-point tensor, or sample counts are not numbers.
+            TypeError: a matrix is not a floating-point tensor, sample counts are not numbers, or the rule takes no
+                shard.
+            RuntimeError: another process of the group died or did not arrive in time, or decided differently.
             ValueError: shapes or devices do not fit, the global parameters are not finite, there are no
                 clients, or Fishers are missing. What is wrong with one client alone rejects that client
                 instead.
         """
-        clients = self._intake(updates, fishers, num_samples, client_ids)
-        finite = _check_global(global_params, clients)
+
+        finite: Tensor | None = None
+
+        def take_in() -> ClientUpdates:
+            nonlocal finite
+            clients = self._intake(updates, fishers, num_samples, client_ids)
+            finite = _check_global(global_params, clients)
+            if shard is not None:
+                _require_finite(finite)
+            if shard is not None and not self.sharded:
+                raise TypeError(f"{type(self).__name__} needs all parameters in one process: it takes no shard")
+            return clients
+
+        if shard is None:
+            clients = take_in()
+        else:
+            dtype = getattr(global_params, "dtype", None)
+            stored = not isinstance(updates, Tensor)
+            clients = shard.agreed(take_in, stored=stored, rule=self, on_invalid=on_invalid, dtype=dtype)
         foreseen = None
-        if isinstance(clients.tiles, MatrixTiles) and isinstance(updates, Tensor):
-            clients, foreseen = self._read_norms(global_params.detach(), clients, clients.tiles, finite)
+        if isinstance(updates, Tensor):
+            clients, foreseen = self._read_norms(global_params.detach(), clients, finite)
             finite = None
+        elif shard is not None and self.needs_norms:
+            clients = clients.with_norms(passes.squared_norms(clients)).fetched()
         clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
         refuse(clients.rejected, on_invalid)
         valid, rows = clients.valid, len(clients.clients)
@@ -199,6 +233,8 @@ class AggregationRule:
         else:
             _require_finite(finite)
             selection, weights, params = Selection(valid), torch.zeros(rows, dtype=torch.float64), global_params
+        if shard is not None:
+            shard.confirm(weights)
         kept = selection.kept & valid
         labels = (~kept).long() if selection.labels is None else selection.labels
         scores = torch.full((rows,), torch.nan, dtype=torch.float64)
@@ -226,7 +262,7 @@ class AggregationRule:
     def _apply(self, global_params: Tensor, clients: ClientUpdates, finite: Tensor | None) -> Outcome:
         """What the rule decides about a round with valid clients, their weights, and the new parameters.
 
-        Checks first whether the global parameters are ``finite``, if that is not known yet.
+        Checks whether the global parameters are ``finite``, if that is not known yet.
         """
         _require_finite(finite)
         selection = self.judge(global_params, clients)
@@ -239,6 +275,11 @@ class AggregationRule:
     def needs_fishers(self) -> bool:
         """Whether the rule takes importances anywhere."""
         return self.importance or self.rescale
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether norms enter the result, and are not only compared: shards then sum them in a fixed order."""
+        return False
 
     def _intake(
         self,
@@ -263,13 +304,13 @@ class AggregationRule:
         return clients
 
     def _read_norms(
-        self, _global_params: Tensor, clients: ClientUpdates, tiles: MatrixTiles, finite: Tensor | None
+        self, _global_params: Tensor, clients: ClientUpdates, finite: Tensor | None
     ) -> tuple[ClientUpdates, Outcome | None]:
         """The round with statistics of its rows, and where one reading gives it the outcome if nobody is rejected.
 
         Also checks whether the global parameters are ``finite``.
         """
-        clients = clients.with_norms(ops.squared_norm(tiles.updates, clients.num_params))
+        clients = clients.with_norms(passes.squared_norms(clients))
         *statistics, finite = fetch([*clients.statistics, finite])
         _require_finite(finite)
         return clients.with_statistics(*statistics), None
@@ -290,6 +331,7 @@ class FedAvg(AggregationRule):
         ValueError: an option has a value that it cannot have.
     """
 
+    sharded = True
     norm_bound: float | None = None
     max_weight_share: float | None = None
     clip: float | Literal["median"] | None = None
@@ -298,6 +340,11 @@ class FedAvg(AggregationRule):
         self._check_options()
         if self.clip not in (None, "median") and not (isinstance(self.clip, float | int) and 0 < self.clip < math.inf):
             raise ValueError(f"clip must be None, 'median', or a positive finite norm, got {self.clip!r}")
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether updates are clipped."""
+        return self.clip is not None
 
     def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
         """Shares of the samples, less for updates that are clipped."""
@@ -350,6 +397,7 @@ class FDCR(AggregationRule):
         ValueError: an option has a value that it cannot have.
     """
 
+    sharded = True
     discrepancy: str = "mse"
     cluster: str | None = "finch"
     partition: str | int = "first"
@@ -383,22 +431,22 @@ class FDCR(AggregationRule):
         return cast(Selection, _fetched(self._decide(scores.distance, on))[0])
 
     def _read_norms(
-        self, global_params: Tensor, clients: ClientUpdates, tiles: MatrixTiles, finite: Tensor | None
+        self, global_params: Tensor, clients: ClientUpdates, finite: Tensor | None
     ) -> tuple[ClientUpdates, Outcome | None]:
         """The norms, from the one reading of scores and mean if nobody seems to be rejected.
 
         On a device a guess would have to be waited for: there everybody is taken to pass.
         """
         if clients.num_params >= ops.STRETCH:
-            single, passing = passes.may_fit_single(tiles), True
-            if tiles.device.type == "cpu":
-                guess = clients.with_norms(passes.sampled_norms(tiles))
+            single, passing = passes.may_fit_single(clients), True
+            if clients.tiles.device.type == "cpu":
+                guess = clients.with_norms(passes.sampled_norms(clients))
                 single, passing = passes.fits_single(guess), self._all_pass(guess)
             if passing:
                 outcome, known = self._read(global_params, clients, single, finite)
                 if self._all_pass(known) and passes.fits_single(known) == single:
                     return known, outcome
-        return super()._read_norms(global_params, clients, tiles, finite)
+        return super()._read_norms(global_params, clients, finite)
 
     def _all_pass(self, clients: ClientUpdates) -> bool:
         """Whether nobody is rejected, nor would be if norms were a little different."""
@@ -490,5 +538,6 @@ def _check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | Non
 
 
 def _require_finite(finite: Tensor | None) -> None:
+    """Raise unless the global parameters are finite, or known to be."""
     if finite is not None and not finite:
         raise ValueError("global_params are not finite")

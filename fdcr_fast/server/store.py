@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.file_rows import FileRows
-from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refuse, rejection_reason
-from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, FreeRows, MemoryRows, StoreShape, Vectors
-from fdcr_fast.server.vectors import shown, vector_pieces
+from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refuse
+from fdcr_fast.server.row_writer import RowWriter
+from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, FreeRows, MemoryRows, StoreShape
 
 _MEMORY_TILE = 32  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
 
@@ -67,6 +67,7 @@ class UpdateStore:
         max_resident: With ``path``, bytes that the buffers may take through which it is read, and each ``put`` writes;
             by default 256 MiB, or more where many clients need it.
         sync: With ``path``, False trades crash safety for speed: nothing is flushed to the disk before the system does.
+        shared: Whether other processes can fill rows; see :meth:`writer`.
 
     Attributes:
         rejected: Reason by client id of those that were not accepted.
@@ -91,6 +92,7 @@ class UpdateStore:
         path: str | os.PathLike[str] | None = None,
         max_resident: int | None = None,
         sync: bool = True,
+        shared: bool = False,
     ) -> None:
         if tile is None:
             tile = min(_MEMORY_TILE, max(num_params, 1))
@@ -100,7 +102,11 @@ class UpdateStore:
         device = torch.device(device)
         if path is not None and device.type != "cpu":
             raise ValueError(f"a store in a file is read on the CPU, not on {device}")
-        rows = MemoryRows(shape, device) if path is None else FileRows.create(path, shape, max_resident, sync)
+        if shared and (path is not None or device.type != "cpu"):
+            raise ValueError(
+                "a shared store lies in memory, on the CPU; other processes open one in a file by its path"
+            )
+        rows = MemoryRows(shape, device, shared) if path is None else FileRows.create(path, shape, max_resident, sync)
         self._start(rows, {}, layout, buffer_dtype, on_invalid)
 
     @classmethod
@@ -163,8 +169,7 @@ class UpdateStore:
             raise ValueError(f"the layout has {layout.numel} parameters, the store {shape.num_params}")
         refuse({}, on_invalid)
         self._rows = rows
-        self._layout = layout
-        self._buffer_dtype = buffer_dtype or shape.dtype
+        self._writer = RowWriter(rows, layout, buffer_dtype or shape.dtype)
         self._on_invalid = on_invalid
         self._changed = threading.Condition()
         self._accepted = accepted
@@ -332,7 +337,8 @@ class UpdateStore:
             row = self._free.take(row)
             self._arriving.add(client)
         try:
-            accepted = self._receive(row, client, update, fisher, num_samples)
+            accepted = self._writer.fill(row, client, update, fisher, num_samples)
+            self._rows.commit(accepted)
         except BaseException as error:
             with self._changed:
                 self._arriving.discard(client)
@@ -350,6 +356,29 @@ class UpdateStore:
             if earlier is not None:
                 self._release(earlier.row)
         return True
+
+    def writer(self) -> RowWriter:
+        """What fills rows of a shared store in another process, to which it goes when that is started.
+
+        There ``accepted = writer.fill(row, client_id, update, fisher, num_samples)`` raises ValueError with the reason
+        why a client cannot be accepted; here :meth:`admit` or :meth:`reject` then says so. Who fills which row, and
+        that nobody reads the store meanwhile, is up to the caller.
+        """
+        return self._writer
+
+    def admit(self, accepted: Accepted) -> None:
+        """Accept a client whose row another process has filled.
+
+        Raises:
+            ValueError: it is accepted already, or its row is not free.
+        """
+        with self._changed:
+            if accepted.client in self._accepted:
+                raise ValueError(f"client {accepted.client!r} is already accepted")
+            self._free.take(accepted.row)
+            self._rows.commit(accepted)
+            self._accepted[accepted.client] = accepted
+            self.rejected.pop(accepted.client, None)
 
     def client_updates(self) -> ClientUpdates:
         """The round so far, as rules see it; waits for contributions that are being copied."""
@@ -371,26 +400,6 @@ class UpdateStore:
             valid=torch.ones(len(clients), dtype=torch.bool),
             rejected=rejected,
         )
-
-    def _receive(self, row: int, client: Hashable, update: Any, fisher: Any, num_samples: Any) -> Accepted:
-        """Fill a row that is nobody's until its client is accepted; ValueError says why the client cannot be."""
-        count = _number(num_samples)
-        vectors: Vectors = {UPDATE: self._pieces("update", update)}
-        if self.with_fishers:
-            vectors = {**vectors, FISHER: self._pieces("Fisher", fisher)}
-        statistics, checksum = self._rows.fill(row, vectors)
-        norm = statistics[UPDATE][0].item()
-        low, high = statistics[FISHER][1:].tolist() if self.with_fishers else (None, None)
-        reason = rejection_reason(count, norm, low, high)
-        if reason is not None:
-            raise ValueError(reason)
-        accepted = Accepted(client, row, count, norm, low or 0.0, high or 0.0, checksum)
-        self._rows.commit(accepted)
-        return accepted
-
-    def _pieces(self, name: str, values: Any) -> list[Tensor]:
-        pieces = vector_pieces(name, values, self.num_params, self._layout, self._buffer_dtype)
-        return [piece.to(self.device) for piece in pieces]
 
     def _refuse(self, client: Hashable, reason: str) -> Literal[False]:
         self.rejected[client] = reason
@@ -427,10 +436,3 @@ class UpdateStore:
         if not isinstance(tiles, MatrixTiles):
             raise ValueError("the store is in a file: iterate over it, or over client_updates().spans()")
         return tiles
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except Exception:  # the object is the client's, and so is whatever it raises
-        raise ValueError(f"the sample count must be a number, got {shown(value)}") from None

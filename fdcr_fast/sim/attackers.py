@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from fdcr_fast.sim.attacks.poison import ATTACKS, PoisonOptions
 from fdcr_fast.sim.attacks.schedule import attacks_in, parse_rounds
 from fdcr_fast.sim.attacks.training import ATTACKER_TRAININGS, TrainingKnowledge
 from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES, COLLUDING_UPDATES, Moments, UpdateKnowledge, moments
-from fdcr_fast.sim.clients import ClientData, LocalWork
+from fdcr_fast.sim.clients import ClientData, ClientShares, LocalWork
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.data import Dataset
 from fdcr_fast.sim.seeding import torch_generator
@@ -40,7 +40,7 @@ class Attackers:
         ValueError: the attack does not fit the data.
     """
 
-    def __init__(self, config: SimulationConfig, dataset: Dataset, clean: Sequence[ClientData]) -> None:
+    def __init__(self, config: SimulationConfig, dataset: Dataset, clean: ClientShares) -> None:
         self.config = config
         self.clients = config.attackers()
         self._colluding = config.attacker_update in COLLUDING_UPDATES

@@ -29,7 +29,7 @@ from fdcr_fast.sim.attacks.training import ATTACKER_TRAININGS
 from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES, COLLUDING_UPDATES
 from fdcr_fast.sim.data import DATASETS
 from fdcr_fast.sim.models import MODELS
-from fdcr_fast.sim.partition import PARTITIONS
+from fdcr_fast.sim.partition import DRAWN, PARTITIONS
 from fdcr_fast.sim.seeding import torch_generator
 from fdcr_fast.sim.servers import INFORMED_BASELINES, NEED_DATA, SERVERS, assumed_byzantine
 
@@ -144,6 +144,9 @@ class SimulationConfig(BaseModel):
     )
     beta: PositiveFloat = Field(default=0.5, description="Dirichlet concentration; smaller is more heterogeneous.")
     min_samples: PositiveInt = Field(default=10, description="Every client gets at least so many images.")
+    samples_per_client: PositiveInt | None = Field(
+        default=None, description="dirichlet-mix: how many images each client draws, whatever others have drawn."
+    )
 
     malicious: Annotated[float | tuple[NonNegativeInt, ...], BeforeValidator(_parse_malicious)] = Field(
         default=0.3,
@@ -244,6 +247,9 @@ class SimulationConfig(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of local SGD.")
     weight_decay: float = Field(default=1e-5, ge=0, description="Weight decay of local SGD.")
     seed: NonNegativeInt = Field(default=0, description="Seed of every random draw.")
+    workers: PositiveInt = Field(
+        default=1, description="Processes that train clients side by side; results do not depend on it."
+    )
     threads: PositiveInt = Field(default=1, description="Threads per operator; 1 suits small models best.")
 
     @field_validator("participants")
@@ -278,6 +284,8 @@ class SimulationConfig(BaseModel):
         unknown = [index for index in listed if index >= self.clients]
         if unknown:
             raise ValueError(f"malicious: no clients {unknown}, the clients are 0..{self.clients - 1}")
+        if (self.split in DRAWN) != (self.samples_per_client is not None):
+            raise ValueError(f"samples_per_client: goes with the splits {', '.join(DRAWN)} and no other")
         if not 1 <= self.cohort() <= self.clients:
             raise ValueError(f"participants: {self.participants} of {self.clients} clients are {self.cohort()} clients")
         return self

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdcr_fast import UpdateStore
 from fdcr_fast.sim.attackers import Attackers
-from fdcr_fast.sim.clients import ClientData, LocalWork
+from fdcr_fast.sim.clients import ClientShares, LocalWork
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Upload(NamedTuple):
 class Clients:
     """Everybody's data, and the attackers among them."""
 
-    data: Sequence[ClientData]
+    data: ClientShares
     attackers: Attackers
 
     def perform(self, work: LocalWork, job: Job) -> Upload:

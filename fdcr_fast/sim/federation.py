@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from fdcr_fast import ParamGroups, UpdateStore
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
 from fdcr_fast.sim.attackers import Attackers
 from fdcr_fast.sim.checkpoint import RunFolder, RunState, write_atomically
-from fdcr_fast.sim.clients import ClientData, LocalWork
+from fdcr_fast.sim.clients import ClientShares, LocalWork
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.data import load_dataset
-from fdcr_fast.sim.execution import Clients, InProcess, Job
+from fdcr_fast.sim.execution import Clients, Executor, InProcess, Job
 from fdcr_fast.sim.metrics import (
     ClientRecord,
     RoundRecord,
@@ -37,6 +38,7 @@ from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions, assumed_byzantine
 from fdcr_fast.sim.training import Worker
+from fdcr_fast.sim.workers import WorkerPool
 
 MOST_COMPARED = 200  # clients whose similarity is kept, which takes time and memory for all pairs
 
@@ -114,22 +116,30 @@ class Federation:
         rows = partition(
             config.split,
             dataset,
-            PartitionOptions(config.clients, config.min_samples, config.beta, config.seed),
+            PartitionOptions(config.clients, config.min_samples, config.beta, config.seed, config.samples_per_client),
         )
         images = dataset.train_images.contiguous(memory_format=torch.channels_last)
-        self.data = [ClientData(images, dataset.train_labels, own) for own in rows]
+        self.data = ClientShares(images, dataset.train_labels, rows, shared=config.workers > 1)
         self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
         self.attackers = Attackers(config, dataset, self.data)
         self.victims = self.attackers.poisoning.victims(self.test_images, self.test_labels)
-        self.worker = Worker(build_model(config.model, dataset.image_shape, dataset.num_classes, config.seed))
+        self.build = partial(build_model, config.model, dataset.image_shape, dataset.num_classes, config.seed)
+        self.worker = Worker(self.build())
         data = None
         if config.server_samples:
             seed = derive_seed(config.seed, "server data")
             data = ServerData(self.worker, server_images, server_labels, config.training(), seed)
         self.rule = build_rule(config, self.attackers.clients, ParamGroups.from_module(self.worker.model), data)
         self.initial_params = self.worker.params()
-        self.store = UpdateStore(self.worker.layout.numel, config.cohort())
-        self.executor = InProcess(Clients(self.data, self.attackers))
+        self.store = UpdateStore(self.worker.layout.numel, config.cohort(), shared=config.workers > 1)
+        self.clients = Clients(self.data, self.attackers)
+        self.executor: Executor = InProcess(self.clients)
+        if config.workers > 1:
+            self.executor = WorkerPool(config, self.clients, self.build, self.store)
+
+    def close(self) -> None:
+        """End what runs besides this process."""
+        self.executor.close()
 
     def collect(self, work: LocalWork, progress: Progress | None = None) -> Participants:
         """Let the round's clients train and fill the store with their uploads; tells who sent something and who not.
@@ -251,8 +261,7 @@ def simulate(
         FileExistsError: ``out`` already holds a run.
         ValueError: the configuration does not fit the data.
     """
-    with _num_threads(config.threads):
-        federation = Federation(config)
+    with _num_threads(config.threads), closing(Federation(config)) as federation:
         folder = None if out is None else RunFolder(Path(out))
         if folder is not None:
             folder.create(config)
@@ -268,8 +277,7 @@ def resume(out: str | Path, progress: Progress | None = None) -> SimulationResul
     """
     folder = RunFolder(Path(out))
     config = folder.config()
-    with _num_threads(config.threads):
-        federation = Federation(config)
+    with _num_threads(config.threads), closing(Federation(config)) as federation:
         state = folder.load() or RunState(federation.initial_params, [], [])
         if state.memory:
             federation.rule = federation.rule.with_memory(state.memory)

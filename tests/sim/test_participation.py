@@ -63,6 +63,8 @@ def test_dropouts_and_stragglers_are_as_frequent_as_configured() -> None:
         ({"participants": "1.5"}, "above 0 and below 1"),
         ({"participants": 0}, "participants"),
         ({"dropout": 1.0}, "dropout"),
+        ({"split": "dirichlet-mix"}, "samples_per_client: goes with the splits dirichlet-mix"),
+        ({"samples_per_client": 5}, "samples_per_client: goes with the splits dirichlet-mix"),
         ({"stragglers": -0.1}, "stragglers"),
         ({"participants": 4, "server": "krum", "num_byzantine": 3}, "needs at least 9 clients, got 4"),
     ],
