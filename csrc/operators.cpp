@@ -14,15 +14,13 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "torch_pool.h"
 
 namespace {
 
+using fdcr::torch_pool;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-void torch_pool(int64_t n, fdcr::RangeBody body, void* context) {
-  torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-}
 
 fdcr::Source source(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU, like the other tensors");

@@ -15,9 +15,11 @@ import torch
 from fdcr_fast import _native
 from fdcr_fast._version import __version__
 from fdcr_fast.ops import reference
+from fdcr_fast.ops.network_schemas import NETWORK_OPERATORS
 from fdcr_fast.ops.schemas import OPERATORS, checked
 
 CAPABILITY = (8, 0)  # of the oldest NVIDIA GPUs that the Triton kernels are compiled for in the tests
+WITHOUT_TRITON = frozenset(NETWORK_OPERATORS)  # operators that are plain PyTorch on GPUs, too
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,9 @@ def _register() -> None:
         return
     key = "CPU" if _native.INTERPRETED else "CUDA"
     for name, (_, check, _) in OPERATORS.items():
-        call: Callable[..., Any] = partial(_on_device, name)
-        _library.impl(name, checked(check, call), key)
+        if name not in WITHOUT_TRITON:
+            call: Callable[..., Any] = partial(_on_device, name)
+            _library.impl(name, checked(check, call), key)
 
 
 _library = torch.library.Library("fdcr_fast", "IMPL")

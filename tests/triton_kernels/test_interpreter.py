@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fdcr_fast.ops.backends import WITHOUT_TRITON
 from fdcr_fast.ops.schemas import OPERATORS
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -51,10 +52,11 @@ def test_the_dispatcher_reaches_them():
     assert "passed" in output
 
 
-def test_every_operator_has_a_kernel():
+def test_every_operator_has_a_kernel_or_is_left_to_the_reference():
     from fdcr_fast.ops import triton as kernels
 
-    assert set(kernels.__all__) == set(OPERATORS)
+    assert set(kernels.__all__) | WITHOUT_TRITON == set(OPERATORS)
+    assert not set(kernels.__all__) & WITHOUT_TRITON
     code = (
         "import torch, fdcr_fast; from fdcr_fast.ops.schemas import OPERATORS; "
         "has = torch._C._dispatch_has_kernel_for_dispatch_key; "

@@ -1,5 +1,7 @@
 """The operators as Triton kernels, under the names of ``ops.reference``.
 
+All but those of ``backends.WITHOUT_TRITON``, which the dispatcher leaves to the reference.
+
 One module per family holds kernels and their launchers. Block sizes are functions of shapes and of the device, nothing
 is tuned at run time. Sums that several programs share are partial results, added in a fixed order: no atomics, the same
 bits every time. Nothing waits for the device, and nothing needs more memory than partial results.
