@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 aten = torch.ops.aten
+
 backend_registration._setup_privateuseone_for_python_backend("remote")
 DEVICE = torch.device("remote", 0)
 OF_VALUES = {
