@@ -23,9 +23,21 @@ def run(script, *arguments):
     return done.stdout
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="Flower's simulation is not installed")
-def test_flower():
-    found = {rule: (float(a), float(s)) for rule, a, s in LINE.findall(run("flower/run.py"))}
+@pytest.mark.parametrize(("script", "needs"), [("flower/run.py", "ray"), ("nvflare/job.py", "nvflare")])
+def test_the_defence_works_where_averaging_fails(script, needs):
+    if find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed")
+    found = {rule: (float(a), float(s)) for rule, a, s in LINE.findall(run(script))}
     assert min(accuracy for accuracy, _ in found.values()) > 85
     assert found["FedAvg"][1] > 50
     assert found["CoalitionFDCR"][1] < 10
+
+
+def test_the_comparison_with_byzfl():
+    if find_spec("byzfl") is None:
+        pytest.skip("byzfl is not installed")
+    rows = [line.split() for line in run("byzfl/compare.py", "--dim", "1000").splitlines()[1:]]
+    assert len(rows) >= 16
+    for attack, rule, ours, theirs, *_ in rows:
+        if theirs != "-":
+            assert float(ours) == pytest.approx(float(theirs), rel=1e-3), (attack, rule)
