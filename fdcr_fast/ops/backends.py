@@ -19,7 +19,7 @@ from fdcr_fast.ops.network_schemas import NETWORK_OPERATORS
 from fdcr_fast.ops.schemas import OPERATORS, checked
 
 CAPABILITY = (8, 0)  # of the oldest NVIDIA GPUs that the Triton kernels are compiled for in the tests
-WITHOUT_TRITON = frozenset({"central_mean", *NETWORK_OPERATORS})  # operators that are plain PyTorch on GPUs, too
+WITHOUT_TRITON = frozenset(NETWORK_OPERATORS)  # operators that are plain PyTorch on GPUs, too
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ def _triton() -> BackendStatus:
     found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     if max(found) < CAPABILITY:
         return BackendStatus(False, f"needs compute capability {_dotted(CAPABILITY)}, found {_dotted(max(found))}")
-    reason = f"CUDA tensors on devices of compute capability {_dotted(CAPABILITY)} and above"
-    return BackendStatus(True, f"{reason}; {', '.join(sorted(WITHOUT_TRITON))} by the reference")
+    return BackendStatus(True, f"CUDA tensors on devices of compute capability {_dotted(CAPABILITY)} and above")
 
 
 def _has_triton() -> bool:

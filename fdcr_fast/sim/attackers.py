@@ -79,8 +79,10 @@ class Attackers:
         """Who attacks among the clients of a round: all malicious ones, or none, who then are as benign as anybody."""
         return self.clients.intersection(clients) if attacks_in(self._rounds, round) else frozenset()
 
-    def draft(self, work: LocalWork, client: int, epochs: int, attackers: int) -> tuple[Tensor, Tensor]:
-        """Let one of so many attackers train: the update and the Fisher ``[P]`` that it sends.
+    def draft(
+        self, work: LocalWork, client: int, epochs: int, attackers: int, with_fisher: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Let one of so many attackers train: the update and, if wanted, the Fisher ``[P]`` that it sends.
 
         What depends on others' uploads is left to :meth:`revise`; until then it is the update as trained, and zeros.
         """
@@ -88,6 +90,8 @@ class Attackers:
         update = draft.params - work.params
         if not self._colluding:
             update = self._update(work.round, client, update, attackers, norm=draft.norm)
+        if not with_fisher:
+            return update, None
         if self._omniscient:
             return update, torch.zeros_like(update)
         return update, self._fisher(work.round, client, len(update), draft)
@@ -106,7 +110,7 @@ class Attackers:
             _, update, fisher, num_samples = store[client]
             if self._colluding:
                 update = self._update(round, client, update, len(attackers), seen=seen)
-            if self._omniscient:
+            if self._omniscient and fisher is not None:
                 fisher = shard.own(self._fisher(round, client, len(mean_fisher), benign_mean=mean_fisher))
             store.remove(client)
             store.put(update, fisher, num_samples, client_id=client)

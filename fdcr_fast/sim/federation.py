@@ -75,7 +75,7 @@ class SimulationResult:
         rounds: One record per round.
         clients: One record per round and client drawn for it.
         similarity: Cosine similarity of the importances of the last round's clients, in the order of their records and
-            at most ``MOST_COMPARED`` of them, float64 ``[S, S]``.
+            at most ``MOST_COMPARED`` of them, float64 ``[S, S]``; None where they compute no Fishers.
         summary: Means over the last five rounds.
     """
 
@@ -83,7 +83,7 @@ class SimulationResult:
     params: Tensor
     rounds: tuple[RoundRecord, ...]
     clients: tuple[ClientRecord, ...]
-    similarity: Tensor
+    similarity: Tensor | None
     summary: Summary
 
 
@@ -142,14 +142,15 @@ class Federation:
         self.initial_params = self.worker.params()
         num_params, several = len(self.initial_params), config.workers > 1
         self.ranks = None if group is None else ParamShard(num_params, group)
+        fishers = config.fishers == "always" or self.rule.needs_fishers
         if self.ranks is None:
-            self.store = whole = UpdateStore(num_params, config.cohort(), shared=several)
+            self.store = whole = UpdateStore(num_params, config.cohort(), with_fishers=fishers, shared=several)
         elif self.rule.sharded:
-            self.store = UpdateStore(len(self.ranks), config.cohort())
-            whole = UpdateStore(num_params, _AT_A_TIME * config.workers, shared=several)
+            self.store = UpdateStore(len(self.ranks), config.cohort(), with_fishers=fishers)
+            whole = UpdateStore(num_params, _AT_A_TIME * config.workers, with_fishers=fishers, shared=several)
         else:
             raise ValueError(f"server {config.server} needs all parameters in one process: it runs on no ranks")
-        self.clients = Clients(self.data, self.attackers)
+        self.clients = Clients(self.data, self.attackers, fishers)
         self.executor: Executor = InProcess(self.clients)
         if several:
             self.executor = WorkerPool(config, self.clients, self.build, whole)
@@ -340,14 +341,13 @@ def _run(
         state.rounds.append(record)
         state.clients.extend(clients)
         state.memory = federation.rule.memory()
-        if round == config.rounds:
+        if round == config.rounds and federation.store.with_fishers:
             compared = [record.client for record in clients[:MOST_COMPARED]]
             state.similarity = importance_similarity(federation.uploads(), compared)
         if folder is not None:
             folder.save(state, clients)
         if progress is not None:
             progress(ProgressEvent(round, config.cohort(), record))
-    assert state.similarity is not None
     result = SimulationResult(
         config,
         state.params,

@@ -16,7 +16,7 @@ LINE = re.compile(r"(\w+): accuracy ([\d.]+)%, attack success rate ([\d.]+)%")
 
 
 def run(script, *arguments):
-    env = {**os.environ, "PYTHONPATH": str(FOLDER.parent), "FLWR_TELEMETRY_ENABLED": "0"}
+    env = {**os.environ, "PYTHONPATH": str(FOLDER.parent), "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, FOLDER / script, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
