@@ -24,7 +24,7 @@ from harness import Report
 HERE = Path(__file__).parent
 CLIENTS = 200
 # It needs a JAX of its time.
-FEDJAX = ("fedjax", "jax==0.4.25", "jaxlib==0.4.25", "numpy<2", "scipy<1.13")
+FEDJAX = ("fedjax", "jax==0.4.25", "jaxlib==0.4.25", "dm-haiku<0.0.13", "numpy<2", "scipy<1.13")
 NOTES = """FedAvg of the paper's CNN on Fashion-MNIST: 200 clients of 50 images, one epoch, batches of 64, SGD with
 momentum. Measured is training and aggregation of all clients, without evaluation, starting and the first round.
 *clients/s* is the median over rounds and repeats, which take turns; *spread* the smallest and largest. *x* is the rate

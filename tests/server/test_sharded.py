@@ -44,6 +44,9 @@ from fdcr_fast.server import sharded
 from fdcr_fast.server.blocks import BlockSums, cut, in_order
 from fdcr_fast.server.intake import Span
 
+# Plain PyTorch sums in another order, and takes minutes.
+pytestmark = pytest.mark.skipif(not fdcr_fast.backends()["cpu"].usable, reason="bits are those of the kernels")
+
 P, K = 6 * 4096 + 123, 12  # seven blocks, which neither two nor three ranks share equally
 
 RULES = {
