@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fdcr_fast import ops
 from fdcr_fast.server import file_format as form
@@ -33,30 +34,15 @@ class Pieces:
         self.bytes = memory.numpy().reshape(-1, shape.piece_bytes)
 
 
-class FileTiles:
-    """Rows of a file, as rules read them.
-
-    The page cache is passed by where the file system allows: what is read once would only push out other things.
+class StoreTiles:
+    """What all tiles know by the shape of their store.
 
     Args:
-        fd: Gives the open file.
         shape: Of the store.
-        rows: Those to read, in this order.
-        epoch: Of the file when they were chosen.
-        max_resident: Bytes that three spans may take.
     """
 
-    device = torch.device("cpu")
-
-    def __init__(
-        self, fd: Callable[[], int], shape: StoreShape, rows: Sequence[int], epoch: int, max_resident: int
-    ) -> None:
-        self._fd = fd
+    def __init__(self, shape: StoreShape) -> None:
         self._shape = shape
-        self._rows = rows
-        self._epoch = epoch
-        room = min(max_resident // BUFFERS, _SPAN_BYTES) // (max(len(rows), 1) * shape.piece_bytes)
-        self._step = whole_stretches(shape, room)
 
     @property
     def num_params(self) -> int:
@@ -78,6 +64,43 @@ class FileTiles:
         """Of updates and Fishers."""
         return frozenset({self._shape.dtype})
 
+    def _span(self, first: int, numbers: Tensor, columns: slice = slice(None)) -> Span:
+        """Tiles ``[T', K, matrices, L]`` from the given one on, or columns of one tile."""
+        begin, stop, _ = columns.indices(len(numbers) * self.tile)
+        param = first * self.tile + begin
+        return Span(
+            param,
+            min(stop - begin, self.num_params - param),
+            numbers[:, :, UPDATE, columns],
+            numbers[:, :, FISHER, columns] if self.with_fishers else None,
+        )
+
+
+class FileTiles(StoreTiles):
+    """Rows of a file, as rules read them.
+
+    The page cache is passed by where the file system allows: what is read once would only push out other things.
+
+    Args:
+        fd: Gives the open file.
+        shape: Of the store.
+        rows: Those to read, in this order.
+        epoch: Of the file when they were chosen.
+        max_resident: Bytes that three spans may take.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, fd: Callable[[], int], shape: StoreShape, rows: Sequence[int], epoch: int, max_resident: int
+    ) -> None:
+        super().__init__(shape)
+        self._fd = fd
+        self._rows = rows
+        self._epoch = epoch
+        room = min(max_resident // BUFFERS, _SPAN_BYTES) // (max(len(rows), 1) * shape.piece_bytes)
+        self._step = whole_stretches(shape, room)
+
     def spans(self) -> Iterator[Span]:
         """The whole round; a span lies in a buffer that a later one is read into."""
         starts = range(0, self._shape.tiles, self._step)
@@ -86,7 +109,7 @@ class FileTiles:
         with self._uncached() as fd, ThreadPoolExecutor(max(ahead, 1)) as threads:
 
             def submit(i: int) -> Future[Span]:
-                return threads.submit(self._read, fd, buffers[i % len(buffers)], starts[i])
+                return threads.submit(self._next, fd, buffers[i % len(buffers)], starts[i])
 
             reading = deque(submit(i) for i in range(min(max(ahead, 1), len(starts))))
             for i in range(len(starts)):
@@ -99,15 +122,15 @@ class FileTiles:
         """The parameters ``[first, first + num_params)`` alone, which must lie in one tile."""
         tile, column = divmod(first, self.tile)
         with self._uncached() as fd:
-            span = self._read(fd, Pieces(len(self._rows), self._shape), tile, 1)
-        columns = slice(column, column + num_params)
-        fishers = None if span.fishers is None else span.fishers[:, :, columns]
-        return Span(first, num_params, span.updates[:, :, columns], fishers)
+            numbers = self._read(fd, Pieces(len(self._rows), self._shape), tile, 1)
+        return self._span(tile, numbers, slice(column, column + num_params))
 
-    def _read(self, fd: int, buffer: Pieces, first: int, tiles: int | None = None) -> Span:
+    def _next(self, fd: int, buffer: Pieces, first: int) -> Span:
+        return self._span(first, self._read(fd, buffer, first, min(self._step, self._shape.tiles - first)))
+
+    def _read(self, fd: int, buffer: Pieces, first: int, tiles: int) -> Tensor:
         """Read tiles into the buffer, each stretch of neighbouring rows at once."""
         shape, K = self._shape, len(self._rows)
-        tiles = min(self._step, shape.tiles - first) if tiles is None else tiles
         if shape.capacity == K and list(_stretches(self._rows)) == [(0, K)]:
             read(fd, buffer.bytes[: tiles * K].reshape(-1), form.piece_offset(shape, first, 0))
         else:
@@ -116,14 +139,7 @@ class FileTiles:
                     pieces = buffer.bytes[t * K + start : t * K + stop].reshape(-1)
                     read(fd, pieces, form.piece_offset(shape, first + t, self._rows[start]))
         check_epoch(self._fd(), self._epoch)
-        numbers = buffer.numbers[: tiles * K].view(tiles, K, shape.matrices, shape.tile)
-        param = first * shape.tile
-        return Span(
-            param,
-            min(tiles * shape.tile, shape.num_params - param),
-            numbers[:, :, UPDATE],
-            numbers[:, :, FISHER] if self.with_fishers else None,
-        )
+        return buffer.numbers[: tiles * K].view(tiles, K, shape.matrices, shape.tile)
 
     @contextmanager
     def _uncached(self) -> Iterator[int]:

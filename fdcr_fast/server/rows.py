@@ -106,13 +106,14 @@ class FreeRows:
 
 
 class MemoryRows:
-    """Rows in one tensor, which other processes can be given if it is shared.
+    """Rows in one tensor, which other processes can be given if it is shared, and which the system may not move if it
+    is pinned.
 
     Raises:
         ValueError: the memory that is left does not hold them.
     """
 
-    def __init__(self, shape: StoreShape, device: torch.device, shared: bool = False) -> None:
+    def __init__(self, shape: StoreShape, device: torch.device, shared: bool = False, pinned: bool = False) -> None:
         self.shape = shape
         self.device = device
         self._shared = None
@@ -122,7 +123,7 @@ class MemoryRows:
             self._shared = SharedTensor(size, shape.dtype)
             self.data = self._shared.tensor
         else:
-            self.data = torch.empty(size, dtype=shape.dtype, device=device)
+            self.data = torch.empty(size, dtype=shape.dtype, device=device, pin_memory=pinned)
 
     def __getstate__(self) -> tuple[StoreShape, SharedTensor]:
         if self._shared is None:

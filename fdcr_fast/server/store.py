@@ -12,9 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fdcr_fast import ops
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.file_rows import FileRows
 from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refuse
+from fdcr_fast.server.pinned import PinnedRows
 from fdcr_fast.server.row_writer import RowWriter
 from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, FreeRows, MemoryRows, StoreShape
 
@@ -59,6 +61,8 @@ class UpdateStore:
         dtype: In which updates and Fishers are kept: float32, float64, bfloat16 or float16.
         tile: ``L``; by default such that a tile of all clients fits into cache.
         device: Where they are kept.
+        compute_device: Where rules read them, by default there. A store on the CPU for a GPU lies in pinned memory and
+            may be larger than that of the GPU, which takes 128 MiB or two tiles of all clients at a time.
         with_fishers: False for a store without Fishers, for rules that need none; half the memory.
         layout: Names and shapes of the parameters, so that clients may send mappings by name.
         buffer_dtype: Of the numbers in raw buffers (``bytes``); by default ``dtype``.
@@ -73,7 +77,8 @@ class UpdateStore:
         rejected: Reason by client id of those that were not accepted.
 
     Raises:
-        ValueError: a size is not positive, or the memory that is left does not hold the store.
+        ValueError: a size is not positive, options exclude each other, memory cannot be pinned for the compute device,
+            or what is left of it does not hold the store.
         FileExistsError: there is a file at ``path``; see :meth:`open`.
     """
 
@@ -85,6 +90,7 @@ class UpdateStore:
         *,
         tile: int | None = None,
         device: torch.device | str = "cpu",
+        compute_device: torch.device | str | None = None,
         with_fishers: bool = True,
         layout: ParamLayout | None = None,
         buffer_dtype: torch.dtype | None = None,
@@ -94,19 +100,29 @@ class UpdateStore:
         sync: bool = True,
         shared: bool = False,
     ) -> None:
+        device = torch.device(device)
+        reader = device if compute_device is None else torch.device(compute_device)
+        pinned = reader != device
         if tile is None:
-            tile = min(_MEMORY_TILE, max(num_params, 1))
+            tile = min(ops.STRETCH if pinned else _MEMORY_TILE, max(num_params, 1))
             if path is not None:
                 tile = FileRows.tile(num_params, capacity, dtype, with_fishers, max_resident)
         shape = StoreShape(num_params, capacity, tile, dtype, with_fishers)
-        device = torch.device(device)
+        if pinned and (path is not None or shared or device.type != "cpu"):
+            raise ValueError("a store with a compute_device of its own lies in memory of this process, on the CPU")
         if path is not None and device.type != "cpu":
             raise ValueError(f"a store in a file is read on the CPU, not on {device}")
         if shared and (path is not None or device.type != "cpu"):
             raise ValueError(
                 "a shared store lies in memory, on the CPU; other processes open one in a file by its path"
             )
-        rows = MemoryRows(shape, device, shared) if path is None else FileRows.create(path, shape, max_resident, sync)
+        rows: MemoryRows | FileRows
+        if pinned:
+            rows = PinnedRows(shape, reader)
+        elif path is None:
+            rows = MemoryRows(shape, device, shared)
+        else:
+            rows = FileRows.create(path, shape, max_resident, sync)
         self._start(rows, {}, layout, buffer_dtype, on_invalid)
 
     @classmethod
@@ -250,7 +266,7 @@ class UpdateStore:
 
     @property
     def updates(self) -> Tensor:
-        """Tiled client matrix ``[T, K, L]`` of the accepted clients' updates; a view, of a store in memory only."""
+        """Tiled client matrix ``[T, K, L]`` of the accepted clients' updates; a view, of a store in one memory only."""
         return self._matrices().updates
 
     @property
@@ -434,5 +450,7 @@ class UpdateStore:
     def _matrices(self) -> MatrixTiles:
         tiles = self.client_updates().tiles
         if not isinstance(tiles, MatrixTiles):
-            raise ValueError("the store is in a file: iterate over it, or over client_updates().spans()")
+            raise ValueError(
+                "of a store in a file, or for another device, there are spans: see client_updates().spans()"
+            )
         return tiles

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from remote import DEVICE, Device
+from remote import DEVICE, Device, streams
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from gpu_cases import CASES
 
 import fdcr_fast
-from fdcr_fast.server import cluster
+from fdcr_fast.server import cluster, pinned
 
 K, P = 12, 20_000
 
@@ -80,6 +80,60 @@ def test_and_for_a_store(rule, waits):
         result = replace(rule).aggregate(there(w), stores[1])
         assert len(device.waits) <= waits, device.waits
         same(result, expected)
+
+
+@pytest.mark.parametrize("span_bytes", [1, 1 << 20, 1 << 26])
+@pytest.mark.parametrize(
+    ("rule", "waits"),
+    [
+        (RULES[1], 1),
+        (fdcr_fast.FDCR(), 1),
+        (fdcr_fast.CoordinateMedian(), 1),
+        (fdcr_fast.MultiKrum(num_byzantine=2), 2),
+    ],
+    ids=repr,
+)
+def test_a_store_in_pinned_memory_streams(rule, waits, span_bytes, monkeypatch):
+    """To the same bits, without more waits; the device refuses copies that overtake what reads, and the reverse."""
+    monkeypatch.setattr(pinned, "_SPAN_BYTES", span_bytes)
+    w, updates, fishers, _ = round_of()
+    with Device() as device:
+        stores = [fdcr_fast.UpdateStore(P, K + 1, tile=4096), fdcr_fast.UpdateStore(P, K + 1, compute_device=DEVICE)]
+        for store in stores:
+            store.put(updates[0], fishers[0], 1.0, "leaves")
+            for k in range(K):
+                store.put(updates[k], fishers[k], k + 1)
+            store.remove("leaves")
+        expected = rule.aggregate(w, stores[0])
+        tiles = stores[1].client_updates().tiles
+        side, spans = tiles._side, list(tiles.spans())
+        assert [span.first for span in spans] == list(range(0, P, {1: 4096, 1 << 20: 2 * 4096}.get(span_bytes, P)))
+        assert sum(span.num_params for span in spans) == P
+        device.waits.clear()
+        result = replace(rule).aggregate(there(w), stores[1])
+        assert len(device.waits) <= waits, device.waits
+        same(result, expected)
+        before = side.synchronized
+        assert stores[1].put(updates[0], fishers[0], 1.0, "again")
+        assert side.synchronized > before, "rows are overwritten while they are copied"
+        assert torch.equal(stores[1]["again"].update, updates[0])
+
+
+def test_overtaking_is_noticed():
+    with Device():
+        x, side = there(torch.ones(3)), streams.Stream()
+        with pytest.raises(RuntimeError, match="overtakes"), streams.stream(side):
+            x + x
+        streams.forget()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_store_is_not_pinned_for_a_device_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="cannot be pinned for cuda"):
+        fdcr_fast.UpdateStore(10, 2, compute_device="cuda")
+    for options in ({"path": tmp_path / "store"}, {"shared": True}, {"device": "meta"}):
+        with pytest.raises(ValueError, match="compute_device of its own"):
+            fdcr_fast.UpdateStore(10, 2, compute_device="cuda", **options)
 
 
 def test_the_coalition_rule_works_on_a_device():

@@ -6,6 +6,7 @@ values, and operations whose result has a shape that depends on values.
 """
 
 import traceback
+from contextlib import contextmanager
 
 import torch
 from torch.utils import backend_registration
@@ -14,7 +15,58 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 aten = torch.ops.aten
 
-backend_registration._setup_privateuseone_for_python_backend("remote")
+
+class Stream:
+    """A stream by what it knows to be done: of every stream, how many operations."""
+
+    def __init__(self, device=None):
+        self.done = {self: 0}
+        self.synchronized = 0
+
+    def wait_stream(self, other):
+        self.done = {s: max(self.done.get(s, 0), other.done.get(s, 0)) for s in {*self.done, *other.done}}
+
+    def synchronize(self):
+        self.synchronized += 1
+
+
+class Streams(backend_registration._DummyBackendModule):
+    """What ``torch.cuda`` offers of streams, and whether operations of one overtake those of another."""
+
+    Stream = Stream
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self):
+        self.current, self.written, self.read = [Stream()], {}, {}
+
+    def current_stream(self, device=None):
+        return self.current[-1]
+
+    @contextmanager
+    def stream(self, stream):
+        self.current.append(stream)
+        yield
+        self.current.pop()
+
+    def run(self, func, reads, writes, new):
+        """Note an operation on storages, and refuse it where the stream does not know that those before it are done."""
+        stream = self.current[-1]
+        stream.done[stream] += 1
+        before = [self.written[x] for x in (*reads, *writes) if x in self.written]
+        before += [(s, i) for x in writes for s, i in self.read.get(x, {}).items()]
+        if any(stream.done.get(s, 0) < i for s, i in before):
+            raise RuntimeError(f"{func} overtakes another stream")
+        for x in (*writes, *new):
+            self.written[x] = stream, stream.done[stream]
+            self.read[x] = {}
+        for x in reads:
+            self.read.setdefault(x, {})[stream] = stream.done[stream]
+
+
+streams = Streams()
+backend_registration._setup_privateuseone_for_python_backend("remote", backend_module=streams)
 DEVICE = torch.device("remote", 0)
 OF_VALUES = {
     aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.nonzero, aten.masked_select, aten._unique2,
@@ -33,6 +85,13 @@ class Remote(torch.Tensor):
     def __init__(self, local):
         self.local = local
 
+    def record_stream(self, stream):
+        pass
+
+    @property
+    def place(self):
+        return self.local.untyped_storage().data_ptr()
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError("a tensor outlived its device")
@@ -44,6 +103,7 @@ class Device(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits = []
+        streams.forget()
 
     def wait(self, func):
         frames = [f for f in traceback.extract_stack() if "fdcr_fast" in f.filename]
@@ -81,10 +141,17 @@ class Device(TorchDispatchMode):
         if to is not None:
             kwargs["device"] = torch.device("cpu")
         given = {id(x.local): x for x in remote}
+        seen = {x.place for x in remote}
         kwargs.pop("pin_memory", None)
         result = func(
             *tree_map_only(Remote, lambda x: x.local, args), **tree_map_only(Remote, lambda x: x.local, kwargs)
         )
-        if not there:
-            return result
-        return tree_map_only(torch.Tensor, lambda x: given[id(x)] if id(x) in given else Remote(x), result)
+        if there:
+            result = tree_map_only(torch.Tensor, lambda x: given[id(x)] if id(x) in given else Remote(x), result)
+        if not func.is_view:
+            flat = zip(func._schema.arguments, args, strict=False)
+            written = [x for a, x in flat if a.alias_info and a.alias_info.is_write and isinstance(x, Remote)]
+            new = {x.place for x in tree_flatten(result)[0] if isinstance(x, Remote)} - seen
+            written = {x.place for x in written}
+            streams.run(func, seen - written, written, new)
+        return result
