@@ -1,12 +1,13 @@
 # make demo   sets everything up and shows FDCR defending (or failing to defend) a small federation
 # make test   sets everything up and runs the tests
+# make test-integrations   the same for Flower, NVFlare and ByzFL
 # Both need only Python >= 3.10 with venv; a C++17 compiler makes the kernels fast.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: demo test sanitize bench lint format clean
+.PHONY: demo test test-integrations sanitize bench lint format clean
 
 demo: $(VENV)/installed
 	rm -rf $(OUT)
@@ -14,6 +15,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Against the real frameworks and their simulators, in an environment on top of the first one: their pins differ from
+# what that one has, and torch is not installed again.
+test-integrations: $(VENV)/frameworks/installed
+	$(VENV)/frameworks/bin/python -m pytest tests/integrations
 
 # The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer; leaves that build in place.
 sanitize: SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -42,6 +48,15 @@ clean:
 	rm -rf $(VENV) build runs *.egg-info fdcr_fast/_C*.so
 
 CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+
+$(VENV)/frameworks/installed: $(VENV)/installed
+	$(BIN)/python -m venv $(VENV)/frameworks
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE_PACKAGES)')')" \
+		> "$$($(VENV)/frameworks/bin/python -c '$(SITE_PACKAGES)')/first_environment.pth"
+	$(VENV)/frameworks/bin/python -m pip install --quiet "fdcr_fast[flower,nvflare,byzfl]"
+	touch $@
 
 # torch first, and no build isolation: the extension is built against the torch that it will run with.
 $(VENV)/installed: pyproject.toml setup.py $(CPP)

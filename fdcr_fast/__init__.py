@@ -5,6 +5,7 @@ from fdcr_fast._version import __version__
 from fdcr_fast.importance.fisher import diagonal_fisher, diagonal_fisher_stacked
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.ops.backends import BackendStatus, backends, info
+from fdcr_fast.server.blocks import shard_range
 from fdcr_fast.server.coalition.rule import CoalitionFDCR, CoalitionShare
 from fdcr_fast.server.coalition.state import CoalitionState
 from fdcr_fast.server.coalition.views import ParamGroups
@@ -29,7 +30,9 @@ from fdcr_fast.server.defenses import (
 )
 from fdcr_fast.server.gram import GramEstimate, GramView, estimate_gram, gram, grams
 from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule, FedAvg, Selection
+from fdcr_fast.server.sharded import ParamShard
 from fdcr_fast.server.state_dicts import aggregate_state_dicts
+from fdcr_fast.server.state_store import StateStore
 from fdcr_fast.server.store import UpdateStore
 
 __all__ = [
@@ -60,8 +63,10 @@ __all__ = [
     "MultiMetrics",
     "ParamGroups",
     "ParamLayout",
+    "ParamShard",
     "Sageflow",
     "Selection",
+    "StateStore",
     "TrimmedMean",
     "UpdateStore",
     "__version__",
@@ -74,4 +79,5 @@ __all__ = [
     "grams",
     "info",
     "ops",
+    "shard_range",
 ]

@@ -81,7 +81,7 @@ def info() -> None:
 
 
 def _progress(name: str, config: SimulationConfig) -> AbstractContextManager[Progress]:
-    return progress_bar(Console(stderr=True), name, config.rounds, config.clients)
+    return progress_bar(Console(stderr=True), name, config.rounds, config.cohort())
 
 
 @cli.command("simulate")

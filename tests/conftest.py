@@ -10,7 +10,8 @@ from fdcr_fast import _native
 from fdcr_fast.ops import reference
 
 # The same examples on every CI run: a red run can be repeated. Elsewhere every run looks at new ones.
-settings.register_profile("default", deadline=None, max_examples=60, print_blob=True)
+EXAMPLES = int(os.environ.get("FDCR_TEST_EXAMPLES", "60"))  # of each property
+settings.register_profile("default", deadline=None, max_examples=EXAMPLES, print_blob=True)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.register_profile("interpreted", settings.get_profile("ci"), max_examples=4)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

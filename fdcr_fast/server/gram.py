@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fdcr_fast import ops
 from fdcr_fast.ops.reference import GRAM_TRANSFORMS
-from fdcr_fast.server.intake import ClientTiles, ClientUpdates, MatrixTiles, Span
+from fdcr_fast.server.intake import WHOLE, ClientTiles, ClientUpdates, MatrixTiles, Shard, Span
 from fdcr_fast.server.store import UpdateStore
 
 Ranges = Sequence[slice | tuple[int, int]]
@@ -116,7 +116,7 @@ def grams(
     """
     transforms = [view.transform for view in views]
     clients = _Clients.of(updates, fishers, transforms)
-    ranges = [_ordered(view.ranges, clients.tiles.num_params) for view in views]
+    ranges = [_ordered(view.ranges, clients.num_params) for view in views]
     return _grams(clients, transforms, ranges, precision)
 
 
@@ -154,7 +154,7 @@ def estimate_gram(
     if sample < 1:
         raise ValueError(f"sample must be at least 1, got {sample}")
     clients = _Clients.of(updates, fishers, [transform])
-    bounds = _ordered(ranges, clients.tiles.num_params)
+    bounds = _ordered(ranges, clients.num_params)
     blocks = (bounds[:, 1] - bounds[:, 0] + _SAMPLED_BLOCK - 1) // _SAMPLED_BLOCK  # of each range
     behind = blocks.cumsum(0)
     N, of_group = int(blocks.sum()), -(-sample // (_SAMPLED_BLOCK * _SAMPLE_GROUPS))
@@ -179,6 +179,11 @@ class _Clients:
     valid: Tensor
     low: Tensor | None
     high: Tensor | None
+    shard: Shard = WHOLE
+
+    @property
+    def num_params(self) -> int:
+        return self.shard.total_params(self.tiles.num_params)
 
     @classmethod
     def of(
@@ -194,7 +199,7 @@ class _Clients:
                 raise TypeError("a store or a round holds its fishers: give it alone")
             if not given.clients:
                 raise ValueError("expected at least one client, got none")
-            clients = cls(given.tiles, given.valid, given.fisher_min, given.fisher_max)
+            clients = cls(given.tiles, given.valid, given.fisher_min, given.fisher_max, given.shard)
         else:
             tiles = MatrixTiles.of(given, fishers)
             valid, low, high = torch.ones(len(given), dtype=torch.bool), None, None
@@ -213,22 +218,23 @@ def _grams(clients: _Clients, transforms: Sequence[str], ranges: Sequence[Tensor
     if precision not in ("float32", "float64"):
         raise ValueError(f"precision must be 'float32' or 'float64', got {precision!r}")
     K = len(clients.valid)
-    total = torch.zeros(len(transforms), K, K, dtype=torch.float64, device=clients.tiles.device)
-    for span in clients.tiles.spans():
-        here = [_within(bounds, span) for bounds in ranges]
-        total = ops.gram(
+
+    def read(span: Span, total: Tensor) -> Tensor:
+        return ops.gram(
             span.updates,
             span.fishers,
             clients.low,
             clients.high,
             clients.valid,
             transforms,
-            here,
+            [_within(bounds, clients.shard, span) for bounds in ranges],
             total,
             span.num_params,
             precision == "float64",
         )
-    return total
+
+    zeros = torch.zeros(len(transforms), K, K, dtype=torch.float64, device=clients.tiles.device)
+    return clients.shard.sum(clients.tiles.spans(), zeros, read)
 
 
 def _ordered(ranges: Ranges | None, num_params: int) -> Tensor:
@@ -253,7 +259,7 @@ def _pair(given: slice | tuple[int, int], num_params: int) -> tuple[int, int]:
     return start, stop
 
 
-def _within(ranges: Tensor, span: Span) -> Tensor:
-    """The part of the ranges that lies in the span, counted from its first parameter."""
-    bounds = (ranges - span.first).clamp(0, span.num_params)
+def _within(ranges: Tensor, shard: Shard, span: Span) -> Tensor:
+    """The part of the ranges that lies in the span of a shard, counted from the span's first parameter."""
+    bounds = (ranges - shard.first - span.first).clamp(0, span.num_params)
     return bounds[bounds[:, 0] < bounds[:, 1]]

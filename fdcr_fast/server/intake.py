@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
@@ -131,6 +131,42 @@ class MatrixTiles:
         return Span(first, num_params, self.updates[tile : tile + 1, :, columns], fishers)
 
 
+class Shard:
+    """The parameters that this process holds, here all of them; what is computed from several goes through it."""
+
+    first: int = 0  # of the parameters
+
+    def total_params(self, here: int) -> int:
+        """``P`` of the model, of whose parameters so many are here."""
+        return here
+
+    def sum(self, spans: Iterator[Span], zeros: Tensor, read: Callable[[Span, Tensor], Tensor]) -> Tensor:
+        """A sum over all parameters; ``read`` returns what it is given plus that over a span."""
+        total = zeros
+        for span in spans:
+            total = read(span, total)
+        return total
+
+    def sum_vector(self, vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum over all parts of a vector ``[P]``, of which this process has its own, of what ``term`` says."""
+        return term(vector)
+
+    def sum_parts(self, part: Tensor) -> Tensor:
+        """The sum over all processes of what each has."""
+        return part
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """A vector ``[P]``, of which every process has its own parameters."""
+        return vector
+
+    def own(self, vector: Tensor) -> Tensor:
+        """This process's parameters of a vector ``[P]``."""
+        return vector
+
+
+WHOLE = Shard()
+
+
 @dataclass(frozen=True)
 class ClientUpdates:
     """One round of ``K`` clients in rows.
@@ -146,6 +182,7 @@ class ClientUpdates:
         fisher_max: ``max F_k``, likewise.
         valid: bool ``[K]``, the rows that are not rejected.
         rejected: Reason by client id, of rejected rows and of clients that got no row.
+        shard: Which parameters the tiles hold; everything else is about all parameters.
     """
 
     tiles: ClientTiles
@@ -156,6 +193,7 @@ class ClientUpdates:
     fisher_max: Tensor | None
     valid: Tensor
     rejected: dict[Hashable, str]
+    shard: Shard = WHOLE
 
     @classmethod
     def from_matrices(
@@ -192,12 +230,16 @@ class ClientUpdates:
 
     @property
     def num_params(self) -> int:
-        """``P``."""
-        return self.tiles.num_params
+        """``P`` of the model; ``tiles.num_params`` of them are here."""
+        return self.shard.total_params(self.tiles.num_params)
 
     def spans(self) -> Iterator[Span]:
         """See :meth:`ClientTiles.spans`."""
         return self.tiles.spans()
+
+    def sum(self, zeros: Tensor, read: Callable[[Span, Tensor], Tensor]) -> Tensor:
+        """A sum over all parameters in one reading; see :meth:`Shard.sum`."""
+        return self.shard.sum(self.spans(), zeros, read)
 
     @property
     def alpha(self) -> Tensor:

@@ -59,17 +59,19 @@ def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> bool:
 
 def scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
     """One reading for the distances of the reweighted updates to their mean."""
-    totals = _no_totals(clients)
-    for span in clients.spans():
-        totals = ops.discrepancy(
-            span.updates,
-            *_importances(clients, span, reweight),
-            alpha.to(totals.device),
-            totals,
-            span.num_params,
-            single,
-        )
-    return _scores(totals)
+    alpha = alpha.to(clients.tiles.device)
+
+    def read(span: Span, totals: Tensor) -> Tensor:
+        importances = _importances(clients, span, reweight)
+        return ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, single)
+
+    return _scores(clients.sum(_no_totals(clients), read))
+
+
+def squared_norms(clients: ClientUpdates) -> Tensor:
+    """One reading for the squared norms of the updates, float64 ``[K]``, of clients that are not valid too."""
+    zeros = torch.zeros(len(clients.clients), dtype=torch.float64, device=clients.tiles.device)
+    return clients.sum(zeros, lambda span, total: total + ops.squared_norm(span.updates, span.num_params))
 
 
 def mean(global_params: Tensor, clients: ClientUpdates, weights: Tensor, *, rescale: bool, single: bool) -> Tensor:
@@ -95,19 +97,18 @@ def scores_and_mean(
     single: bool,
 ) -> tuple[Scores, Tensor]:
     """Both of the above in one reading, with the same bits."""
-    totals = _no_totals(clients)
-    alpha, weights = alpha.to(totals.device), weights.to(totals.device)
+    alpha, weights = alpha.to(clients.tiles.device), weights.to(clients.tiles.device)
+    params = _NewParams(global_params)
 
-    def read(params: Tensor, span: Span) -> Tensor:
-        nonlocal totals
+    def read(span: Span, totals: Tensor) -> Tensor:
         importances = _importances(clients, span, reweight or rescale)
         totals, new = ops.discrepancy_and_mean(
-            params, span.updates, *importances, alpha, weights, totals, reweight, rescale, single
+            params.old(span), span.updates, *importances, alpha, weights, totals, reweight, rescale, single
         )
-        return new
+        params.put(span, new)
+        return totals
 
-    params = _by_span(global_params, clients, read)
-    return _scores(totals), params
+    return _scores(clients.sum(_no_totals(clients), read)), params.new
 
 
 def central_mean(global_params: Tensor, clients: ClientUpdates, read: Tensor, keep: int, *, nearest: bool) -> Tensor:
@@ -124,16 +125,16 @@ def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool) -> 
     for span in _sample(clients.tiles):
         importances = _importances(clients, span, reweight)
         totals = ops.discrepancy(span.updates, *importances, alpha.to(totals.device), totals, span.num_params, single)
-    return _scores(totals)
+    return _scores(clients.shard.sum_parts(totals))
 
 
-def sampled_norms(tiles: MatrixTiles) -> Tensor:
+def sampled_norms(clients: ClientUpdates) -> Tensor:
     """Squared norms ``[K]`` of the updates, guessed from a few of the parameters."""
-    total, size = torch.zeros(tiles.updates.shape[1], dtype=torch.float64, device=tiles.device), 0
-    for span in _sample(tiles):
+    total, size = torch.zeros(len(clients.clients), dtype=torch.float64, device=clients.tiles.device), 0
+    for span in _sample(clients.tiles):
         total += ops.squared_norm(span.updates, span.num_params)
         size += span.num_params
-    return total * (tiles.num_params / size)
+    return clients.shard.sum_parts(total * (clients.tiles.num_params / size))
 
 
 def _sample(tiles: ClientTiles) -> Iterator[Span]:
@@ -160,17 +161,34 @@ def _sample(tiles: ClientTiles) -> Iterator[Span]:
 
 def _by_span(global_params: Tensor, clients: ClientUpdates, read: Callable[[Tensor, Span], Tensor]) -> Tensor:
     """New parameters from those of every span."""
-    params: Tensor | None = None
+    params = _NewParams(global_params)
     for span in clients.spans():
-        part = slice(span.first, span.first + span.num_params)
-        new = read(global_params[part], span)
-        if span.num_params == clients.num_params:
-            return new
-        if params is None:
-            params = torch.empty_like(global_params, memory_format=torch.contiguous_format)
-        params[part] = new
-    assert params is not None, "a round has at least one parameter"
-    return params
+        params.put(span, read(params.old(span), span))
+    return params.new
+
+
+class _NewParams:
+    """New parameters that come span by span; not copied if they come at once."""
+
+    def __init__(self, global_params: Tensor) -> None:
+        self._old = global_params
+        self._new: Tensor | None = None
+
+    def old(self, span: Span) -> Tensor:
+        return self._old[span.first : span.first + span.num_params]
+
+    def put(self, span: Span, new: Tensor) -> None:
+        if span.num_params == len(self._old):
+            self._new = new
+            return
+        if self._new is None:
+            self._new = torch.empty_like(self._old, memory_format=torch.contiguous_format)
+        self._new[span.first : span.first + span.num_params] = new
+
+    @property
+    def new(self) -> Tensor:
+        assert self._new is not None, "a round has at least one parameter"
+        return self._new
 
 
 def _importances(clients: ClientUpdates, span: Span, wanted: bool) -> Importances:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import heapq
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fdcr_fast import ops
 from fdcr_fast.server.intake import ClientTiles, MatrixTiles
+from fdcr_fast.server.shared_memory import SharedTensor
 
 UPDATE, FISHER = -1, 0  # positions of a row's matrices; a store without Fishers has the updates alone
 
@@ -73,17 +75,64 @@ Statistics = dict[int, Tensor]  # likewise: float64 (squared norm, smallest, lar
 NO_STATISTICS = torch.tensor([0.0, torch.inf, -torch.inf], dtype=torch.float64)
 
 
+class FreeRows:
+    """The rows that no client has; the first one is taken first."""
+
+    def __init__(self, rows: Iterable[int]) -> None:
+        self._rows = set(rows)
+        self._heap = sorted(self._rows)
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def take(self, row: int | None = None) -> int:
+        """The given row, or the first one.
+
+        Raises:
+            ValueError: it is not free.
+        """
+        while row is None:
+            first = heapq.heappop(self._heap)  # rows that were taken by number are still in the heap
+            row = first if first in self._rows else None
+        if row not in self._rows:
+            raise ValueError(f"row {row} is not free")
+        self._rows.remove(row)
+        return row
+
+    def release(self, row: int) -> None:
+        """Give a row back."""
+        self._rows.add(row)
+        heapq.heappush(self._heap, row)
+
+
 class MemoryRows:
-    """Rows in one tensor.
+    """Rows in one tensor, which other processes can be given if it is shared.
 
     Raises:
         ValueError: the memory that is left does not hold them.
     """
 
-    def __init__(self, shape: StoreShape, device: torch.device) -> None:
+    def __init__(self, shape: StoreShape, device: torch.device, shared: bool = False) -> None:
         self.shape = shape
         self.device = device
-        self.data = _allocate(shape, device)
+        self._shared = None
+        _check_memory(shape, device)
+        size = (shape.tiles, shape.capacity, shape.matrices, shape.tile)
+        if shared:
+            self._shared = SharedTensor(size, shape.dtype)
+            self.data = self._shared.tensor
+        else:
+            self.data = torch.empty(size, dtype=shape.dtype, device=device)
+
+    def __getstate__(self) -> tuple[StoreShape, SharedTensor]:
+        if self._shared is None:
+            raise TypeError("this store is not shared with other processes: make it with shared=True")
+        return self.shape, self._shared
+
+    def __setstate__(self, state: tuple[StoreShape, SharedTensor]) -> None:
+        self.shape, self._shared = state
+        self.data = self._shared.tensor
+        self.device = self.data.device
 
     def fill(self, row: int, vectors: Vectors) -> tuple[Statistics, int]:
         """Copy a client's vectors into a row that is nobody's yet; their statistics, and no checksum."""
@@ -119,15 +168,13 @@ class MemoryRows:
         """Memory is freed with its last view."""
 
 
-def _allocate(shape: StoreShape, device: torch.device) -> Tensor:
-    size = (shape.tiles, shape.capacity, shape.matrices, shape.tile)
+def _check_memory(shape: StoreShape, device: torch.device) -> None:
     available = available_memory() if device.type == "cpu" else None
     if available is not None and shape.nbytes > available:
         raise ValueError(
             f"a store of {shape.capacity} clients with {shape.num_params} parameters takes {giga(shape.nbytes)}, and "
             f"{giga(available)} of memory are left: take fewer clients, a narrower dtype, or a file (path=)"
         )
-    return torch.empty(size, dtype=shape.dtype, device=device)
 
 
 def available_memory() -> int | None:

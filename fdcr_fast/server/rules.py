@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, ClassVar, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from fdcr_fast.server import passes
 from fdcr_fast.server.cluster import CLUSTERINGS, check_density, check_partition
 from fdcr_fast.server.intake import (
     ClientUpdates,
-    MatrixTiles,
     OnInvalid,
     check_device,
     check_floating,
@@ -23,6 +22,7 @@ from fdcr_fast.server.intake import (
     sample_shares,
 )
 from fdcr_fast.server.scores import SCORES
+from fdcr_fast.server.sharded import ParamShard
 from fdcr_fast.server.shares import limited_shares
 from fdcr_fast.server.store import UpdateStore
 
@@ -38,7 +38,7 @@ class AggregationResult:
     the CPU.
 
     Attributes:
-        params: ``[P]``, dtype and device of the global parameters.
+        params: ``[P]``, dtype and device of the global parameters; with a shard, those of the shard.
         weights: Weight of each client in the mean, float64 ``[K]``; 0 for those dropped or rejected.
         discrepancy: ``V_k``, float64 ``[K]``; NaN for rejected clients and under rules that compute none.
         kept: bool ``[K]``, who was aggregated.
@@ -93,8 +93,11 @@ class AggregationRule:
         max_weight_share: Largest share of one client in the sums over clients; None for no limit.
         rescale: Whether kept updates are rescaled by ``2 sigmoid(I_k)`` (eq. 12).
         importance: Whether :meth:`select` reads importances.
+        sharded: Whether the rule takes a shard. Whatever such a rule computes from more than one parameter goes through
+            the methods of ``clients`` and ``clients.shard``, or through functions that do.
     """
 
+    sharded: ClassVar[bool] = False
     norm_bound: float | None = None
     max_weight_share: float | None = None
     rescale: bool = False
@@ -135,7 +138,12 @@ class AggregationRule:
 
     @overload
     def aggregate(
-        self, global_params: Tensor, updates: UpdateStore, *, on_invalid: OnInvalid = "reject"
+        self,
+        global_params: Tensor,
+        updates: UpdateStore,
+        *,
+        on_invalid: OnInvalid = "reject",
+        shard: ParamShard | None = None,
     ) -> AggregationResult: ...
 
     @overload
@@ -148,6 +156,7 @@ class AggregationRule:
         *,
         client_ids: Sequence[Hashable] | None = None,
         on_invalid: OnInvalid = "reject",
+        shard: ParamShard | None = None,
     ) -> AggregationResult: ...
 
     def aggregate(
@@ -159,6 +168,7 @@ class AggregationRule:
         *,
         client_ids: Sequence[Hashable] | None = None,
         on_invalid: OnInvalid = "reject",
+        shard: ParamShard | None = None,
     ) -> AggregationResult:
         """New global parameters ``w' = w + sum_k alpha^_k c_k delta_k`` over the kept clients (Algorithm 1).
 
@@ -175,19 +185,38 @@ class AggregationRule:
             client_ids: ``K`` different ids, by default 0 to K - 1.
             on_invalid: What becomes of a round with clients whose contribution cannot be used: ``"reject"``
                 aggregates the others, ``"raise"`` raises ValueError naming client and reason.
+            shard: Which parameters the global parameters and the updates are; by default all of them. All processes of
+                the shard's group must call alike, and get the same but for the parameters; see
+                :class:`fdcr_fast.ParamShard`.
 
         Raises:
-            TypeError: a matrix is not a floating-point tensor, or sample counts are not numbers.
+            TypeError: a matrix is not a floating-point tensor, sample counts are not numbers, or the rule takes no
+                shard.
+            RuntimeError: another process of the group died or did not arrive in time, or decided differently.
             ValueError: shapes or devices do not fit, the global parameters are not finite, there are no
                 clients, or Fishers are missing. What is wrong with one client alone rejects that client
                 instead.
         """
-        clients = self._intake(updates, fishers, num_samples, client_ids)
-        _check_global(global_params, clients)
+
+        def take_in() -> ClientUpdates:
+            clients = self._intake(updates, fishers, num_samples, client_ids)
+            _check_global(global_params, clients)
+            if shard is not None and not self.sharded:
+                raise TypeError(f"{type(self).__name__} needs all parameters in one process: it takes no shard")
+            return clients
+
+        if shard is None:
+            clients = take_in()
+        else:
+            dtype = getattr(global_params, "dtype", None)
+            stored = not isinstance(updates, Tensor)
+            clients = shard.agreed(take_in, stored=stored, rule=self, on_invalid=on_invalid, dtype=dtype)
         foreseen = None
-        if isinstance(clients.tiles, MatrixTiles) and isinstance(updates, Tensor):
-            squared_norm, foreseen = self._read_norms(global_params.detach(), clients, clients.tiles)
+        if isinstance(updates, Tensor):
+            squared_norm, foreseen = self._read_norms(global_params.detach(), clients)
             clients = clients.with_norms(squared_norm)
+        elif shard is not None and self.needs_norms:
+            clients = clients.with_norms(passes.squared_norms(clients))
         clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
         refuse(clients.rejected, on_invalid)
         valid, rows = clients.valid, len(clients.clients)
@@ -197,6 +226,8 @@ class AggregationRule:
             selection, weights, params = self._apply(global_params.detach(), clients)
         else:
             selection, weights, params = Selection(valid), torch.zeros(rows, dtype=torch.float64), global_params
+        if shard is not None:
+            shard.confirm(weights)
         kept = selection.kept & valid
         labels = (~kept).long() if selection.labels is None else selection.labels
         scores = torch.full((rows,), torch.nan, dtype=torch.float64)
@@ -234,6 +265,11 @@ class AggregationRule:
         """Whether the rule takes importances anywhere."""
         return self.importance or self.rescale
 
+    @property
+    def needs_norms(self) -> bool:
+        """Whether norms enter the result, and are not only compared: shards then sum them in a fixed order."""
+        return False
+
     def _intake(
         self,
         updates: Tensor | UpdateStore,
@@ -256,11 +292,9 @@ class AggregationRule:
             raise ValueError(f"{self!r} takes importances: fishers must be given")
         return clients
 
-    def _read_norms(
-        self, _global_params: Tensor, clients: ClientUpdates, tiles: MatrixTiles
-    ) -> tuple[Tensor, Outcome | None]:
+    def _read_norms(self, _global_params: Tensor, clients: ClientUpdates) -> tuple[Tensor, Outcome | None]:
         """Squared norms of the rows, and where the same reading gives it the outcome if nobody is rejected."""
-        return ops.squared_norm(tiles.updates, clients.num_params), None
+        return passes.squared_norms(clients), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +312,7 @@ class FedAvg(AggregationRule):
         ValueError: an option has a value that it cannot have.
     """
 
+    sharded = True
     norm_bound: float | None = None
     max_weight_share: float | None = None
     clip: float | Literal["median"] | None = None
@@ -286,6 +321,11 @@ class FedAvg(AggregationRule):
         self._check_options()
         if self.clip not in (None, "median") and not (isinstance(self.clip, float | int) and 0 < self.clip < math.inf):
             raise ValueError(f"clip must be None, 'median', or a positive finite norm, got {self.clip!r}")
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether updates are clipped."""
+        return self.clip is not None
 
     def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
         """Shares of the samples, less for updates that are clipped."""
@@ -338,6 +378,7 @@ class FDCR(AggregationRule):
         ValueError: an option has a value that it cannot have.
     """
 
+    sharded = True
     discrepancy: str = "mse"
     cluster: str | None = "finch"
     partition: str | int = "first"
@@ -369,18 +410,16 @@ class FDCR(AggregationRule):
                 break
         return self._decide(scores.distance, clients)
 
-    def _read_norms(
-        self, global_params: Tensor, clients: ClientUpdates, tiles: MatrixTiles
-    ) -> tuple[Tensor, Outcome | None]:
+    def _read_norms(self, global_params: Tensor, clients: ClientUpdates) -> tuple[Tensor, Outcome | None]:
         """The norms, from the one reading of scores and mean if nobody seems to be rejected."""
         if clients.num_params >= ops.STRETCH:
-            guess = clients.with_norms(passes.sampled_norms(tiles))
+            guess = clients.with_norms(passes.sampled_norms(clients))
             if self._all_pass(guess):
                 outcome, squared_norm = self._read(global_params, guess)
                 known = clients.with_norms(squared_norm)
                 if self._all_pass(known) and passes.fits_single(known) == passes.fits_single(guess):
                     return squared_norm, outcome
-        return super()._read_norms(global_params, clients, tiles)
+        return super()._read_norms(global_params, clients)
 
     def _all_pass(self, clients: ClientUpdates) -> bool:
         """Whether nobody is rejected, nor would be if norms were a little different."""

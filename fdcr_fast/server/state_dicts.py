@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fdcr_fast.layout import ParamLayout, as_tensor
-from fdcr_fast.server.intake import OnInvalid, median_size
+from fdcr_fast.layout import ParamLayout
+from fdcr_fast.server.intake import OnInvalid
 from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule
-from fdcr_fast.server.store import UpdateStore
-from fdcr_fast.server.vectors import shown
+from fdcr_fast.server.state_store import State, StateStore, floating_layout, parameter_layout
 
-State: TypeAlias = Mapping[str, Any]
 PerClient: TypeAlias = Sequence[Any] | Mapping[Hashable, Any]
-
-_BATCH_NORM_STATISTICS = ("running_mean", "running_var")
 
 
 @overload
@@ -68,10 +62,7 @@ def aggregate_state_dicts(
 ) -> dict[str, Any] | tuple[dict[str, Any], AggregationResult]:
     """New global state from the clients' states.
 
-    Parameters go through ``rule``. Floating-point buffers become the mean over the clients that it kept, with
-    its weights; integer buffers (``num_batches_tracked``) the rounded mean; all else stays as in the global
-    state, and so does everything if nobody is kept. Shared tensors, which several entries of ``global_state``
-    hold, are one parameter, and are shared in the result.
+    Parameters go through ``rule``, buffers as :class:`StateStore` says, which takes the states one by one.
 
     Args:
         global_state: State that was sent out, ``w``.
@@ -98,48 +89,15 @@ def aggregate_state_dicts(
     """
     rule = FDCR() if rule is None else rule
     ids = _client_ids(client_states, client_ids)
-    states = dict(zip(ids, _per_client("client_states", client_states, ids), strict=True))
+    states = _per_client("client_states", client_states, ids)
     counts = _per_client("num_samples", num_samples, ids)
     client_fishers = [None] * len(ids) if fishers is None else _per_client("fishers", fishers, ids)
-    if layout is None:
-        layout = _infer_layout(global_state, client_fishers)
-    owners = _owners(global_state, layout)
-    buffers = {name: value for name, value in global_state.items() if name not in owners and _is_mean(value)}
-
-    vector = layout.flatten(global_state)
-    vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
-    store = UpdateStore(
-        layout.numel,
-        len(ids),
-        vector.dtype,
-        device=vector.device,
-        with_fishers=rule.needs_fishers and fishers is not None,
-    )
-    strange = _strange_buffers(states, buffers, rule.norm_bound)
-    for client, count, fisher in zip(ids, counts, client_fishers, strict=True):
-        try:
-            if client in strange:
-                raise ValueError(strange[client])
-            update = layout.flatten(states[client], vector.dtype).to(vector.device) - vector
-            flat = layout.flatten(fisher) if isinstance(fisher, Mapping) and store.with_fishers else fisher
-        except Exception as error:  # noqa: PERF203  # the state is the client's, and so is whatever it raises
-            store.reject(client, shown(error, str))
-        else:
-            store.put(update, flat, count, client)
-    result = rule.aggregate(vector, store, on_invalid=on_invalid)
-
-    params = layout.unflatten(result.params)
-    fresh = {
-        name: params[name].to(global_state[name].device, global_state[name].dtype, copy=True) for name in layout.names
-    }
-    state: dict[str, Any] = {}
-    for name, value in global_state.items():
-        if name in owners:
-            state[name] = fresh[owners[name]]
-        elif name in buffers:
-            state[name] = _weighted_mean(name, value, states, result)
-        else:
-            state[name] = copy.deepcopy(value)
+    layout = _infer_layout(global_state, client_fishers) if layout is None else layout
+    with_fishers = rule.needs_fishers and fishers is not None
+    store = StateStore(global_state, len(ids), layout=layout, with_fishers=with_fishers)
+    for client, state, count, fisher in zip(ids, states, counts, client_fishers, strict=True):
+        store.put(state, fisher, count, client)
+    state, result = store.aggregate(rule, on_invalid=on_invalid)
     return (state, result) if return_result else state
 
 
@@ -185,14 +143,7 @@ def _infer_layout(global_state: State, fishers: list[Any]) -> ParamLayout:
             raise ValueError(f"fishers name parameters that global_state lacks: {', '.join(unknown)}")
         return ParamLayout.from_tensors({name: global_state[name] for name in global_state if name in form})
 
-    first: dict[Hashable, str] = {}
-    for name, value in global_state.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            first.setdefault(_memory(name, value), name)
-    everything = ParamLayout.from_tensors({name: global_state[name] for name in first.values()})
-    parameters = ParamLayout.from_tensors(
-        {name: global_state[name] for name in everything.names if not name.endswith(_BATCH_NORM_STATISTICS)}
-    )
+    everything, parameters = floating_layout(global_state), parameter_layout(global_state)
     if form == everything.numel:
         return everything
     if form is None or form == parameters.numel:
@@ -201,77 +152,3 @@ def _infer_layout(global_state: State, fishers: list[Any]) -> ParamLayout:
         f"fishers have {form} elements, the floating-point entries of global_state {everything.numel}, "
         f"without BatchNorm statistics {parameters.numel}: give layout=ParamLayout.from_module(model)"
     )
-
-
-def _owners(global_state: State, layout: ParamLayout) -> dict[str, str]:
-    """The parameter behind every entry that is one, under its own name or another."""
-    owner = {_memory(name, global_state[name]): name for name in layout.names if name in global_state}
-    return {
-        name: name if name in layout.slices else owner[_memory(name, value)]
-        for name, value in global_state.items()
-        if name in layout.slices or _memory(name, value) in owner
-    }
-
-
-def _memory(name: str, value: Any) -> Hashable:
-    """Equal for entries that are the same tensor."""
-    if not isinstance(value, Tensor) or value.numel() == 0:
-        return name
-    return value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
-
-
-def _is_mean(value: Any) -> bool:
-    """Whether a buffer is averaged: real numbers are, flags and complex numbers are not."""
-    return isinstance(value, Tensor) and value.dtype != torch.bool and not value.is_complex()
-
-
-def _strange_buffers(states: Mapping[Hashable, State], buffers: State, norm_bound: float | None) -> dict[Hashable, str]:
-    """Why clients are rejected for their buffers.
-
-    Besides buffers that are missing, misshaped or not finite, those with an entry larger than ``norm_bound`` times the
-    median over the clients of their largest entries, or the largest entry of the global buffer if that is more.
-    """
-    strange: dict[Hashable, str] = {}
-    for name, expected in buffers.items():
-        sizes: dict[Hashable, float] = {}
-        for client in [client for client in states if client not in strange]:
-            try:
-                sizes[client] = _largest_entry(name, states[client], expected.shape)
-            except Exception as error:  # noqa: PERF203  # the state is the client's
-                strange[client] = shown(error, str)
-        if norm_bound is None or not sizes:
-            continue
-        own = expected.double().abs().max().item() if expected.numel() else 0.0
-        usual = max(median_size(torch.tensor(list(sizes.values()), dtype=torch.float64)), own)
-        for client, size in sizes.items():
-            if size > norm_bound * usual:
-                strange[client] = (
-                    f"buffer {name} has an entry of size {size:.4g}, beyond {norm_bound:g} times the usual {usual:.4g}"
-                )
-    return strange
-
-
-def _largest_entry(name: str, state: State, shape: torch.Size) -> float:
-    if not isinstance(state, Mapping):
-        raise TypeError(f"expected a state dict, got {type(state).__name__}")
-    if name not in state:
-        raise ValueError(f"missing buffer: {name}")
-    value = as_tensor(state[name])
-    if value.shape != shape:
-        raise ValueError(f"buffer {name} has shape {list(value.shape)}, expected {list(shape)}")
-    if value.numel() == 0:
-        return 0.0
-    size = value.double().abs().max().item()
-    if not math.isfinite(size):
-        raise ValueError(f"buffer {name} is not finite")
-    return size
-
-
-def _weighted_mean(name: str, value: Tensor, states: Mapping[Hashable, State], result: AggregationResult) -> Tensor:
-    if not result.kept.any():
-        return value.detach().clone()
-    mean = torch.zeros(value.shape, dtype=torch.float64, device=value.device)
-    for client, weight in zip(result.clients, result.weights.tolist(), strict=True):
-        if weight:
-            mean += weight * as_tensor(states[client][name]).to(value.device, torch.float64)
-    return (mean if value.is_floating_point() else mean.round()).to(value.dtype)

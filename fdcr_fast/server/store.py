@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import os
 import threading
 from collections.abc import Hashable, Iterator
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.file_rows import FileRows
-from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refuse, rejection_reason
-from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, MemoryRows, StoreShape, Vectors
-from fdcr_fast.server.vectors import shown, vector_pieces
+from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refuse
+from fdcr_fast.server.row_writer import RowWriter
+from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, FreeRows, MemoryRows, StoreShape
 
 _MEMORY_TILE = 32  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
 
@@ -46,8 +45,9 @@ class UpdateStore:
     pass that copies it. All methods may be called from many threads at once; contributions are then copied side by
     side, and views that the store has given out hold until a client is removed or replaced or the store is cleared.
 
-    **Order.** Clients lie in rows in the order in which their ``put`` began; where one was rejected or removed, a later
-    client takes the row, or else the last one moves there. The order decides how sums are rounded, nothing else.
+    **Order.** Clients lie in rows in the order in which their ``put`` began, or where ``row`` says; where one was
+    rejected or removed, a later client takes the row, or else the last one moves there. The order decides how sums
+    are rounded, nothing else.
 
     **Files.** With ``path`` the rows lie in a new file (docs/store-format.md) that may be larger than memory, and rules
     read it span by span. When ``put`` has returned, the contribution outlives a crash. Ids are then str or int. What
@@ -67,6 +67,7 @@ class UpdateStore:
         max_resident: With ``path``, bytes that the buffers may take through which it is read, and each ``put`` writes;
             by default 256 MiB, or more where many clients need it.
         sync: With ``path``, False trades crash safety for speed: nothing is flushed to the disk before the system does.
+        shared: Whether other processes can fill rows; see :meth:`writer`.
 
     Attributes:
         rejected: Reason by client id of those that were not accepted.
@@ -91,6 +92,7 @@ class UpdateStore:
         path: str | os.PathLike[str] | None = None,
         max_resident: int | None = None,
         sync: bool = True,
+        shared: bool = False,
     ) -> None:
         if tile is None:
             tile = min(_MEMORY_TILE, max(num_params, 1))
@@ -100,7 +102,11 @@ class UpdateStore:
         device = torch.device(device)
         if path is not None and device.type != "cpu":
             raise ValueError(f"a store in a file is read on the CPU, not on {device}")
-        rows = MemoryRows(shape, device) if path is None else FileRows.create(path, shape, max_resident, sync)
+        if shared and (path is not None or device.type != "cpu"):
+            raise ValueError(
+                "a shared store lies in memory, on the CPU; other processes open one in a file by its path"
+            )
+        rows = MemoryRows(shape, device, shared) if path is None else FileRows.create(path, shape, max_resident, sync)
         self._start(rows, {}, layout, buffer_dtype, on_invalid)
 
     @classmethod
@@ -163,14 +169,13 @@ class UpdateStore:
             raise ValueError(f"the layout has {layout.numel} parameters, the store {shape.num_params}")
         refuse({}, on_invalid)
         self._rows = rows
-        self._layout = layout
-        self._buffer_dtype = buffer_dtype or shape.dtype
+        self._writer = RowWriter(rows, layout, buffer_dtype or shape.dtype)
         self._on_invalid = on_invalid
         self._changed = threading.Condition()
         self._accepted = accepted
         self._arriving: set[Hashable] = set()
         taken = {client.row for client in accepted.values()}
-        self._free = [row for row in range(shape.capacity) if row not in taken]  # a heap, the first row first
+        self._free = FreeRows(row for row in range(shape.capacity) if row not in taken)
         self._arrived = 0
         self.rejected: dict[Hashable, str] = {}
 
@@ -190,10 +195,12 @@ class UpdateStore:
 
     def __iter__(self) -> Iterator[Contribution]:
         """The accepted contributions, one by one, in the order of the rows."""
-        for client in self._in_order():
-            row = self._rows.read(client.row)
-            fisher = row[FISHER] if self.with_fishers else None
-            yield Contribution(client.client, row[UPDATE], fisher, client.num_samples)
+        return map(self._contribution, self._in_order())
+
+    def __getitem__(self, client_id: Hashable) -> Contribution:
+        """The accepted contribution of one client."""
+        with self._changed:
+            return self._contribution(self._accepted[client_id])
 
     def __repr__(self) -> str:
         return (
@@ -262,7 +269,7 @@ class UpdateStore:
             self._wait_for_arrivals()
             self._rows.forget([client.row for client in self._accepted.values()])
             self._accepted = {}
-            self._free = list(range(self.capacity))
+            self._free = FreeRows(range(self.capacity))
             self._arrived = 0
             self.rejected = {}
 
@@ -297,6 +304,7 @@ class UpdateStore:
         num_samples: float | Tensor,
         client_id: Hashable | None = None,
         *,
+        row: int | None = None,
         replace: bool = False,
     ) -> bool:
         """Copy one client's contribution into the store, if it can be used.
@@ -307,6 +315,8 @@ class UpdateStore:
             fisher: ``F_k [P]`` likewise; None for a store without Fishers.
             num_samples: ``n_k``.
             client_id: By default the number of earlier calls in this round.
+            row: Where it lies, so that the order of the rows does not depend on who arrives first; by default the
+                first free row.
             replace: Whether a contribution under an accepted id takes the place of the first one, which stays until the
                 new one is accepted; that takes a free row. By default it is not accepted.
 
@@ -315,7 +325,7 @@ class UpdateStore:
 
         Raises:
             RuntimeError: the store is full.
-            ValueError: it was not accepted, and ``on_invalid`` is ``"raise"``.
+            ValueError: it was not accepted, and ``on_invalid`` is ``"raise"``; or the given row is not free.
         """
         with self._changed:
             client = self._arrived if client_id is None else client_id
@@ -324,14 +334,15 @@ class UpdateStore:
                 return self._refuse(client, "sent a second contribution, which was ignored; the first one counts")
             if not self._free:
                 raise RuntimeError(f"the store is full: its capacity is {self.capacity} clients")
-            row = heapq.heappop(self._free)
+            row = self._free.take(row)
             self._arriving.add(client)
         try:
-            accepted = self._receive(row, client, update, fisher, num_samples)
+            accepted = self._writer.fill(row, client, update, fisher, num_samples)
+            self._rows.commit(accepted)
         except BaseException as error:
             with self._changed:
                 self._arriving.discard(client)
-                heapq.heappush(self._free, row)
+                self._free.release(row)
                 self._changed.notify_all()
                 if isinstance(error, ValueError):
                     return self._refuse(client, str(error))
@@ -345,6 +356,29 @@ class UpdateStore:
             if earlier is not None:
                 self._release(earlier.row)
         return True
+
+    def writer(self) -> RowWriter:
+        """What fills rows of a shared store in another process, to which it goes when that is started.
+
+        There ``accepted = writer.fill(row, client_id, update, fisher, num_samples)`` raises ValueError with the reason
+        why a client cannot be accepted; here :meth:`admit` or :meth:`reject` then says so. Who fills which row, and
+        that nobody reads the store meanwhile, is up to the caller.
+        """
+        return self._writer
+
+    def admit(self, accepted: Accepted) -> None:
+        """Accept a client whose row another process has filled.
+
+        Raises:
+            ValueError: it is accepted already, or its row is not free.
+        """
+        with self._changed:
+            if accepted.client in self._accepted:
+                raise ValueError(f"client {accepted.client!r} is already accepted")
+            self._free.take(accepted.row)
+            self._rows.commit(accepted)
+            self._accepted[accepted.client] = accepted
+            self.rejected.pop(accepted.client, None)
 
     def client_updates(self) -> ClientUpdates:
         """The round so far, as rules see it; waits for contributions that are being copied."""
@@ -367,34 +401,18 @@ class UpdateStore:
             rejected=rejected,
         )
 
-    def _receive(self, row: int, client: Hashable, update: Any, fisher: Any, num_samples: Any) -> Accepted:
-        """Fill a row that is nobody's until its client is accepted; ValueError says why the client cannot be."""
-        count = _number(num_samples)
-        vectors: Vectors = {UPDATE: self._pieces("update", update)}
-        if self.with_fishers:
-            vectors = {**vectors, FISHER: self._pieces("Fisher", fisher)}
-        statistics, checksum = self._rows.fill(row, vectors)
-        norm = statistics[UPDATE][0].item()
-        low, high = statistics[FISHER][1:].tolist() if self.with_fishers else (None, None)
-        reason = rejection_reason(count, norm, low, high)
-        if reason is not None:
-            raise ValueError(reason)
-        accepted = Accepted(client, row, count, norm, low or 0.0, high or 0.0, checksum)
-        self._rows.commit(accepted)
-        return accepted
-
-    def _pieces(self, name: str, values: Any) -> list[Tensor]:
-        pieces = vector_pieces(name, values, self.num_params, self._layout, self._buffer_dtype)
-        return [piece.to(self.device) for piece in pieces]
-
     def _refuse(self, client: Hashable, reason: str) -> Literal[False]:
         self.rejected[client] = reason
         refuse({client: reason}, self._on_invalid)
         return False
 
+    def _contribution(self, client: Accepted) -> Contribution:
+        row = self._rows.read(client.row)
+        return Contribution(client.client, row[UPDATE], row[FISHER] if self.with_fishers else None, client.num_samples)
+
     def _release(self, row: int) -> None:
         self._rows.forget([row])
-        heapq.heappush(self._free, row)
+        self._free.release(row)
 
     def _wait_for_arrivals(self) -> None:
         self._changed.wait_for(lambda: not self._arriving)
@@ -410,7 +428,7 @@ class UpdateStore:
             if rows != [client.row for client in clients]:
                 clients = [dataclasses.replace(client, row=row) for client, row in zip(clients, rows, strict=True)]
                 self._accepted = {client.client: client for client in clients}
-                self._free = list(range(len(clients), self.capacity))
+                self._free = FreeRows(range(len(clients), self.capacity))
             return clients
 
     def _matrices(self) -> MatrixTiles:
@@ -418,10 +436,3 @@ class UpdateStore:
         if not isinstance(tiles, MatrixTiles):
             raise ValueError("the store is in a file: iterate over it, or over client_updates().spans()")
         return tiles
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except Exception:  # the object is the client's, and so is whatever it raises
-        raise ValueError(f"the sample count must be a number, got {shown(value)}") from None

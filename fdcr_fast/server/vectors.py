@@ -34,7 +34,7 @@ def vector_pieces(
     try:
         if isinstance(values, Mapping):
             return _pieces_by_name(values, layout)
-        vector = _from_buffer(values, buffer_dtype) if _is_buffer(values) else _plain(_shared(values))
+        vector = _from_buffer(values, buffer_dtype) if _is_buffer(values) else _plain(shared(values))
     except Exception as error:  # the object is the client's, and so is whatever it raises
         raise ValueError(f"the {name} is no vector: {shown(error, str)}") from None
     if vector.dtype not in FLOATS:
@@ -73,7 +73,11 @@ def _from_buffer(values: Any, dtype: torch.dtype) -> Tensor:
     return _borrowed(array, dtype)
 
 
-def _shared(values: Any) -> Tensor:
+def shared(values: Any) -> Tensor:
+    """A tensor, array, or object with ``__dlpack__`` as a tensor that must not be written.
+
+    Unlike :func:`fdcr_fast.layout.as_tensor` it also shares read-only arrays.
+    """
     if isinstance(values, Tensor):
         return values
     if isinstance(values, np.ma.MaskedArray):

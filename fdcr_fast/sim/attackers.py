@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,19 @@ from fdcr_fast.sim.attacks.poison import ATTACKS, PoisonOptions
 from fdcr_fast.sim.attacks.schedule import attacks_in, parse_rounds
 from fdcr_fast.sim.attacks.training import ATTACKER_TRAININGS, TrainingKnowledge
 from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES, COLLUDING_UPDATES, Moments, UpdateKnowledge, moments
-from fdcr_fast.sim.clients import ClientData, LocalWork
+from fdcr_fast.sim.clients import ClientData, ClientShares, LocalWork
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.data import Dataset
 from fdcr_fast.sim.seeding import torch_generator
 
 
+def _not_known() -> Any:
+    """Stands for what an attacker does not know yet, or not any more."""
+    raise AssertionError("COLLUDING_UPDATES and OMNISCIENT_FISHERS must name exactly those who look at others' uploads")
+
+
 class Attackers:
-    """The malicious clients of a run, with the poisoned copies of their data.
+    """The malicious clients of a run.
 
     Attributes:
         clients: Who they are.
@@ -34,10 +40,12 @@ class Attackers:
         ValueError: the attack does not fit the data.
     """
 
-    def __init__(self, config: SimulationConfig, dataset: Dataset, clean: Sequence[ClientData]) -> None:
+    def __init__(self, config: SimulationConfig, dataset: Dataset, clean: ClientShares) -> None:
         self.config = config
         self.clients = config.attackers()
-        self.wait = config.attacker_update in COLLUDING_UPDATES or config.attacker_fisher in OMNISCIENT_FISHERS
+        self._colluding = config.attacker_update in COLLUDING_UPDATES
+        self._omniscient = config.attacker_fisher in OMNISCIENT_FISHERS
+        self.wait = self._colluding or self._omniscient
         self.poisoning = ATTACKS[config.attack](
             PoisonOptions(
                 target=config.target,
@@ -53,119 +61,142 @@ class Attackers:
                 seed=config.seed,
             )
         )
-        self.clean = {client: clean[client] for client in sorted(self.clients)}
-        self.poisoned = {client: self._poison(position, client) for position, client in enumerate(sorted(self.clients))}
+        self.clean = clean
+        self._in_order = sorted(self.clients)
         self._rounds = parse_rounds(config.attack_rounds)
 
-    def _poison(self, position: int, client: int) -> ClientData:
+    def poisoned(self, client: int) -> ClientData:
+        """A malicious client's data after poisoning: a copy made by every call, always the same."""
         own = self.clean[client]
+        position = bisect_left(self._in_order, client)
         generator = torch_generator(self.config.seed, "poison", client)
         images, labels = self.poisoning.poison(own.images[own.rows], own.labels[own.rows], position, generator)
         images = images.contiguous(memory_format=torch.channels_last)
         return ClientData(images, labels, torch.arange(len(labels)))
 
-    def active(self, round: int) -> frozenset[int]:
-        """Those who attack in a round: all or none. Otherwise they are as benign as anybody."""
-        return self.clients if attacks_in(self._rounds, round) else frozenset()
+    def active(self, round: int, clients: Iterable[int]) -> frozenset[int]:
+        """Who attacks among the clients of a round: all malicious ones, or none, who then are as benign as anybody."""
+        return self.clients.intersection(clients) if attacks_in(self._rounds, round) else frozenset()
 
-    def begin(self, work: LocalWork, client: int) -> Draft:
-        """Let one attacker train."""
-        return Draft(self.config, work, client, self.clean[client], self.poisoned[client])
+    def draft(self, work: LocalWork, client: int, epochs: int, attackers: int) -> tuple[Tensor, Tensor]:
+        """Let one of so many attackers train: the update and the Fisher ``[P]`` that it sends.
+
+        What depends on others' uploads is left to :meth:`revise`; until then it is the update as trained, and zeros.
+        """
+        draft = _Draft(self.config, work, client, epochs, self.clean[client], self.poisoned(client))
+        update = draft.params - work.params
+        if not self._colluding:
+            update = self._update(work.round, client, update, attackers, norm=draft.norm)
+        if self._omniscient:
+            return update, torch.zeros_like(update)
+        return update, self._fisher(work.round, client, len(update), draft)
+
+    def revise(self, round: int, attackers: frozenset[int], store: UpdateStore) -> None:
+        """Replace the drafts in the store, which holds all uploads, by what their senders make of the others'."""
+        benign = self.config.attacker_view == "benign"
+        in_view = (sent.update for sent in store if (sent.client not in attackers) == benign)
+        seen = moments(in_view if self._colluding else (), store.num_params)
+        fishers = (sent.fisher for sent in store if sent.client not in attackers and sent.fisher is not None)
+        mean_fisher = moments(fishers if self._omniscient else (), store.num_params).mean.to(store.dtype)
+        for client in sorted(attackers.intersection(store.clients)):
+            _, update, fisher, num_samples = store[client]
+            if self._colluding:
+                update = self._update(round, client, update, len(attackers), seen=seen)
+            if self._omniscient:
+                fisher = self._fisher(round, client, len(update), benign_mean=mean_fisher)
+            store.remove(client)
+            store.put(update, fisher, num_samples, client_id=client)
+
+    def _update(
+        self,
+        round: int,
+        client: int,
+        trained: Tensor,
+        attackers: int,
+        norm: Callable[[], float] = _not_known,
+        seen: Moments | None = None,
+    ) -> Tensor:
+        known = UpdateKnowledge(
+            update=trained,
+            seen=_not_known if seen is None else lambda: seen,
+            factor=self.config.attacker_factor,
+            norm=norm,
+            clients=self.config.cohort(),
+            attackers=attackers,
+            generator=torch_generator(self.config.seed, "attacker update", round, client),
+        )
+        return ATTACKER_UPDATES[self.config.attacker_update](known)
+
+    def _fisher(
+        self,
+        round: int,
+        client: int,
+        num_params: int,
+        draft: _Draft | None = None,
+        benign_mean: Tensor | None = None,
+    ) -> Tensor:
+        known = FisherKnowledge(
+            num_params=num_params,
+            honest=_not_known if draft is None else draft.honest_fisher,
+            clean=_not_known if draft is None else draft.clean_fisher,
+            benign_model=_not_known if draft is None else draft.benign_model_fisher,
+            benign_mean=_not_known if benign_mean is None else lambda: benign_mean,
+            factor=self.config.attacker_fisher_factor,
+            generator=torch_generator(self.config.seed, "attacker fisher", round, client),
+        )
+        return ATTACKER_FISHERS[self.config.attacker_fisher](known)
 
 
-class Draft:
-    """An attacker's work in one round; it trains at once.
+class _Draft:
+    """An attacker's model, trained at once, and what else it can find out by itself.
 
     Attributes:
         params: Its model ``[P]``, trained on poisoned data.
     """
 
     def __init__(
-        self, config: SimulationConfig, work: LocalWork, client: int, clean: ClientData, poisoned: ClientData
+        self,
+        config: SimulationConfig,
+        work: LocalWork,
+        client: int,
+        epochs: int,
+        clean: ClientData,
+        poisoned: ClientData,
     ) -> None:
-        self.config = config
-        self.work = work
-        self.client = client
-        self.clean = clean
-        self.poisoned = poisoned
+        self._config = config
+        self._work = work
+        self._client = client
+        self._epochs = epochs
+        self._clean = clean
+        self._poisoned = poisoned
         known = TrainingKnowledge(
             params=work.params,
             last_update=work.last_update,
             alpha=config.attacker_alpha,
             share=config.attacker_mask,
-            norm=self._norm,
+            norm=self.norm,
         )
-        self.params = work.train(client, poisoned, ATTACKER_TRAININGS[config.attacker_training](known))
+        self.params = work.train(client, poisoned, ATTACKER_TRAININGS[config.attacker_training](known), epochs)
 
     @cached_property
-    def benign_params(self) -> Tensor:
+    def _benign_params(self) -> Tensor:
         """The model that it would have as a benign client; trained if asked for."""
-        return self.work.train(self.client, self.clean)
+        return self._work.train(self._client, self._clean, epochs=self._epochs)
 
-    def finish(self, seen: Sight) -> tuple[Tensor, Tensor]:
-        """Update and Fisher ``[P]`` that it sends, given what it sees of the others."""
-        return self._update(seen), self._fisher(seen)
+    def norm(self) -> float:
+        """Norm that it wants for its update: as configured, or that of the benign client that it could be."""
+        if self._config.attacker_norm is not None:
+            return self._config.attacker_norm
+        return float((self._benign_params.double() - self._work.params).norm())
 
-    def _update(self, seen: Sight) -> Tensor:
-        known = UpdateKnowledge(
-            update=self.params - self.work.params,
-            seen=lambda: seen.updates,
-            factor=self.config.attacker_factor,
-            norm=self._norm,
-            clients=self.config.clients,
-            attackers=len(self.config.attackers()),
-            generator=self._generator("attacker update"),
-        )
-        return ATTACKER_UPDATES[self.config.attacker_update](known)
+    def honest_fisher(self) -> Tensor:
+        """Of its poisoned data at its model."""
+        return self._work.fisher(self._poisoned, self.params)
 
-    def _fisher(self, seen: Sight) -> Tensor:
-        known = FisherKnowledge(
-            num_params=len(self.work.params),
-            honest=lambda: self.work.fisher(self.poisoned, self.params),
-            clean=lambda: self.work.fisher(self.clean, self.params),
-            benign_model=lambda: self.work.fisher(self.clean, self.benign_params),
-            benign_mean=lambda: seen.benign_fisher.to(self.params.dtype),
-            factor=self.config.attacker_fisher_factor,
-            generator=self._generator("attacker fisher"),
-        )
-        return ATTACKER_FISHERS[self.config.attacker_fisher](known)
+    def clean_fisher(self) -> Tensor:
+        """Of its clean data at its model."""
+        return self._work.fisher(self._clean, self.params)
 
-    def _norm(self) -> float:
-        if self.config.attacker_norm is not None:
-            return self.config.attacker_norm
-        return float((self.benign_params.double() - self.work.params).norm())
-
-    def _generator(self, purpose: str) -> torch.Generator:
-        return torch_generator(self.config.seed, purpose, self.work.round, self.client)
-
-
-@dataclass(frozen=True, eq=False)
-class Sight:
-    """What attackers see of the round, once all have trained; computed in one pass when first asked for.
-
-    Attributes:
-        view: ``"benign"`` or ``"attackers"``, whose updates.
-        store: Uploads so far, those of all benign clients among them.
-        drafts: The attackers' work by client.
-    """
-
-    view: str
-    store: UpdateStore
-    drafts: Mapping[int, Draft]
-
-    @cached_property
-    def updates(self) -> Moments:
-        """Moments of the updates in view."""
-        if self.view == "attackers":
-            return self._moments(draft.params - draft.work.params for draft in self.drafts.values())
-        return self._moments(sent.update for sent in self.store if sent.client not in self.drafts)
-
-    @cached_property
-    def benign_fisher(self) -> Tensor:
-        """Mean of the benign clients' Fishers, float64 ``[P]``."""
-        return self._moments(
-            sent.fisher for sent in self.store if sent.client not in self.drafts and sent.fisher is not None
-        ).mean
-
-    def _moments(self, vectors: Iterable[Tensor]) -> Moments:
-        return moments(vectors, self.store.num_params)
+    def benign_model_fisher(self) -> Tensor:
+        """Of the benign client that it could be."""
+        return self._work.fisher(self._clean, self._benign_params)

@@ -58,7 +58,7 @@ class RunState:
         rounds: Of every finished round.
         clients: Of every client in every finished round.
         last_update: What the last round changed in the parameters, ``[P]``; None before the first.
-        similarity: Of the clients' importances, ``[K, K]``; after the last round only.
+        similarity: Of the clients' importances, ``[S, S]``; after the last round only.
         memory: What the server remembers of its clients, empty for one that remembers nothing.
     """
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fdcr_fast.server.shared_memory import SharedTensor
 from fdcr_fast.sim.attacks.training import LocalAttack
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.metrics import Stopwatch
+from fdcr_fast.sim.partition import Partition
 from fdcr_fast.sim.seeding import torch_generator
 from fdcr_fast.sim.training import Worker
 
@@ -20,6 +22,42 @@ class ClientData:
     images: Tensor
     labels: Tensor
     rows: Tensor
+
+
+class ClientShares:
+    """The data of every client, made when asked for.
+
+    Args:
+        images: ``[N, C, H, W]``.
+        labels: ``[N]``.
+        partition: Which of them each client has.
+        shared: Whether other processes can be given the data.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, partition: Partition, shared: bool = False) -> None:
+        self._partition = partition
+        self._images, self._labels = images, labels
+        self._shared: tuple[SharedTensor, SharedTensor] | None = None
+        if shared:
+            self._share(SharedTensor.of(images), SharedTensor.of(labels))
+
+    def _share(self, images: SharedTensor, labels: SharedTensor) -> None:
+        self._shared = images, labels
+        self._images, self._labels = images.tensor, labels.tensor
+
+    def __getstate__(self) -> tuple[Partition, tuple[SharedTensor, SharedTensor]]:
+        assert self._shared is not None
+        return self._partition, self._shared
+
+    def __setstate__(self, state: tuple[Partition, tuple[SharedTensor, SharedTensor]]) -> None:
+        self._partition, shared = state
+        self._share(*shared)
+
+    def __len__(self) -> int:
+        return len(self._partition)
+
+    def __getitem__(self, client: int) -> ClientData:
+        return ClientData(self._images, self._labels, self._partition[client])
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +77,11 @@ class LocalWork:
     params: Tensor
     last_update: Tensor | None
 
-    def train(self, client: int, data: ClientData, attack: LocalAttack | None = None) -> Tensor:
-        """The client's model ``w_k [P]`` after local training."""
+    def train(
+        self, client: int, data: ClientData, attack: LocalAttack | None = None, epochs: int | None = None
+    ) -> Tensor:
+        """The client's model ``w_k [P]`` after local training, of as many epochs as configured or as given."""
+        options = self.config.training() if epochs is None else {**self.config.training(), "epochs": epochs}
         with self.clock.phase("training"):
             self.worker.load(self.params)
             self.worker.train(
@@ -49,7 +90,7 @@ class LocalWork:
                 data.rows,
                 generator=torch_generator(self.config.seed, "shuffle", self.round, client),
                 attack=attack,
-                **self.config.training(),
+                **options,
             )
             return self.worker.params()
 

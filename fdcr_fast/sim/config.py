@@ -29,7 +29,7 @@ from fdcr_fast.sim.attacks.training import ATTACKER_TRAININGS
 from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES, COLLUDING_UPDATES
 from fdcr_fast.sim.data import DATASETS
 from fdcr_fast.sim.models import MODELS
-from fdcr_fast.sim.partition import PARTITIONS
+from fdcr_fast.sim.partition import DRAWN, PARTITIONS
 from fdcr_fast.sim.seeding import torch_generator
 from fdcr_fast.sim.servers import INFORMED_BASELINES, NEED_DATA, SERVERS, assumed_byzantine
 
@@ -80,6 +80,13 @@ def _parse_malicious(value: object) -> object:
     return value
 
 
+def _parse_participants(value: object) -> object:
+    """``"all"``, ``"0.1"`` (a share) or ``"100"`` (a number): whatever has a decimal point is a share."""
+    if value == "all":
+        return None
+    return float(value) if isinstance(value, str) and "." in value else value
+
+
 def _parse_trigger(value: object) -> object:
     """``"paper"``, or pixels written ``"row:column,row:column"``."""
     if value == "paper":
@@ -119,12 +126,27 @@ class SimulationConfig(BaseModel):
     max_train_samples: PositiveInt | None = Field(default=None, description="Use at most so many training images.")
     max_test_samples: PositiveInt | None = Field(default=None, description="Use at most so many test images.")
 
-    clients: PositiveInt = Field(default=10, description="Number of clients; all take part in every round.")
+    clients: PositiveInt = Field(default=10, description="Number of clients.")
+    participants: Annotated[PositiveInt | float | None, BeforeValidator(_parse_participants)] = Field(
+        default=None,
+        description="Clients drawn for each round: a number (100), a share below 1 (0.1), or all, the default.",
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Probability that a drawn client sends nothing.")
+    stragglers: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Probability that one gets through 0 to local_epochs - 1 epochs only, which are all equally "
+        "likely; with 0 it sends nothing.",
+    )
     split: Annotated[str, OneOf(*PARTITIONS)] = Field(
         default="dirichlet", description="How images are dealt to clients."
     )
     beta: PositiveFloat = Field(default=0.5, description="Dirichlet concentration; smaller is more heterogeneous.")
     min_samples: PositiveInt = Field(default=10, description="Every client gets at least so many images.")
+    samples_per_client: PositiveInt | None = Field(
+        default=None, description="dirichlet-mix: how many images each client draws, whatever others have drawn."
+    )
 
     malicious: Annotated[float | tuple[NonNegativeInt, ...], BeforeValidator(_parse_malicious)] = Field(
         default=0.3,
@@ -225,7 +247,17 @@ class SimulationConfig(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of local SGD.")
     weight_decay: float = Field(default=1e-5, ge=0, description="Weight decay of local SGD.")
     seed: NonNegativeInt = Field(default=0, description="Seed of every random draw.")
+    workers: PositiveInt = Field(
+        default=1, description="Processes that train clients side by side; results do not depend on it."
+    )
     threads: PositiveInt = Field(default=1, description="Threads per operator; 1 suits small models best.")
+
+    @field_validator("participants")
+    @classmethod
+    def _check_participants(cls, value: int | float | None) -> int | float | None:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError("a share must be above 0 and below 1; all clients are 'all', one client is 1")
+        return value
 
     @field_validator("malicious")
     @classmethod
@@ -252,6 +284,10 @@ class SimulationConfig(BaseModel):
         unknown = [index for index in listed if index >= self.clients]
         if unknown:
             raise ValueError(f"malicious: no clients {unknown}, the clients are 0..{self.clients - 1}")
+        if (self.split in DRAWN) != (self.samples_per_client is not None):
+            raise ValueError(f"samples_per_client: goes with the splits {', '.join(DRAWN)} and no other")
+        if not 1 <= self.cohort() <= self.clients:
+            raise ValueError(f"participants: {self.participants} of {self.clients} clients are {self.cohort()} clients")
         return self
 
     @model_validator(mode="after")
@@ -277,8 +313,16 @@ class SimulationConfig(BaseModel):
     def _check_server(self) -> SimulationConfig:
         if self.server in NEED_DATA and not self.server_samples:
             raise ValueError(f"server: {self.server} needs data of the server: set server_samples")
-        assumed_byzantine(self.server, self.clients, self.num_byzantine)
+        assumed_byzantine(self.server, self.cohort(), self.num_byzantine)
         return self
+
+    def cohort(self) -> int:
+        """How many clients are drawn for a round."""
+        if self.participants is None:
+            return self.clients
+        if isinstance(self.participants, float):
+            return round(self.participants * self.clients)
+        return self.participants
 
     def training(self) -> dict[str, Any]:
         """Options of :meth:`fdcr_fast.sim.training.Worker.train`, for everybody who trains."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from fdcr_fast import ParamGroups, UpdateStore
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
-from fdcr_fast.sim.attackers import Attackers, Draft, Sight
+from fdcr_fast.sim.attackers import Attackers
 from fdcr_fast.sim.checkpoint import RunFolder, RunState, write_atomically
-from fdcr_fast.sim.clients import ClientData, LocalWork
+from fdcr_fast.sim.clients import ClientShares, LocalWork
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.data import load_dataset
+from fdcr_fast.sim.execution import Clients, Executor, InProcess, Job
 from fdcr_fast.sim.metrics import (
     ClientRecord,
     RoundRecord,
@@ -30,11 +32,15 @@ from fdcr_fast.sim.metrics import (
     summarize,
 )
 from fdcr_fast.sim.models import build_model
+from fdcr_fast.sim.participation import Participants, draw_participants
 from fdcr_fast.sim.partition import PartitionOptions, partition
 from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions, assumed_byzantine
 from fdcr_fast.sim.training import Worker
+from fdcr_fast.sim.workers import WorkerPool
+
+MOST_COMPARED = 200  # clients whose similarity is kept, which takes time and memory for all pairs
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,9 @@ class SimulationResult:
         config: What was run.
         params: Final global parameters, float32 ``[P]``.
         rounds: One record per round.
-        clients: One record per round and client.
-        similarity: Cosine similarity of the clients' importances in the last round, float64 ``[K, K]``.
+        clients: One record per round and client drawn for it.
+        similarity: Cosine similarity of the importances of the last round's clients, in the order of their records and
+            at most ``MOST_COMPARED`` of them, float64 ``[S, S]``.
         summary: Means over the last five rounds.
     """
 
@@ -85,7 +92,7 @@ def build_rule(
     made: dict[str, Any] = {
         "groups": groups,
         "data": data,
-        "num_byzantine": assumed_byzantine(config.server, config.clients, config.num_byzantine),
+        "num_byzantine": assumed_byzantine(config.server, config.cohort(), config.num_byzantine),
         "noise_seed": derive_seed(config.seed, "server noise"),
     }
     configured = {field.name for field in fields(ServerOptions)} - set(made)
@@ -109,48 +116,56 @@ class Federation:
         rows = partition(
             config.split,
             dataset,
-            PartitionOptions(config.clients, config.min_samples, config.beta, config.seed),
+            PartitionOptions(config.clients, config.min_samples, config.beta, config.seed, config.samples_per_client),
         )
         images = dataset.train_images.contiguous(memory_format=torch.channels_last)
-        self.data = [ClientData(images, dataset.train_labels, own) for own in rows]
+        self.data = ClientShares(images, dataset.train_labels, rows, shared=config.workers > 1)
         self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
         self.attackers = Attackers(config, dataset, self.data)
         self.victims = self.attackers.poisoning.victims(self.test_images, self.test_labels)
-        self.worker = Worker(build_model(config.model, dataset.image_shape, dataset.num_classes, config.seed))
+        self.build = partial(build_model, config.model, dataset.image_shape, dataset.num_classes, config.seed)
+        self.worker = Worker(self.build())
         data = None
         if config.server_samples:
             seed = derive_seed(config.seed, "server data")
             data = ServerData(self.worker, server_images, server_labels, config.training(), seed)
         self.rule = build_rule(config, self.attackers.clients, ParamGroups.from_module(self.worker.model), data)
         self.initial_params = self.worker.params()
-        self.store = UpdateStore(self.worker.layout.numel, config.clients)
+        self.store = UpdateStore(self.worker.layout.numel, config.cohort(), shared=config.workers > 1)
+        self.clients = Clients(self.data, self.attackers)
+        self.executor: Executor = InProcess(self.clients)
+        if config.workers > 1:
+            self.executor = WorkerPool(config, self.clients, self.build, self.store)
 
-    def collect(self, work: LocalWork, progress: Progress | None = None) -> None:
-        """Let all clients train and fill the store with their uploads.
+    def close(self) -> None:
+        """End what runs besides this process."""
+        self.executor.close()
 
-        Attackers send in their turn, unless they wait to see what the others send.
+    def collect(self, work: LocalWork, progress: Progress | None = None) -> Participants:
+        """Let the round's clients train and fill the store with their uploads; tells who sent something and who not.
+
+        Rows are in the order of the clients, those of attackers who wait to see what the others send come last.
         """
         self.store.clear()
-        active = self.attackers.active(work.round)
-        drafts: dict[int, Draft] = {}
-        sight = Sight(self.config.attacker_view, self.store, drafts)
-        for client, data in enumerate(self.data):
-            if client not in active:
-                params = work.train(client, data)
-                self._upload(work, client, params - work.params, work.fisher(data, params))
-            else:
-                drafts[client] = self.attackers.begin(work, client)
-                if not self.attackers.wait:
-                    self._upload(work, client, *drafts[client].finish(sight))
+        drawn = draw_participants(self.config, work.round)
+        active = self.attackers.active(work.round, drawn.clients)
+        order = sorted(drawn.epochs, key=lambda client: (self.attackers.wait and client in active, client))
+        jobs = [
+            Job(row, client, drawn.epochs[client], len(active) if client in active else 0)
+            for row, client in enumerate(order)
+        ]
+        failed = {}
+        for done, outcome in enumerate(self.executor.run(work, jobs, self.store), 1):
+            if outcome.error is not None:
+                failed[outcome.job.client] = outcome.error
             if progress is not None:
-                progress(ProgressEvent(work.round, client + 1))
+                progress(ProgressEvent(work.round, done))
         if self.attackers.wait:
-            for client, draft in drafts.items():
-                self._upload(work, client, *draft.finish(sight))
-
-    def _upload(self, work: LocalWork, client: int, update: Tensor, fisher: Tensor) -> None:
-        with work.clock.phase("aggregation"):
-            self.store.put(update, fisher, len(self.data[client].rows), client_id=client)
+            self.attackers.revise(work.round, active, self.store)
+        drawn = drawn.without(failed)
+        for client, reason in drawn.missing.items():
+            self.store.reject(client, reason)
+        return drawn
 
     def run_round(
         self, round: int, params: Tensor, progress: Progress | None, last_update: Tensor | None = None
@@ -160,7 +175,7 @@ class Federation:
         ``last_update`` is what the round before changed in the parameters.
         """
         clock = Stopwatch()
-        self.collect(LocalWork(self.config, self.worker, clock, round, params, last_update), progress)
+        drawn = self.collect(LocalWork(self.config, self.worker, clock, round, params, last_update), progress)
         with clock.phase("aggregation"):
             result = self.rule.aggregate(params, self.store)
         with clock.phase("evaluation"):
@@ -169,14 +184,14 @@ class Federation:
             success = None
             if len(self.victims):
                 success = match_rate(self.worker.predict(self.victims), self.config.target)
-        clients = self._client_records(round, result)
+        clients = self._client_records(round, drawn, result)
         return result.params, self._round_record(round, accuracy, success, clients, clock), clients
 
-    def _client_records(self, round: int, result: AggregationResult) -> list[ClientRecord]:
+    def _client_records(self, round: int, drawn: Participants, result: AggregationResult) -> list[ClientRecord]:
         position = {client: index for index, client in enumerate(result.clients)}
         kept, weights, scores = result.kept.tolist(), result.weights.tolist(), result.discrepancy.tolist()
         records = []
-        for client, data in enumerate(self.data):
+        for client in drawn.clients:
             index = position.get(client)
             score = None if index is None else scores[index]
             records.append(
@@ -184,7 +199,8 @@ class Federation:
                     round=round,
                     client=client,
                     malicious=client in self.attackers.clients,
-                    num_samples=len(data.rows),
+                    num_samples=len(self.data[client].rows),
+                    sent=client in drawn.epochs,
                     discrepancy=None if score != score else score,
                     weight=0.0 if index is None else weights[index],
                     kept=index is not None and kept[index],
@@ -201,18 +217,20 @@ class Federation:
         clients: list[ClientRecord],
         clock: Stopwatch,
     ) -> RoundRecord:
-        excluded = [record.client for record in clients if not record.kept]
-        benign = set(range(self.config.clients)) - self.attackers.clients
+        sent = [record for record in clients if record.sent]
+        excluded = [record.client for record in sent if not record.kept]
         return RoundRecord(
             round=round,
             accuracy=accuracy,
             attack_success_rate=success,
             backdoor_failure_rate=None if success is None else 1 - success,
             tradeoff=None if success is None else (accuracy + 1 - success) / 2,
-            true_positive_rate=share(excluded, self.attackers.active(round)),
-            false_positive_rate=share(excluded, benign),
-            kept=len(clients) - len(excluded),
-            rejected=sum(bool(record.reason) for record in clients),
+            true_positive_rate=share(excluded, self.attackers.active(round, [record.client for record in sent])),
+            false_positive_rate=share(excluded, [record.client for record in sent if not record.malicious]),
+            participants=len(clients),
+            missing=len(clients) - len(sent),
+            kept=len(sent) - len(excluded),
+            rejected=sum(bool(record.reason) for record in sent),
             peak_rss_bytes=peak_rss_bytes(),
             **{f"{phase}_seconds": seconds for phase, seconds in clock.seconds.items()},
         )
@@ -243,8 +261,7 @@ def simulate(
         FileExistsError: ``out`` already holds a run.
         ValueError: the configuration does not fit the data.
     """
-    with _num_threads(config.threads):
-        federation = Federation(config)
+    with _num_threads(config.threads), closing(Federation(config)) as federation:
         folder = None if out is None else RunFolder(Path(out))
         if folder is not None:
             folder.create(config)
@@ -260,8 +277,7 @@ def resume(out: str | Path, progress: Progress | None = None) -> SimulationResul
     """
     folder = RunFolder(Path(out))
     config = folder.config()
-    with _num_threads(config.threads):
-        federation = Federation(config)
+    with _num_threads(config.threads), closing(Federation(config)) as federation:
         state = folder.load() or RunState(federation.initial_params, [], [])
         if state.memory:
             federation.rule = federation.rule.with_memory(state.memory)
@@ -280,11 +296,12 @@ def _run(
         state.clients.extend(clients)
         state.memory = federation.rule.memory()
         if round == config.rounds:
-            state.similarity = importance_similarity(federation.store, config.clients)
+            compared = [record.client for record in clients[:MOST_COMPARED]]
+            state.similarity = importance_similarity(federation.store, compared)
         if folder is not None:
             folder.save(state, clients)
         if progress is not None:
-            progress(ProgressEvent(round, config.clients, record))
+            progress(ProgressEvent(round, config.cohort(), record))
     assert state.similarity is not None
     result = SimulationResult(
         config,

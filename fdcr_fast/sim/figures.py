@@ -55,24 +55,26 @@ def accuracy_figure(runs: Mapping[str, Sequence[RoundRecord]]) -> Figure:
 
 def clients_figure(result: SimulationResult) -> Figure:
     """Discrepancy ``V_k`` and weight of every client over the rounds, by kind (the paper's figure 2)."""
-    config, attackers = result.config, sorted(result.config.attackers())
     rounds = np.arange(1, len(result.rounds) + 1)
     figure, panels = _new(2, 10, 4)
-
-    def table(name: str) -> NDArray[np.float64]:
-        values = [getattr(record, name) for record in result.clients]
-        return np.array(values, dtype=np.float64).reshape(len(rounds), config.clients)
-
-    benign = [client for client in range(config.clients) if client not in attackers]
-    for axes, values in zip(panels, (table("discrepancy"), table("weight")), strict=True):
-        for kind, members, colour in (("benign", benign, BENIGN), ("malicious", attackers, MALICIOUS)):
-            lines = values[:, members]
-            defined = lines[~np.isnan(lines).all(axis=1)]
-            if not defined.size:
+    for axes, name in zip(panels, ("discrepancy", "weight"), strict=True):
+        for malicious, kind, colour in ((False, "benign", BENIGN), (True, "malicious", MALICIOUS)):
+            lines: dict[int, NDArray[np.float64]] = {}  # of some clients; the mean is that of all
+            total, count = np.zeros((2, len(rounds)))
+            members = set()
+            for record in result.clients:
+                value = getattr(record, name)
+                if record.malicious != malicious or not record.sent or value is None:
+                    continue
+                members.add(record.client)
+                if record.client in lines or len(lines) < MAX_LINES:
+                    lines.setdefault(record.client, np.full(len(rounds), np.nan))[record.round - 1] = value
+                total[record.round - 1] += value
+                count[record.round - 1] += 1
+            if not members:
                 continue
-            axes.plot(rounds, lines[:, :MAX_LINES], color=colour, linewidth=0.8, alpha=0.4)
-            counts = (~np.isnan(lines)).sum(axis=1)
-            mean = np.divide(np.nansum(lines, axis=1), counts, where=counts > 0, out=np.full(len(rounds), np.nan))
+            axes.plot(rounds, np.stack(list(lines.values()), axis=1), color=colour, linewidth=0.8, alpha=0.4)
+            mean = np.divide(total, count, where=count > 0, out=np.full(len(rounds), np.nan))
             axes.plot(rounds, mean, "o-", color=colour, markersize=3.5, label=f"{kind}, mean of {len(members)}")
         rounds_axis(axes, len(rounds))
     discrepancy, weight = panels
@@ -83,7 +85,7 @@ def clients_figure(result: SimulationResult) -> Figure:
     if discrepancy.lines:
         discrepancy.set_yscale("log")
     else:
-        message = f"server {config.server} computes no discrepancy"
+        message = f"server {result.config.server} computes no discrepancy"
         discrepancy.text(0.5, 0.5, message, ha="center", transform=discrepancy.transAxes)
         discrepancy.set_yticks([])
     return figure
@@ -91,8 +93,9 @@ def clients_figure(result: SimulationResult) -> Figure:
 
 def similarity_figure(result: SimulationResult) -> Figure:
     """Similarity of the clients' importances in the last round (figure 1); malicious clients come last."""
-    attackers = result.config.attackers()
-    order = sorted(range(result.config.clients), key=lambda client: (client in attackers, client))
+    last = [record for record in result.clients if record.round == len(result.rounds)]
+    compared = last[: len(result.similarity)]
+    order = sorted(range(len(compared)), key=lambda index: (compared[index].malicious, index))
     matrix = result.similarity.numpy()[np.ix_(order, order)]
     figure, (axes,) = _new(1, 6, 5)
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
@@ -101,9 +104,9 @@ def similarity_figure(result: SimulationResult) -> Figure:
     if len(order) > MAX_LINES:
         return figure
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(range(len(order)), labels=[str(client) for client in order])
-        for client, label in zip(order, axis.get_ticklabels(), strict=True):
-            label.set_color(MALICIOUS if client in attackers else "black")
+        axis.set_ticks(range(len(order)), labels=[str(compared[index].client) for index in order])
+        for index, label in zip(order, axis.get_ticklabels(), strict=True):
+            label.set_color(MALICIOUS if compared[index].malicious else "black")
     if len(order) <= MAX_ANNOTATED:
         for (row, column), value in np.ndenumerate(matrix):
             colour = "black" if value > 0.6 else "white"

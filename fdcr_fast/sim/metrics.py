@@ -37,9 +37,13 @@ class RoundRecord(BaseModel):
             for a trigger those of other classes, with it. See :meth:`fdcr_fast.sim.attacks.poison.Poisoning.victims`.
         backdoor_failure_rate: ``R = 1 - attack_success_rate``.
         tradeoff: ``(A + R) / 2``.
-        true_positive_rate: Share of the malicious clients that were excluded or rejected; undefined in rounds in
-            which they do not attack.
-        false_positive_rate: Share of the benign clients that were excluded or rejected.
+        true_positive_rate: Share of the malicious clients that sent an upload which were excluded or rejected;
+            undefined in rounds in which they do not attack.
+        false_positive_rate: Share of the benign clients that sent one which were excluded or rejected.
+        participants: Clients drawn for the round.
+        missing: Those who sent nothing: dropped out, too late, or failed.
+        kept: Those whose upload counted.
+        rejected: Those whose upload could not be used.
         peak_rss_bytes: Largest resident memory of the process so far.
     """
 
@@ -52,6 +56,8 @@ class RoundRecord(BaseModel):
     tradeoff: OptionalFloat
     true_positive_rate: OptionalFloat
     false_positive_rate: OptionalFloat
+    participants: int
+    missing: int
     kept: int
     rejected: int
     training_seconds: float
@@ -62,12 +68,13 @@ class RoundRecord(BaseModel):
 
 
 class ClientRecord(BaseModel):
-    """One row of clients.csv: what became of one client in one round.
+    """One row of clients.csv: what became of one client drawn for one round.
 
     Attributes:
+        sent: Whether it sent an upload.
         discrepancy: ``V_k``; None if the rule computes none or the client was rejected.
         weight: Of its update in the new global model.
-        reason: Why it was rejected, else empty. A client can be valid and yet not kept.
+        reason: Why it sent nothing or was rejected, else empty. A client can be valid and yet not kept.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -76,6 +83,7 @@ class ClientRecord(BaseModel):
     client: int
     malicious: bool
     num_samples: int
+    sent: bool
     discrepancy: OptionalFloat
     weight: float
     kept: bool
@@ -97,6 +105,7 @@ class Summary(BaseModel):
     peak_rss_bytes: int
     rounds: int
     averaged_rounds: int
+    missing: int
     rejected: int
 
 
@@ -136,14 +145,15 @@ def summarize(rounds: Sequence[RoundRecord]) -> Summary:
         peak_rss_bytes=max(record.peak_rss_bytes for record in rounds),
         rounds=len(rounds),
         averaged_rounds=len(last),
+        missing=sum(record.missing for record in rounds),
         rejected=sum(record.rejected for record in rounds),
     )
 
 
-def importance_similarity(store: UpdateStore, clients: int) -> Tensor:
-    """Cosine similarity of the clients' importance vectors (figure 1), float64 ``[clients, clients]``.
+def importance_similarity(store: UpdateStore, clients: Sequence[int]) -> Tensor:
+    """Cosine similarity of the importance vectors of ``S`` clients (figure 1), float64 ``[S, S]``.
 
-    Client ids must be ``0..clients-1``; those without a row in the store have NaN.
+    Those without a row in the store have NaN.
 
     Raises:
         ValueError: the store holds no Fishers.
@@ -151,19 +161,21 @@ def importance_similarity(store: UpdateStore, clients: int) -> Tensor:
     uploads = store.client_updates()
     if uploads.fisher_min is None or uploads.fisher_max is None:
         raise ValueError("the store holds no Fishers")
-    low, spread = uploads.fisher_min[:, None], (uploads.fisher_max - uploads.fisher_min)[:, None]
-    rows = len(uploads.clients)
-    gram = torch.zeros(rows, rows, dtype=torch.float64)
+    row = {client: index for index, client in enumerate(uploads.clients)}
+    present = [index for index, client in enumerate(clients) if client in row]
+    rows = torch.tensor([row[clients[index]] for index in present], dtype=torch.int64)
+    low, high = uploads.fisher_min[rows, None], uploads.fisher_max[rows, None]
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for span in uploads.spans():
         assert span.fishers is not None  # there are ranges of them
         for index, block in enumerate(span.fishers.unbind()):
-            fishers = block[:, : span.num_params - index * uploads.tiles.tile].double()
-            importance = (fishers - low) / spread
+            fishers = block[rows, : span.num_params - index * uploads.tiles.tile].double()
+            importance = (fishers - low) / (high - low)
             gram += importance @ importance.T
     norms = gram.diagonal().sqrt()
-    similarity = torch.full((clients, clients), float("nan"), dtype=torch.float64)
-    ids = torch.tensor(uploads.clients, dtype=torch.int64)
-    similarity[ids[:, None], ids] = gram / (norms[:, None] * norms)
+    similarity = torch.full((len(clients), len(clients)), float("nan"), dtype=torch.float64)
+    places = torch.tensor(present, dtype=torch.int64)
+    similarity[places[:, None], places] = gram / (norms[:, None] * norms)
     return similarity
 
 

@@ -1,13 +1,15 @@
-"""Which training image belongs to which client: every image to exactly one."""
+"""Which training images are a client's: in arrays over the images, or drawn when they are asked for."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fdcr_fast.sim.data import Dataset
@@ -24,9 +26,96 @@ class PartitionOptions:
     min_samples: int
     beta: float
     seed: int
+    samples_per_client: int | None = None
 
 
-def dirichlet(dataset: Dataset, options: PartitionOptions) -> list[Tensor]:
+class Partition(Sequence[Tensor]):
+    """Sorted indices of each client's training images, int64 ``[n_k]``."""
+
+    @overload
+    def __getitem__(self, client: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, client: slice) -> list[Tensor]: ...
+    def __getitem__(self, client: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(client, slice):
+            return [self[index] for index in range(*client.indices(len(self)))]
+        if not 0 <= client < len(self):
+            raise IndexError(f"no client {client}, there are {len(self)}")
+        return torch.from_numpy(self.rows(client))
+
+    def rows(self, client: int) -> NDArray[np.int64]:
+        """Of one client."""
+        raise NotImplementedError
+
+
+class Dealt(Partition):
+    """Every image is one client's.
+
+    Args:
+        owner: Of each image, ``[N]``.
+        clients: How many there are.
+    """
+
+    def __init__(self, owner: NDArray[np.int64], clients: int) -> None:
+        self._images = np.argsort(owner, kind="stable")
+        self._starts = np.concatenate([[0], np.bincount(owner, minlength=clients).cumsum()])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def sizes(self) -> NDArray[Any]:
+        """How many images each client has."""
+        return np.diff(self._starts)
+
+    def rows(self, client: int) -> NDArray[np.int64]:
+        """A view of the sorted images."""
+        return self._images[self._starts[client] : self._starts[client + 1]]
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn(Partition):
+    """Every client draws its images for itself, which other clients may have, too; see :func:`dirichlet_mix`.
+
+    Attributes:
+        by_class: Images in the order of their classes.
+        starts: Where each class that has images begins, and ``N``.
+        options: Of the draw.
+    """
+
+    by_class: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    options: PartitionOptions
+
+    def __len__(self) -> int:
+        return self.options.clients
+
+    def rows(self, client: int) -> NDArray[np.int64]:
+        """Drawn anew, always the same."""
+        rng = numpy_generator(self.options.seed, "dirichlet mix", client)
+        sizes = np.diff(self.starts)
+        mix = rng.dirichlet(np.full(len(sizes), self.options.beta))
+        label = rng.choice(len(sizes), self.options.samples_per_client, p=mix)
+        return np.sort(self.by_class[self.starts[label] + rng.integers(sizes[label])])
+
+
+def dirichlet_mix(dataset: Dataset, options: PartitionOptions) -> Drawn:
+    """Client ``k`` draws ``p_k ~ Dir(beta, ..., beta)`` over the classes, and ``samples_per_client`` images from it.
+
+    Each image is of a class drawn from ``p_k``, and any image of that class alike: the number of clients is not
+    limited by that of the images, and nothing is kept of them.
+
+    Raises:
+        ValueError: the number of samples is not given.
+    """
+    if options.samples_per_client is None:
+        raise ValueError("split: dirichlet-mix needs samples_per_client")
+    labels = dataset.train_labels.numpy()
+    counts = np.bincount(labels)
+    starts = np.concatenate([[0], counts[counts > 0].cumsum()])
+    return Drawn(np.argsort(labels, kind="stable"), starts, options)
+
+
+def dirichlet(dataset: Dataset, options: PartitionOptions) -> Dealt:
     """Split each class over the clients with shares drawn from a symmetric Dirichlet distribution.
 
     For class ``c``: ``p ~ Dir(beta, ..., beta)`` over the clients, client ``k`` gets the share ``p_k`` of the
@@ -38,25 +127,33 @@ def dirichlet(dataset: Dataset, options: PartitionOptions) -> list[Tensor]:
     classes = [np.flatnonzero(labels == label) for label in range(dataset.num_classes)]
     rng = numpy_generator(options.seed, "dirichlet")
     for _ in range(MAX_DRAWS):
-        parts: list[list[int]] = [[] for _ in range(options.clients)]
+        dealt: list[tuple[NDArray[Any], NDArray[Any]]] = []  # images in the order in which they are dealt, and to whom
         for members in classes:
             shares = rng.dirichlet(np.full(options.clients, options.beta))
             cuts = (shares.cumsum()[:-1] * len(members)).round().astype(np.int64)
-            for part, piece in zip(parts, np.split(rng.permutation(members), cuts), strict=True):
-                part.extend(piece.tolist())
-        if min(map(len, parts)) >= options.min_samples:
+            counts = np.diff(cuts, prepend=0, append=len(members))
+            dealt.append((rng.permutation(members), np.repeat(np.arange(options.clients), counts)))
+        images, owners = map(np.concatenate, zip(*dealt, strict=True))
+        if np.bincount(owners, minlength=options.clients).min() >= options.min_samples:
             break
     else:
-        _level(parts, options.min_samples, rng)
-    return [torch.tensor(sorted(part), dtype=torch.int64) for part in parts]
+        owners = _level(images, owners, options, rng)
+    owner = np.empty(len(labels), dtype=np.int64)
+    owner[images] = owners
+    return Dealt(owner, options.clients)
 
 
-def _level(parts: list[list[int]], min_samples: int, rng: np.random.Generator) -> None:
-    """Move images, in place, from the richest clients to those below the minimum."""
+def _level(
+    images: NDArray[Any], owners: NDArray[Any], options: PartitionOptions, rng: np.random.Generator
+) -> NDArray[Any]:
+    """Who has which image after images have moved from the richest clients to those below the minimum."""
+    order = np.argsort(owners, kind="stable")
+    cuts = np.bincount(owners, minlength=options.clients).cumsum()[:-1]
+    parts = [part.tolist() for part in np.split(order, cuts)]  # places in ``images``
     richest = [(-len(part), client) for client, part in enumerate(parts)]
     heapq.heapify(richest)
     for poor in parts:
-        while len(poor) < min_samples:
+        while len(poor) < options.min_samples:
             # The total suffices, so whoever has most has more than the minimum and is not this client.
             size, client = heapq.heappop(richest)
             if -size != len(parts[client]):
@@ -65,9 +162,13 @@ def _level(parts: list[list[int]], min_samples: int, rng: np.random.Generator) -
             rich = parts[client]
             poor.append(rich.pop(int(rng.integers(len(rich)))))
             heapq.heappush(richest, (-len(rich), client))
+    levelled = np.empty_like(owners)
+    for client, part in enumerate(parts):
+        levelled[part] = client
+    return levelled
 
 
-def by_writer(dataset: Dataset, options: PartitionOptions) -> list[Tensor]:
+def by_writer(dataset: Dataset, options: PartitionOptions) -> Dealt:
     """Writer ``w`` belongs to client ``w mod K``, so that no hand is spread over two clients.
 
     Raises:
@@ -78,33 +179,37 @@ def by_writer(dataset: Dataset, options: PartitionOptions) -> list[Tensor]:
     num_writers = int(dataset.writers.max()) + 1
     if options.clients > num_writers:
         raise ValueError(f"split: {num_writers} writers are too few for {options.clients} clients")
-    owner = dataset.writers % options.clients
-    return [torch.nonzero(owner == client).squeeze(1) for client in range(options.clients)]
+    return Dealt((dataset.writers % options.clients).numpy(), options.clients)
 
 
-PARTITIONS: dict[str, Callable[[Dataset, PartitionOptions], list[Tensor]]] = {
+DEALT: dict[str, Callable[[Dataset, PartitionOptions], Dealt]] = {
     "dirichlet": dirichlet,
     "writer": by_writer,
 }
+DRAWN: dict[str, Callable[[Dataset, PartitionOptions], Drawn]] = {"dirichlet-mix": dirichlet_mix}
+PARTITIONS = (*DEALT, *DRAWN)
 
 
-def partition(split: str, dataset: Dataset, options: PartitionOptions) -> list[Tensor]:
-    """Sorted indices of each client's training images.
+def partition(split: str, dataset: Dataset, options: PartitionOptions) -> Partition:
+    """Who has which training images.
 
     Raises:
-        ValueError: the images do not suffice for the minimum per client.
+        ValueError: the images do not suffice for the minimum per client, or the split cannot be made.
     """
+    if split in DRAWN:  # clients share images, and all have as many as they are to have
+        return DRAWN[split](dataset, options)
     available = len(dataset.train_labels)
     if available < options.clients * options.min_samples:
         raise ValueError(
             f"clients: {options.clients} clients with at least {options.min_samples} samples each need "
-            f"{options.clients * options.min_samples} training images, there are {available}"
+            f"{options.clients * options.min_samples} training images, there are {available}; lower min_samples, or "
+            "choose the split dirichlet-mix, in which clients share images"
         )
-    parts = PARTITIONS[split](dataset, options)
-    poorest = min(range(len(parts)), key=lambda client: len(parts[client]))
-    if len(parts[poorest]) < options.min_samples:
+    parts = DEALT[split](dataset, options)
+    sizes = parts.sizes()
+    poorest = int(sizes.argmin())
+    if sizes[poorest] < options.min_samples:
         raise ValueError(
-            f"split: client {poorest} has {len(parts[poorest])} training images, expected at least "
-            f"{options.min_samples}"
+            f"split: client {poorest} has {sizes[poorest]} training images, expected at least {options.min_samples}"
         )
     return parts

@@ -45,7 +45,8 @@ def comparison_table(summaries: Mapping[str, Summary]) -> Table:
 def cost_line(summary: Summary) -> str:
     """Seconds by phase and peak memory."""
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary.seconds.items())
-    return f"{phases}; peak memory {summary.peak_rss_bytes / 2**20:.0f} MiB; rejected uploads {summary.rejected}"
+    uploads = f"uploads rejected {summary.rejected}, missing {summary.missing}"
+    return f"{phases}; peak memory {summary.peak_rss_bytes / 2**20:.0f} MiB; {uploads}"
 
 
 @contextmanager

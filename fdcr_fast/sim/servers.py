@@ -188,6 +188,7 @@ def sageflow(options: ServerOptions) -> AggregationRule:
 class Oracle(AggregationRule):
     """Baseline that is told who is malicious, drops exactly them and averages the others by sample count."""
 
+    sharded = True
     attackers: frozenset[int]
 
     def select(self, clients: ClientUpdates) -> Selection:

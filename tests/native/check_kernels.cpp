@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <thread>
@@ -470,7 +471,6 @@ void check_gram(const fdcr::Kernels& kernels, bool large) {
   require_close(total, expected, p.float64 ? 1e-12 : 1e-5, "inner products");
 }
 
-#ifdef FDCR_PLANT_RACE
 // Two threads add to one number: a detector that finds nothing here finds nothing anywhere.
 void plant_race() {
   volatile int shared = 0;
@@ -478,15 +478,13 @@ void plant_race() {
   shared = shared + 1;
   other.join();
 }
-#endif
 
 }  // namespace
 
+// ROUNDS [--plant-race]
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
-#ifdef FDCR_PLANT_RACE
-  plant_race();
-#endif
+  if (argc > 2 && std::strcmp(argv[2], "--plant-race") == 0) plant_race();
   const fdcr::Kernels* table[8];
   const int count = fdcr::compiled_kernels(table, 8);
   for (int i = 0; i < count; ++i) {

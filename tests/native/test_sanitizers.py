@@ -21,14 +21,13 @@ pytestmark = [
 ]
 
 
-def build(folder, sanitizers, *defines):
+def build(folder, sanitizers):
     common = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", f"-I{CSRC}"]
     common += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-ffp-contract=fast"]
     sources = [*sorted((CSRC / "cpu").glob("*.cpp")), Path(__file__).with_name("check_kernels.cpp")]
     jobs = []
     for source in sources:
         command = [COMPILER, *common, *FLAGS.get(source.stem, []), "-c", source, "-o", folder / f"{source.stem}.o"]
-        command += [f"-D{define}" for define in defines]
         jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for job in jobs:
         _, errors = job.communicate()
@@ -44,30 +43,31 @@ def build(folder, sanitizers, *defines):
     return program
 
 
-def run(program, rounds):
-    return subprocess.run([program, str(rounds)], capture_output=True, text=True, check=False)
+def run(program, rounds, *options):
+    return subprocess.run([program, str(rounds), *options], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("sanitizers", "rounds"), [("address,undefined", 150), ("thread", 60)])
-def test_kernels_under_sanitizers(tmp_path, sanitizers, rounds):
-    result = run(build(tmp_path, sanitizers), rounds)
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
+    result = run(build(tmp_path, "address,undefined"), 150)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "rounds right" in result.stdout
 
 
-def test_the_race_detector_detects_races(tmp_path):
-    result = run(build(tmp_path, "thread", "FDCR_PLANT_RACE"), 0)
-    assert result.returncode != 0
-    assert "data race" in result.stderr
+def test_no_races(tmp_path):
+    """Nor any code that instruction sets share.
 
+    A function linked once for all would run with the instructions of one: every kernel file keeps its own.
+    """
+    program = build(tmp_path, "thread")
+    result = run(program, 60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "rounds right" in result.stdout
+    planted = run(program, 0, "--plant-race")
+    assert planted.returncode != 0
+    assert "data race" in planted.stderr
 
-def test_instruction_sets_share_no_code(tmp_path):
-    """A function linked once for all would run with the instructions of one: every kernel file keeps its own."""
-    for name, flags in FLAGS.items():
-        source, compiled = CSRC / "cpu" / f"{name}.cpp", tmp_path / f"{name}.o"
-        command = [COMPILER, "-std=c++17", "-O2", "-Wno-psabi", *flags, "-c", source, "-o", compiled]
-        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-            pytest.skip(f"{COMPILER} does not compile {name}")
+    for name in FLAGS:
+        compiled = tmp_path / f"{name}.o"
         symbols = subprocess.run(["nm", "--defined-only", compiled], capture_output=True, text=True, check=True)
         shared = [line for line in symbols.stdout.splitlines() if line.split()[-2] in "WVu"]
         assert [line for line in shared if "__gxx_personality" not in line] == []

@@ -441,6 +441,28 @@ def test_gaps_are_closed_by_the_last_clients():
     assert_holds(store, 5, 4, 3, 6)
 
 
+@given(order=st.permutations(range(5)), missing=st.sets(st.integers(0, 4)), later=st.booleans())
+def test_given_rows_do_not_depend_on_who_arrives_first(order, missing, later):
+    stores = UpdateStore(3, 6, tile=2), UpdateStore(3, 6, tile=2)
+    for store, clients in zip(stores, (order, range(5)), strict=True):
+        for client in clients:
+            if client not in missing:
+                assert store.put(*vectors(client + 1), client + 1, client_id=client + 1, row=client)
+                with pytest.raises(ValueError, match=f"row {client} is not free"):
+                    store.put(*vectors(9), 9, client_id=9, row=client)
+        if later:
+            store.put(*vectors(9), 9, client_id=9)
+    assert stores[0].clients == stores[1].clients
+    assert_holds(stores[0], *stores[1].clients)
+
+
+def test_one_contribution_is_found_by_its_client():
+    store = filled(1, 2)
+    assert torch.equal(store[2].update, vectors(2)[0])
+    with pytest.raises(KeyError):
+        store[3]
+
+
 def test_clear_does_not_allocate():
     store = filled(1, 2)
     where = store.updates.data_ptr()

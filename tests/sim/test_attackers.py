@@ -162,9 +162,9 @@ def test_the_last_update_is_that_of_the_global_model(monkeypatch: pytest.MonkeyP
     seen = []
     collect = Federation.collect
 
-    def spy(self: Federation, work: LocalWork, *rest: Any) -> None:
+    def spy(self: Federation, work: LocalWork, *rest: Any) -> object:
         seen.append((work.params, work.last_update))
-        collect(self, work, *rest)
+        return collect(self, work, *rest)
 
     monkeypatch.setattr(Federation, "collect", spy)
     simulate(tiny_config(rounds=3))

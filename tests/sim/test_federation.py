@@ -121,12 +121,12 @@ def test_only_malicious_clients_are_poisoned() -> None:
         assert torch.equal(data.images, clean.train_images)
         assert torch.equal(data.labels, clean.train_labels)
         if client in (1, 3):
-            poisoned = federation.attackers.poisoned[client]
+            poisoned = federation.attackers.poisoned(client)
             assert (poisoned.labels[poisoned.rows] == 4).all()
             stamped = clean.train_images[data.rows].clone()
             stamped[:, :, [[0], [2]], [0, 1, 2, 4, 5, 6]] = 1.0
             assert torch.equal(poisoned.images[poisoned.rows], stamped)
-    assert set(federation.attackers.poisoned) == {1, 3}
+    assert federation.attackers.clients == {1, 3}
     assert torch.equal(federation.test_images, clean.test_images)
 
 

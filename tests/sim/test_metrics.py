@@ -35,6 +35,8 @@ def record(number: int, **fields: object) -> RoundRecord:
         "tradeoff": number / 100,
         "true_positive_rate": None,
         "false_positive_rate": number / 10,
+        "participants": 6,
+        "missing": 2,
         "kept": 3,
         "rejected": 1,
         "training_seconds": 1.0,
@@ -60,7 +62,7 @@ def test_the_summary_averages_the_last_five_rounds(rounds: int, averaged: list[i
         "aggregation": 3 * rounds,
         "evaluation": 4 * rounds,
     }
-    assert (summary.peak_rss_bytes, summary.rejected) == (99, rounds)
+    assert (summary.peak_rss_bytes, summary.rejected, summary.missing) == (99, rounds, 2 * rounds)
     assert (summary.rounds, summary.averaged_rounds) == (rounds, len(averaged))
 
 
@@ -85,7 +87,7 @@ def test_similarity_is_the_cosine_of_importances(num_params: int, accepted: list
     for client, good in enumerate(accepted):
         update = np.full(num_params, 1.0 if good else np.nan, dtype=np.float32)
         assert store.put(update, fishers[client], 1, client_id=client) == good
-    similarity = importance_similarity(store, clients).numpy()
+    similarity = importance_similarity(store, range(clients)).numpy()
     exact = fishers.astype(np.float64)
     for i in range(clients):
         for j in range(clients):
@@ -97,7 +99,7 @@ def test_similarity_is_the_cosine_of_importances(num_params: int, accepted: list
 
 def test_similarity_needs_fishers() -> None:
     with pytest.raises(ValueError, match="no Fishers"):
-        importance_similarity(UpdateStore(3, 2, with_fishers=False), 2)
+        importance_similarity(UpdateStore(3, 2, with_fishers=False), [0, 1])
 
 
 def test_the_stopwatch_adds_up_also_after_an_error() -> None:

@@ -32,7 +32,7 @@ def test_every_image_goes_to_one_client_and_all_have_enough(
     options = PartitionOptions(clients, min_samples, beta, seed)
     parts = partition("dirichlet", dataset, options)
     assert len(parts) == clients
-    assert sorted(torch.cat(parts).tolist()) == list(range(count))
+    assert sorted(torch.cat(list(parts)).tolist()) == list(range(count))
     assert min(map(len, parts)) >= min_samples
     assert all(part.tolist() == sorted(part.tolist()) for part in parts)
     again = partition("dirichlet", dataset, options)
@@ -66,7 +66,7 @@ def test_no_writer_is_spread_over_two_clients(clients: int) -> None:
     digits = load_dataset("digits")
     parts = partition("writer", digits, PartitionOptions(clients, 10, 0.5, 0))
     assert digits.writers is not None
-    assert sorted(torch.cat(parts).tolist()) == list(range(len(digits.train_labels)))
+    assert sorted(torch.cat(list(parts)).tolist()) == list(range(len(digits.train_labels)))
     writers = [set(digits.writers[part].tolist()) for part in parts]
     assert sum(map(len, writers)) == 14
     assert set.union(*writers) == set(range(14))
@@ -82,5 +82,30 @@ def test_writer_partition_says_what_it_cannot_do() -> None:
         partition("writer", digits, PartitionOptions(14, 102, 0.5, 0))
 
 
+def test_a_mix_is_drawn_by_every_client_for_itself() -> None:
+    dataset = dataset_of([(index * 7) % 10 for index in range(300)] + [12])
+    options = PartitionOptions(10**9, 99, 0.2, 5, samples_per_client=400)
+    parts = partition("dirichlet-mix", dataset, options)
+    assert len(parts) == 10**9
+    shares = []
+    for client in (0, 17, 10**9 - 1):
+        rows = parts[client]
+        assert torch.equal(rows, parts[client])
+        assert rows.tolist() == sorted(rows.tolist())
+        assert (len(rows), rows.dtype) == (400, torch.int64)
+        labels = dataset.train_labels[rows]
+        shares.append(torch.bincount(labels, minlength=13) / 400)
+        inside = torch.bincount(rows[labels == labels.mode().values], minlength=301)
+        assert (inside > 0).sum() == (dataset.train_labels == labels.mode().values).sum()
+    assert (torch.stack(shares)[:, [10, 11]] == 0).all()
+    assert (shares[0] - shares[1]).abs().max() > 0.1 < (shares[1] - shares[2]).abs().max()
+    even = partition("dirichlet-mix", dataset, PartitionOptions(50, 1, 1e6, 5, samples_per_client=400))
+    counts = sum(torch.bincount(dataset.train_labels[rows], minlength=13) for rows in even)
+    present = torch.cat([counts[:10], counts[12:]]) / counts.sum()  # type: ignore[index,union-attr]
+    assert ((present - 1 / 11).abs() < 5 * (1 / 11 / 20000) ** 0.5).all()
+    with pytest.raises(IndexError, match="no client 50"):
+        even[50]
+
+
 def test_all_partitions_are_tested() -> None:
-    assert set(PARTITIONS) == {"dirichlet", "writer"}
+    assert set(PARTITIONS) == {"dirichlet", "writer", "dirichlet-mix"}

@@ -73,6 +73,7 @@ class CoalitionFDCR(AggregationRule):
         seed: Of the gate's permutations.
     """
 
+    sharded = True
     groups: ParamGroups | None = None
     state: CoalitionState = field(default_factory=CoalitionState, compare=False, repr=False)
     gate: bool = False

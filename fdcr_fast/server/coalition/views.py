@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.coalition.search import Views
 from fdcr_fast.server.gram import GramView, grams
-from fdcr_fast.server.intake import ClientUpdates
+from fdcr_fast.server.intake import ClientUpdates, Span
 
 _BLOCK = 1 << 20  # numbers of all clients that are looked at together
 
@@ -103,55 +103,67 @@ def _cosines(gram: Tensor) -> Tensor:
 
 
 def _mean_fisher(clients: ClientUpdates) -> Tensor:
-    """``Pbar [P]``, the mean of the valid clients' Fishers, each divided by its sum; float64."""
+    """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum; float64, of the parameters here."""
     everything = [slice(0, clients.num_params)]
-    total = _zeros(clients)
-    for _, _, fishers in _blocks(clients, everything):
-        total += fishers.sum(1)
+    total = _sums(clients, everything, lambda columns, updates, fishers: fishers.sum(1))
     share = 1 / (len(total) * total)
-    mean = torch.empty(clients.num_params, dtype=torch.float64, device=total.device)
-    for columns, _, fishers in _blocks(clients, everything):
-        mean[columns] = share @ fishers
+    mean = torch.empty(clients.tiles.num_params, dtype=torch.float64, device=total.device)
+    for span in clients.spans():
+        for columns, _, fishers in _blocks(clients, span, everything):
+            mean[columns] = share @ fishers
     return mean
 
 
 def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor) -> Tensor:
     """``r_k``: how important the parameters of the head are that a client changes."""
-    weighted, plain = _zeros(clients), _zeros(clients)
-    for columns, updates, _ in _blocks(clients, groups.head):
+
+    def terms(columns: slice, updates: Tensor, _fishers: Tensor) -> Tensor:
         squares = updates.square_()
-        weighted += squares @ mean_fisher[columns]
-        plain += squares.sum(1)
+        return torch.stack([squares @ mean_fisher[columns], squares.sum(1)])
+
+    weighted, plain = _sums(clients, groups.head, terms, 2)
     return torch.log(weighted / plain).cpu()
 
 
 def _kurtosis(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor, regularisation: float) -> Tensor:
     """``kappa_k``: how much a client's update concentrates on unimportant features."""
-    floor = regularisation * mean_fisher.mean()
+    floor = regularisation * clients.shard.sum_vector(mean_fisher, torch.sum) / clients.num_params
     size = sum(group.stop - group.start for group in groups.features)
-    first, second = _zeros(clients), _zeros(clients)
-    for columns, updates, _ in _blocks(clients, groups.features):
+
+    def terms(columns: slice, updates: Tensor, _fishers: Tensor) -> Tensor:
         q = updates.square_() / (mean_fisher[columns] + floor)
-        first += q.sum(1)
-        second += q.square_().sum(1)
+        return torch.stack([q.sum(1), q.square_().sum(1)])
+
+    first, second = _sums(clients, groups.features, terms, 2)
     return torch.log((second / size) / (first / size) ** 2).cpu()
 
 
-def _zeros(clients: ClientUpdates) -> Tensor:
-    return torch.zeros(int(clients.valid.sum()), dtype=torch.float64, device=clients.tiles.device)
+def _sums(
+    clients: ClientUpdates, ranges: Iterable[slice], terms: Callable[[slice, Tensor, Tensor], Tensor], *size: int
+) -> Tensor:
+    """Sums over ranges of the parameters of what ``terms`` says of each valid client, float64 ``[*size, K']``."""
+
+    def read(span: Span, total: Tensor) -> Tensor:
+        for block in _blocks(clients, span, ranges):
+            total = total + terms(*block)
+        return total
+
+    zeros = torch.zeros(*size, int(clients.valid.sum()), dtype=torch.float64, device=clients.tiles.device)
+    return clients.sum(zeros, read)
 
 
-def _blocks(clients: ClientUpdates, ranges: Iterable[slice]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Columns of the valid clients within the ranges: where they are, updates and Fishers ``[K', n]`` in float64."""
+def _blocks(clients: ClientUpdates, span: Span, ranges: Iterable[slice]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Columns of the valid clients of a span within the ranges: where they are among the parameters that are here,
+    updates and Fishers ``[K', n]`` in float64.
+    """
     valid = clients.valid.to(clients.tiles.device)
     width = max(1, _BLOCK // max(1, len(valid)))
-    for span in clients.spans():
-        tile = span.updates.shape[2]
-        for start in range(span.first, span.first + span.num_params, tile):
-            stop = min(start + tile, span.first + span.num_params)
-            for part in ranges:
-                for first in range(max(start, part.start), min(stop, part.stop), width):
-                    last = min(first + width, stop, part.stop)
-                    block = (start - span.first) // tile, valid, slice(first - start, last - start)
-                    assert span.fishers is not None
-                    yield slice(first, last), span.updates[block].double(), span.fishers[block].double()
+    tile, shift = span.updates.shape[2], clients.shard.first
+    for start in range(span.first, span.first + span.num_params, tile):
+        stop = min(start + tile, span.first + span.num_params)
+        for part in ranges:
+            for first in range(max(start, part.start - shift), min(stop, part.stop - shift), width):
+                last = min(first + width, stop, part.stop - shift)
+                block = (start - span.first) // tile, valid, slice(first - start, last - start)
+                assert span.fishers is not None
+                yield slice(first, last), span.updates[block].double(), span.fishers[block].double()

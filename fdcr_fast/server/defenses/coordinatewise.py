@@ -25,6 +25,7 @@ class CoordinateMedian(AggregationRule):
         norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
     """
 
+    sharded = True
     norm_bound: float | None = None
 
     def __post_init__(self) -> None:
@@ -47,6 +48,8 @@ class TrimmedMean(ByzantineRule):
 
     All clients count alike, whatever their sample counts. It needs ``K >= 2 f + 1`` clients.
     """
+
+    sharded = True
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Keep everybody, if there are enough of them."""
@@ -74,6 +77,7 @@ class RLR(AggregationRule):
         max_weight_share: Likewise.
     """
 
+    sharded = True
     threshold: float
     norm_bound: float | None = None
     max_weight_share: float | None = None

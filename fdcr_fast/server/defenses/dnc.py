@@ -11,6 +11,7 @@ from torch import Tensor
 from fdcr_fast.server.columns import column_blocks
 from fdcr_fast.server.defenses.byzantine import ByzantineRule
 from fdcr_fast.server.defenses.comparison import equal_weights, of_all
+from fdcr_fast.server.gram import gram
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.randomness import round_generator
 from fdcr_fast.server.rules import Selection
@@ -33,6 +34,7 @@ class DnC(ByzantineRule):
         seed: Of the draws, to be kept secret; see :func:`fdcr_fast.server.randomness.round_generator`.
     """
 
+    sharded = True
     iterations: int = 5
     sample: int = 10_000
     filter_fraction: float = 1.0
@@ -49,7 +51,7 @@ class DnC(ByzantineRule):
         """Keep those that no sample drops."""
         drop = int(self.filter_fraction * self.tolerated(clients))
         n = int(clients.valid.sum())
-        draw = random.Random(round_generator(self.seed, "DnC", global_params).initial_seed())
+        draw = random.Random(round_generator(self.seed, "DnC", clients.shard.gather(global_params)).initial_seed())
         sample = min(self.sample, clients.num_params)
         good = torch.ones(n, dtype=torch.bool)
         worst = torch.zeros(n, dtype=torch.float64)
@@ -69,17 +71,19 @@ def outlier_scores(updates: Tensor) -> Tensor:
     if size == 0:
         return torch.zeros(len(updates), dtype=torch.float64)
     centred = centred / size
-    values, vectors = torch.linalg.eigh(centred @ centred.t())
+    # The library's product: that of PyTorch has other bits with other numbers of threads.
+    values, vectors = torch.linalg.eigh(gram(centred, precision="float64"))
     scores: Tensor = values[-1] * vectors[:, -1].square() * size**2
     return scores
 
 
 def _samples(clients: ClientUpdates, drawn: Tensor) -> Tensor:
     """The drawn parameters ``[S, m]`` of the valid clients in one reading, float64 ``[S, n, m]``."""
-    result = torch.empty(len(drawn), int(clients.valid.sum()), drawn.shape[1], dtype=torch.float64)
+    shift = clients.shard.first
+    result = torch.zeros(len(drawn), int(clients.valid.sum()), drawn.shape[1], dtype=torch.float64)
     for columns, updates in column_blocks(clients):
         for sample, params in zip(result, drawn, strict=True):
-            first, stop = torch.searchsorted(params, torch.tensor([columns.start, columns.stop])).tolist()
-            here = (params[first:stop] - columns.start).to(updates.device)
+            first, stop = torch.searchsorted(params, torch.tensor([columns.start, columns.stop]) + shift).tolist()
+            here = (params[first:stop] - shift - columns.start).to(updates.device)
             sample[:, first:stop] = updates[:, here].double().cpu()
-    return result
+    return clients.shard.sum_parts(result)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdcr_fast.server.columns import dot_products
+from fdcr_fast.server.columns import dot_products, squared_length
 from fdcr_fast.server.defenses.comparison import cosines, equal_weights, of_all, valid_gram
 from fdcr_fast.server.defenses.noise import check_deviation, with_noise
 from fdcr_fast.server.intake import ClientUpdates
@@ -31,6 +31,7 @@ class FLAME(AggregationRule):
         norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
     """
 
+    sharded = True
     noise: float = 0.001
     seed: int = 0
     norm_bound: float | None = None
@@ -39,10 +40,15 @@ class FLAME(AggregationRule):
         self._check_options()
         check_deviation("noise", self.noise)
 
+    @property
+    def needs_norms(self) -> bool:
+        """Updates are clipped."""
+        return True
+
     def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
         """Keep the majority cluster."""
         along = dot_products(clients, global_params)
-        squared = torch.linalg.vector_norm(global_params, dtype=torch.float64).cpu().square()
+        squared = clients.shard.sum_vector(global_params, squared_length).cpu()
         distance = 1 - cosines(valid_gram(clients) + along[:, None] + along + squared)
         kept = of_all(clients, majority_cluster(distance))
         norms = clients.squared_norm.sqrt()
@@ -53,8 +59,8 @@ class FLAME(AggregationRule):
     def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
         """The mean of the clipped updates, with noise."""
         params = super().combine(global_params, clients, weights)
-        generator = round_generator(self.seed, "FLAME", global_params)
-        return with_noise(params, self.noise * self._median_norm(clients), generator)
+        generator = round_generator(self.seed, "FLAME", clients.shard.gather(global_params))
+        return with_noise(params, self.noise * self._median_norm(clients), generator, clients.shard)
 
     @staticmethod
     def _median_norm(clients: ClientUpdates) -> float:

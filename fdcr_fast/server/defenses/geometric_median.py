@@ -34,6 +34,7 @@ class GeometricMedian(AggregationRule):
         max_weight_share: Of ``alpha_k``, and of ``b_k`` as well.
     """
 
+    sharded = True
     smoothing: float = 1e-6
     iterations: int = 1000
     tolerance: float = 1e-12

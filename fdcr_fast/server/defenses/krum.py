@@ -40,6 +40,7 @@ class MultiKrum(ByzantineRule):
             ``K - 2 f``.)
     """
 
+    sharded = True
     num_selected: int | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +81,8 @@ class Bulyan(ByzantineRule):
     Where few clients are left Krum would have no neighbours to count: it then counts the nearest one. Of equal scores
     the one that was smaller among all clients comes first.
     """
+
+    sharded = True
 
     @classmethod
     def min_clients(cls, num_byzantine: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdcr_fast.server.columns import column_blocks, dot_products
+from fdcr_fast.server.columns import column_sums, dot_products, squared_length
 from fdcr_fast.server.defenses.comparison import chosen, of_all
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.rules import AggregationRule, Selection
@@ -30,6 +30,7 @@ class MultiMetrics(AggregationRule):
         max_weight_share: Likewise.
     """
 
+    sharded = True
     keep_share: float = 0.3
     norm_bound: float | None = None
     max_weight_share: float | None = None
@@ -38,6 +39,11 @@ class MultiMetrics(AggregationRule):
         self._check_options()
         if not 0 < self.keep_share <= 1:
             raise ValueError(f"keep_share must be in (0, 1], got {self.keep_share}")
+
+    @property
+    def needs_norms(self) -> bool:
+        """They are one of the metrics."""
+        return True
 
     def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
         """Keep those with the smallest scores, of equal ones the first."""
@@ -49,11 +55,9 @@ class MultiMetrics(AggregationRule):
 def _metrics(global_params: Tensor, clients: ClientUpdates) -> Tensor:
     """Manhattan and Euclidean distance and cosine to the global parameters, float64 ``[n, 3]``."""
     squared_norm = clients.squared_norm[clients.valid]
-    manhattan = torch.zeros_like(squared_norm)
-    for _, updates in column_blocks(clients):
-        manhattan += updates.double().abs().sum(1).cpu()
+    manhattan = column_sums(clients, lambda columns: columns.updates.double().abs().sum(1))
     along = dot_products(clients, global_params)
-    size = torch.linalg.vector_norm(global_params, dtype=torch.float64).cpu()
+    size = clients.shard.sum_vector(global_params, squared_length).sqrt().cpu()
     length = size * (size.square() + 2 * along + squared_norm).clamp(min=0).sqrt()
     cosine = torch.where(length > 0, (size.square() + along) / length, 0.0)
     return torch.stack([manhattan, squared_norm.sqrt(), cosine], 1)

@@ -8,15 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdcr_fast.server.intake import ClientUpdates
+from fdcr_fast.server.columns import squared_length
+from fdcr_fast.server.intake import ClientUpdates, Shard
 from fdcr_fast.server.randomness import round_generator
 from fdcr_fast.server.rules import AggregationRule
 
 
-def with_noise(params: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
-    """``params + N(0, deviation^2)``, drawn on the CPU in float32, or in float64 for such parameters."""
+def with_noise(params: Tensor, deviation: float, generator: torch.Generator, shard: Shard) -> Tensor:
+    """``params + N(0, deviation^2)``, drawn on the CPU in float32, or in float64 for such parameters.
+
+    Every process draws the noise of all parameters, and adds that of its own.
+    """
     dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
-    noise = torch.randn(len(params), generator=generator, dtype=dtype).mul_(deviation).to(params.device)
+    drawn = torch.randn(shard.total_params(len(params)), generator=generator, dtype=dtype)
+    noise = shard.own(drawn).mul_(deviation).to(params.device)
     limit = torch.finfo(params.dtype).max
     return (params.to(dtype) + noise).clamp_(-limit, limit).to(params.dtype)
 
@@ -44,6 +49,7 @@ class CRFL(AggregationRule):
         max_weight_share: Likewise.
     """
 
+    sharded = True
     param_norm: float = 15.0
     noise: float = 0.01
     seed: int = 0
@@ -59,6 +65,6 @@ class CRFL(AggregationRule):
     def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
         """The weighted mean, clipped, with noise."""
         params = super().combine(global_params, clients, weights)
-        norm = torch.linalg.vector_norm(params, dtype=torch.float64).item()
-        generator = round_generator(self.seed, "CRFL", global_params)
-        return with_noise(params * min(1.0, self.param_norm / max(norm, 1e-300)), self.noise, generator)
+        norm = clients.shard.sum_vector(params, squared_length).sqrt().item()
+        generator = round_generator(self.seed, "CRFL", clients.shard.gather(global_params))
+        return with_noise(params * min(1.0, self.param_norm / max(norm, 1e-300)), self.noise, generator, clients.shard)

@@ -138,8 +138,8 @@ class StudyRunFolder:
 
 def _check_same(folder: RunFolder, config: SimulationConfig) -> None:
     """Raise ValueError if a folder's run had other fields: its name tells only those that are not at their defaults."""
-    found = folder.config().model_dump(exclude={"data_dir"})
-    wanted = config.model_dump(exclude={"data_dir"})
+    found = folder.config().model_dump(exclude={"data_dir", "workers"})
+    wanted = config.model_dump(exclude={"data_dir", "workers"})
     changed = [name for name in wanted if wanted[name] != found[name]]
     if changed:
         raise ValueError(f"{folder.path} was run when the defaults of {', '.join(changed)} were others: delete it")

@@ -14,7 +14,7 @@ from fdcr_fast.sim.study.spec import Run
 
 
 def _size(run: Run) -> int:
-    return run.config.rounds * run.config.clients
+    return run.config.rounds * run.config.cohort()
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def study_progress(console: Console, runs: Sequence[Run]) -> Iterator[StudyProgr
                 tasks[name] = bar.add_task(run.label, total=_size(run), figures="")
             else:
                 progress = event.progress
-                trained[name] = (progress.round - 1) * run.config.clients + progress.clients_done
+                trained[name] = (progress.round - 1) * run.config.cohort() + progress.clients_done
                 bar.update(tasks[name], completed=trained[name])
                 bar.update(total, completed=sum(trained.values()))
                 if progress.record is not None:

@@ -74,9 +74,9 @@ class Run:
         """Name of the run's folder. It follows from what is run, so that studies share the runs they have in common.
 
         Fields at their defaults do not count, so a field that a later version adds leaves the names as they are;
-        nor does the place of the data.
+        nor do the place of the data and the number of workers.
         """
-        fields = self.config.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir"})
+        fields = self.config.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir", "workers"})
         digest = hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=6).hexdigest()
         dataset = self.config.dataset.rpartition("/")[2]
         return f"{dataset}-{self.config.server}-seed{self.config.seed}-{digest}"

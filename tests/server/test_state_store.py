@@ -1,0 +1,89 @@
+"""State dicts that are taken in one by one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fdcr_fast import FDCR, FedAvg, ParamLayout, StateStore, aggregate_state_dicts
+
+K = 5
+COUNTS = [3, 1, 4, 1, 5]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+
+
+def trained(state, seed):
+    torch.manual_seed(seed)
+    return {
+        name: value + (torch.rand(value.shape) if value.is_floating_point() else seed) for name, value in state.items()
+    }
+
+
+def difference(new, old):
+    return {name: new[name] - old[name] for name in old}
+
+
+def assert_same_state(state, expected):
+    assert list(state) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value)
+
+
+def test_rounds_one_after_the_other_are_those_of_aggregate_state_dicts(tmp_path):
+    model = network()
+    layout, state = ParamLayout.from_module(model), model.state_dict()
+    store = StateStore(state, K, path=tmp_path / "round.store")
+    for r in range(2):
+        store.clear(state)
+        clients = [trained(state, 10 * r + k) for k in range(K)]
+        fishers = [layout.unflatten(torch.rand(layout.numel)) for _ in range(K)]
+        for k in range(K):
+            upload = copy.deepcopy(clients[k])
+            assert store.put(upload, fishers[k], COUNTS[k], k)
+            for value in upload.values():  # the store keeps nothing of what it was given
+                value.fill_(99)
+        expected, chosen = aggregate_state_dicts(state, clients, fishers, COUNTS, return_result=True)
+        state, result = store.aggregate(FDCR())
+        assert torch.equal(result.kept, chosen.kept)
+        assert_same_state(state, expected)
+
+
+def test_differences_say_the_same_as_states():
+    state = network().state_dict()
+    clients = [trained(state, k) for k in range(K)]
+    expected = aggregate_state_dicts(state, clients, None, COUNTS, rule=FedAvg())
+    store = StateStore(state, K, with_fishers=False)
+    for k, client in enumerate(clients):
+        sent = difference(client, state)
+        assert store.put(sent, None, COUNTS[k], k, difference=True)
+    assert_same_state(store.aggregate(FedAvg())[0], expected)
+
+
+@pytest.mark.parametrize("as_difference", [False, True])
+def test_what_is_no_float_is_no_parameter(as_difference):
+    state = network().state_dict()
+    store = StateStore(state, K, with_fishers=False)
+    for k, dtype in enumerate((torch.int64, torch.bool, torch.complex64)):
+        upload = {**trained(state, k), "3.bias": torch.ones(3, dtype=dtype)}
+        assert not store.put(upload, None, 1, k, difference=as_difference)
+        assert "parameter 3.bias must be floating point" in store.rejected[k]
+    store.reject(3, "it sent nothing")
+    assert store.put(trained(state, 4), None, 1, 4)
+    store.reject(4, "too late: it is accepted")
+    assert list(store.aggregate(FedAvg())[1].rejected) == [0, 1, 2, 3]
+
+
+def test_a_second_contribution_changes_nothing():
+    state = network().state_dict()
+    store = StateStore(state, K, with_fishers=False)
+    first = trained(state, 1)
+    assert store.put(first, None, 1, "a")
+    assert not store.put(trained(state, 2), None, 1, "a")
+    assert_same_state(store.aggregate(FedAvg())[0], aggregate_state_dicts(state, [first], None, [1], rule=FedAvg()))
