@@ -21,7 +21,7 @@ struct Aggregation {
 
 template <class V, class M>
 constexpr int held_clients() {
-  return static_cast<int>(smaller(8, 192 / (V::kVector * sizeof(M))));
+  return static_cast<int>(smaller(8, 128 / (V::kVector * sizeof(M))));
 }
 
 // The step that suits so many clients.
@@ -83,10 +83,10 @@ __device__ __forceinline__ Client<M> client_of(const AggregationProblem& p, int6
 // Updates x and importances f of a client; zero behind the last parameter.
 template <class V, class M>
 __device__ __forceinline__ void load_client(const AggregationProblem& p, const Client<M>& client, int64_t k,
-                                            int64_t v, int64_t update_at, int64_t fisher_at, int64_t count,
+                                            int64_t update_at, int64_t fisher_at, int64_t count,
                                             bool importances, M (&x)[V::kVector], M (&f)[V::kVector]) {
-  V::load(p.updates, k, v, update_at, count, x);
-  if (importances) V::load(p.fishers, k, v, fisher_at, count, f);
+  V::load(p.updates, k, update_at, x);
+  if (importances) V::load(p.fishers, k, fisher_at, f);
 #pragma unroll
   for (int i = 0; i < V::kVector; ++i) {
     if (importances) f[i] = i < count ? (f[i] - client.low) * client.scale : M(0);
@@ -131,9 +131,8 @@ __global__ void __launch_bounds__(kThreads) aggregation(const __grid_constant__ 
 #pragma unroll
           for (int i = 0; i < kVector; ++i) u[j][i] = 0;
         } else if (client.scored || client.averaged) {
-          M x[kVector], f[kVector];
-          load_client<V, M>(p, client, k0 + j * rows + row, v, update_at, fisher_at, count, importances, x,
-                            f);
+          M x[kVector], f[kVector] = {};
+          load_client<V, M>(p, client, k0 + j * rows + row, update_at, fisher_at, count, importances, x, f);
           M square = 0;
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
@@ -182,9 +181,9 @@ __global__ void __launch_bounds__(kThreads) aggregation(const __grid_constant__ 
         const int64_t k = k0 + j * rows + row;
         if (!held) {
           const Client<M> client = clients[j * rows + row];
-          M x[kVector] = {}, f[kVector];
+          M x[kVector] = {}, f[kVector] = {};
           if (count > 0 && client.scored)
-            load_client<V, M>(p, client, k, v, update_at, fisher_at, count, p.reweight, x, f);
+            load_client<V, M>(p, client, k, update_at, fisher_at, count, p.reweight, x, f);
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
             square += x[i] * x[i];

@@ -87,8 +87,8 @@ __device__ __forceinline__ int64_t place(const ClientMatrix& m, int64_t v) {
   return v < m.tile_length ? v * m.stride : v / m.tile_length * m.tile_stride + v % m.tile_length * m.stride;
 }
 
-// How kVector parameters of client k are read, of which the first is v, at place `at`: in one type, 128 bits
-// at a time, whatever lies behind the last parameter;
+// How kVector parameters of client k are read, of which the first of the first client is at place `at`: in
+// one type and 128 bits, whatever lies behind the last parameter;
 template <class T>
 struct Vectors {
   static constexpr int kVector = 16 / sizeof(T);
@@ -97,7 +97,7 @@ struct Vectors {
   };
 
   template <class M>
-  static __device__ __forceinline__ void load(const ClientMatrix& m, int64_t k, int64_t, int64_t at, int64_t,
+  static __device__ __forceinline__ void load(const ClientMatrix& m, int64_t k, int64_t at,
                                               M (&to)[kVector]) {
     const T* const from = static_cast<const T*>(m.source.data) + at + k * m.client_stride;
     const Bits bits = read(reinterpret_cast<const Bits*>(from));
@@ -106,19 +106,13 @@ struct Vectors {
   }
 };
 
-// or in any type and any strides: one by one, and only the first `count`, the others being zero.
+// or in any type and any strides, one at a time.
 struct Singles {
-  static constexpr int kVector = 4;
+  static constexpr int kVector = 1;
 
   template <class M>
-  static __device__ __forceinline__ void load(const ClientMatrix& m, int64_t k, int64_t v, int64_t at,
-                                              int64_t count, M (&to)[kVector]) {
-    const bool together = v + kVector <= m.tile_length || v % m.tile_length + kVector <= m.tile_length;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const int64_t from = (together ? at + i * m.stride : place(m, v + i)) + k * m.client_stride;
-      to[i] = i < count ? read_any<M>(m.source, from) : M(0);
-    }
+  static __device__ __forceinline__ void load(const ClientMatrix& m, int64_t k, int64_t at, M (&to)[1]) {
+    to[0] = read_any<M>(m.source, at + k * m.client_stride);
   }
 };
 

@@ -66,8 +66,8 @@ __device__ __forceinline__ void load_rows(const InnerProducts& a, int64_t first,
     const bool known = k < a.clients && (is_read[bit / kWord] >> bit % kWord & 1) != 0;
     M x[kVector] = {}, f[kVector] = {};
     if (known && count > 0) {
-      if (with_update) V::load(p.updates, k, v, update_at, count, x);
-      if (with_fisher) V::load(p.fishers, k, v, fisher_at, count, f);
+      if (with_update) V::load(p.updates, k, update_at, x);
+      if (with_fisher) V::load(p.fishers, k, fisher_at, f);
     }
     double entries[kVector], largest = 0;
 #pragma unroll

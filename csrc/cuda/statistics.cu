@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) client_statistics(const __grid_const
 #pragma unroll 4
   for (int64_t v = begin + threadIdx.x * kVector; v < stop; v += kThreads * kVector) {
     M x[kVector];
-    V::load(p.values, k, v, place(p.values, v), p.params - v, x);
+    V::load(p.values, k, place(p.values, v), x);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const bool there = v + i < p.params;
