@@ -173,7 +173,7 @@ class BuildKernels(build_ext):
 
 
 def sources() -> list[str]:
-    names = ["module.cpp", "operators.cpp", "cpu/dispatch.cpp", "cpu/kernels_baseline.cpp"]
+    names = ["module.cpp", "operators.cpp", "network_operators.cpp", "cpu/dispatch.cpp", "cpu/kernels_baseline.cpp"]
     if X86:
         names += ["cpu/kernels_avx2.cpp", "cpu/kernels_avx512.cpp"]
     return [f"csrc/{name}" for name in names]

@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "tensors.h"
+#include "torch_pool.h"
 
 void fdcr::check_place(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU, like the other tensors");
@@ -12,10 +13,6 @@ void fdcr::check_place(const Tensor& tensor, const char* name) {
 namespace {
 
 using namespace fdcr;
-
-void torch_pool(int64_t n, RangeBody body, void* context) {
-  torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-}
 
 std::vector<double> numbers(const Tensor& tensor, int64_t expected, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&

@@ -162,4 +162,41 @@ struct GramProblem {
   bool float64 = false;  // computes in float64, else in float32 over short runs of columns
 };
 
+// A convolution of stride one with zero padding, then pooling and ReLU. A linear layer is the convolution
+// whose kernel is as large as its input.
+struct NetworkLayer {
+  int64_t in_channels = 0, out_channels = 0;
+  int64_t input[2] = {}, kernel[2] = {}, padding[2] = {};
+  bool pool = false, relu = false;  // the maximum of 2 by 2 pixels; what is left over at the end is dropped
+  int64_t weight = 0, bias = -1;    // where they start in the parameters; no bias: -1
+};
+
+// Layers one after the other, the last of which gives one pixel of as many channels as there are classes, and
+// the cross-entropy of its softmax.
+struct NetworkProblem {
+  const NetworkLayer* layers = nullptr;
+  int64_t layer_count = 0, params_count = 0;
+  const float* params = nullptr;
+  const float* images = nullptr;  // [image, channel, row, column]
+  int64_t image_stride[4] = {};
+  const int64_t* rows = nullptr;    // [samples]: their images
+  const int64_t* labels = nullptr;  // [samples]: their classes
+  int64_t samples = 0;
+  // Contiguous results; those that are null are not computed.
+  float* outputs = nullptr;  // [samples, classes]
+  float* grad =
+      nullptr;  // [params]: of the mean loss, or with `squared` the sum of the squares of the samples'
+  bool squared = false;
+  double* loss = nullptr;  // its mean, where grad is wanted
+};
+
+// velocity = momentum * velocity + grad + decay * params; params -= rate * velocity
+struct SgdProblem {
+  int64_t count = 0;
+  float* params = nullptr;
+  float* velocity = nullptr;
+  const float* grad = nullptr;
+  float rate = 0, momentum = 0, decay = 0;
+};
+
 }  // namespace fdcr

@@ -26,6 +26,8 @@ struct Kernels {
   // total[view][i][j] += the inner product of rows[i] and rows[j] for i <= j, contiguous [row_count,
   // row_count].
   void (*gram)(const GramProblem&, double* total, ParallelFor);
+  void (*network)(const NetworkProblem&, ParallelFor);
+  void (*sgd_step)(const SgdProblem&, ParallelFor);
 };
 
 // The kernels in use: the widest that the processor supports, unless FDCR_FAST_SIMD or select_kernels chose

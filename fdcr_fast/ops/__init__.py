@@ -5,6 +5,14 @@ extension replaces the reference on the CPU when it loads. Call the functions ex
 holds the same operators for ``torch.compile`` and ``torch.library.opcheck``.
 """
 
+from fdcr_fast.ops.network_schemas import (
+    NetworkLayer,
+    network_grad,
+    network_outputs,
+    sgd_step,
+    sized_layers,
+    sum_squared_network_grads,
+)
 from fdcr_fast.ops.schemas import (
     STRETCH,
     central_mean,
@@ -23,16 +31,22 @@ from fdcr_fast.ops.schemas import (
 
 __all__ = [
     "STRETCH",
+    "NetworkLayer",
     "central_mean",
     "discrepancy",
     "discrepancy_and_mean",
     "fill_row",
     "gram",
     "importance_range",
+    "network_grad",
+    "network_outputs",
     "rescaled_mean",
+    "sgd_step",
+    "sized_layers",
     "squared_norm",
     "sum_squared_grads_conv",
     "sum_squared_grads_embedding",
     "sum_squared_grads_linear",
     "sum_squared_grads_norm",
+    "sum_squared_network_grads",
 ]

@@ -13,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fdcr_fast.ops.network_reference import network_grad as network_grad
+from fdcr_fast.ops.network_reference import network_outputs as network_outputs
+from fdcr_fast.ops.network_reference import sgd_step as sgd_step
+from fdcr_fast.ops.network_reference import sum_squared_network_grads as sum_squared_network_grads
+
 # Elements of the largest temporary: 64 MiB of float64.
 _BLOCK_ELEMENTS = 1 << 23
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.ops import reference
+from fdcr_fast.ops.network_schemas import NETWORK_OPERATORS
 
 _library = torch.library.Library("fdcr_fast", "FRAGMENT")
 
@@ -697,6 +698,7 @@ OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]] = {
         _check_gram,
         _fake_gram,
     ),
+    **NETWORK_OPERATORS,
 }
 
 

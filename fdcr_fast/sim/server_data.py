@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdcr_fast import ModelQuality
 from fdcr_fast.server.randomness import round_generator
-from fdcr_fast.sim.training import EVALUATION_BATCH, Worker
+from fdcr_fast.sim.training import Worker
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,8 @@ class ServerData:
         """What training changes."""
         return self.refine(params) - params
 
-    @torch.no_grad()
     def evaluate(self, params: Tensor) -> ModelQuality:
         """Mean entropy and loss of the model with these parameters."""
         self.worker.load(params)
-        self.worker.model.eval()
-        logits = torch.cat([self.worker.model(batch) for batch in self.images.split(EVALUATION_BATCH)]).double()
-        log_p = logits.log_softmax(1)
+        log_p = self.worker.logits(self.images).double().log_softmax(1)
         return ModelQuality(-(log_p.exp() * log_p).sum(1).mean().item(), F.nll_loss(log_p, self.labels).item())

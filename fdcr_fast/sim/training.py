@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdcr_fast import ParamLayout, diagonal_fisher
+from fdcr_fast import ParamLayout, ops
 from fdcr_fast.sim.attacks.training import LocalAttack
-
-EVALUATION_BATCH = 1024
+from fdcr_fast.sim.classifier import classifier_of
 
 
 class Worker:
     """One model instance that stands in for every client in turn.
 
-    Parameters travel as flat vectors ``[P]`` in the order of ``layout``. The model itself is channels-last,
-    for faster convolutions and pooling on CPU; the flat order does not depend on that.
+    Parameters travel as flat vectors ``[P]`` in the order of ``layout``; the model's are views of one such vector.
 
     Args:
         model: Its parameters are overwritten by every call.
@@ -29,19 +26,21 @@ class Worker:
         buffers = [name for name, _ in model.named_buffers()]
         if buffers:
             raise ValueError(f"the simulator's models must not have buffers, got {', '.join(buffers)}")
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model = model
         self.layout = ParamLayout.from_module(model)
+        self._params = self.layout.flatten(model)
+        views = self.layout.unflatten(self._params)
+        for name, parameter in model.named_parameters():
+            parameter.data = views[name]
+        self._classifier = classifier_of(model, self._params)
 
     def params(self) -> Tensor:
         """The model's parameters ``[P]``."""
-        return self.layout.flatten(self.model)
+        return self._params.clone()
 
-    @torch.no_grad()
     def load(self, params: Tensor) -> None:
         """Set the model's parameters."""
-        values = self.layout.unflatten(params)
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(values[name])
+        self._params.copy_(params)
 
     def train(
         self,
@@ -62,30 +61,25 @@ class Worker:
         Args:
             attack: How an attacker deviates from that.
         """
-        optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
-        )
-        self.model.train()
+        velocity = torch.zeros_like(self._params)
         for _ in range(epochs):
             order = rows[torch.randperm(len(rows), generator=generator)]
             for batch in order.split(batch_size):
-                optimizer.zero_grad()
-                loss = F.cross_entropy(self.model(images[batch]), labels[batch])
+                loss, grad = self._classifier.grad(images, labels, batch)
                 if attack is not None:
-                    loss = attack.loss(loss, torch.cat([p.reshape(-1) for p in self.model.parameters()]))
-                loss.backward()
-                optimizer.step()
+                    grad = attack.grad(loss, grad, self._params)
+                ops.sgd_step(self._params, velocity, grad, lr, momentum, weight_decay)
                 if attack is not None:
-                    self.load(attack.project(self.params()))
-        optimizer.zero_grad()
+                    self.load(attack.project(self._params))
 
     def fisher(self, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """Diagonal empirical Fisher ``[P]`` at the current parameters (eq. 5) over the given rows."""
-        self.model.eval()
-        return diagonal_fisher(self.model, ((images[batch], labels[batch]) for batch in rows.split(256)))
+        return self._classifier.fisher(images, labels, rows)
 
-    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """The model's output ``[N, classes]`` for images ``[N, C, H, W]``."""
+        return self._classifier.logits(images)
+
     def predict(self, images: Tensor) -> Tensor:
         """The most probable class of each image, int64 ``[N]``."""
-        self.model.eval()
-        return torch.cat([self.model(batch).argmax(1) for batch in images.split(EVALUATION_BATCH)])
+        return self.logits(images).argmax(1)

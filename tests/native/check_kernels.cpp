@@ -471,6 +471,181 @@ void check_gram(const fdcr::Kernels& kernels, bool large) {
   require_close(total, expected, p.float64 ? 1e-12 : 1e-5, "inner products");
 }
 
+// The logits of one image, and the gradient of its cross-entropy, in float64.
+std::vector<double> naive_network(const std::vector<fdcr::NetworkLayer>& layers,
+                                  const std::vector<float>& params, std::vector<double> x, int64_t label,
+                                  std::vector<double>* grad) {
+  struct Trace {
+    std::vector<double> in, out;
+    std::vector<size_t> winner;  // the pixel of the convolution that became this one
+    int64_t size[2], result[2];
+  };
+  const auto each_tap = [](const fdcr::NetworkLayer& l, int64_t y, int64_t column, const auto& body) {
+    for (int64_t c = 0; c < l.in_channels; ++c)
+      for (int64_t i = 0; i < l.kernel[0]; ++i)
+        for (int64_t j = 0; j < l.kernel[1]; ++j) {
+          const int64_t at[] = {y + i - l.padding[0], column + j - l.padding[1]};
+          if (at[0] >= 0 && at[0] < l.input[0] && at[1] >= 0 && at[1] < l.input[1])
+            body(static_cast<size_t>((c * l.kernel[0] + i) * l.kernel[1] + j),
+                 static_cast<size_t>((c * l.input[0] + at[0]) * l.input[1] + at[1]));
+        }
+  };
+  const auto weight = [](const fdcr::NetworkLayer& l, int64_t o) {
+    return static_cast<size_t>(l.weight + o * l.in_channels * l.kernel[0] * l.kernel[1]);
+  };
+  std::vector<Trace> traces;
+  for (const fdcr::NetworkLayer& l : layers) {
+    Trace t;
+    for (int d = 0; d < 2; ++d) {
+      t.size[d] = l.input[d] + 2 * l.padding[d] - l.kernel[d] + 1;
+      t.result[d] = l.pool ? t.size[d] / 2 : t.size[d];
+    }
+    std::vector<double> pixels;
+    for (int64_t o = 0; o < l.out_channels; ++o)
+      for (int64_t y = 0; y < t.size[0]; ++y)
+        for (int64_t column = 0; column < t.size[1]; ++column) {
+          double sum = l.bias < 0 ? 0.0 : static_cast<double>(params[static_cast<size_t>(l.bias + o)]);
+          each_tap(l, y, column, [&](size_t w, size_t in) {
+            sum += static_cast<double>(params[weight(l, o) + w]) * x[in];
+          });
+          pixels.push_back(sum);
+        }
+    for (int64_t o = 0; o < l.out_channels; ++o)
+      for (int64_t y = 0; y < t.result[0]; ++y)
+        for (int64_t column = 0; column < t.result[1]; ++column) {
+          const int64_t scale = l.pool ? 2 : 1;
+          size_t best = static_cast<size_t>((o * t.size[0] + scale * y) * t.size[1] + scale * column);
+          const size_t first = best, row = static_cast<size_t>(t.size[1]);
+          for (const size_t other : {first + 1, first + row, first + row + 1})
+            if (l.pool && pixels[other] > pixels[best]) best = other;
+          t.winner.push_back(best);
+          t.out.push_back(l.relu ? std::max(pixels[best], 0.0) : pixels[best]);
+        }
+    t.in = x;
+    x = t.out;
+    traces.push_back(t);
+  }
+  double sum = 0;
+  for (const double z : x) sum += std::exp(z);
+  std::vector<double> g;
+  for (const double z : x) g.push_back(std::exp(z) / sum);
+  g[static_cast<size_t>(label)] -= 1;
+  grad->assign(params.size(), 0.0);
+  for (size_t i = layers.size(); i-- > 0;) {
+    const fdcr::NetworkLayer& l = layers[i];
+    const Trace& t = traces[i];
+    std::vector<double> in_grad(t.in.size());
+    for (size_t k = 0; k < g.size(); ++k) {
+      if (l.relu && t.out[k] <= 0) continue;
+      const int64_t pixel = static_cast<int64_t>(t.winner[k]), o = pixel / (t.size[0] * t.size[1]);
+      if (l.bias >= 0) (*grad)[static_cast<size_t>(l.bias + o)] += g[k];
+      each_tap(l, pixel / t.size[1] % t.size[0], pixel % t.size[1], [&](size_t w, size_t in) {
+        (*grad)[weight(l, o) + w] += g[k] * t.in[in];
+        in_grad[in] += g[k] * static_cast<double>(params[weight(l, o) + w]);
+      });
+    }
+    g = in_grad;
+  }
+  return x;
+}
+
+void check_network(const fdcr::Kernels& kernels, bool large) {
+  std::vector<fdcr::NetworkLayer> layers;
+  int64_t channels = draw(1, 3), size[] = {draw(1, 8), draw(1, 8)}, used = 0;
+  const int64_t image[] = {channels, size[0], size[1]}, convolutions = draw(0, 2),
+                all = convolutions + draw(1, 3);
+  std::vector<float> params;
+  for (int64_t i = 0; i < all; ++i) {
+    fdcr::NetworkLayer l;
+    l.in_channels = channels;
+    l.out_channels = channels = draw(1, 18);
+    l.relu = draw(0, 1) == 1 && i + 1 < all;
+    l.pool = i < convolutions && draw(0, 1) == 1;
+    for (int d = 0; d < 2; ++d) {
+      l.input[d] = size[d];
+      l.padding[d] = i < convolutions ? draw(0, 2) : 0;
+      l.kernel[d] = i < convolutions ? draw(1, std::min<int64_t>(5, size[d] + 2 * l.padding[d])) : size[d];
+      size[d] += 2 * l.padding[d] - l.kernel[d] + 1;
+      if (size[d] == 1) l.pool = false;
+    }
+    if (size[0] == 1) l.pool = false;
+    for (int64_t& s : size) s = l.pool ? s / 2 : s;
+    const int64_t fan_in = l.in_channels * l.kernel[0] * l.kernel[1];
+    l.weight = used;
+    used += fan_in * channels;
+    if (draw(0, 3) != 0) {
+      l.bias = used;
+      used += channels;
+    }
+    for (float w : numbers<float>(used - static_cast<int64_t>(params.size())))
+      params.push_back(w / std::sqrt(static_cast<float>(fan_in)));
+    layers.push_back(l);
+  }
+  const int64_t M = draw(1, 4), volume = image[0] * image[1] * image[2];
+  const bool last = draw(0, 1) == 1;
+  const std::vector<float> images = numbers<float>(M * volume);
+  fdcr::NetworkProblem p;
+  p.layers = layers.data();
+  p.layer_count = all;
+  p.params = params.data();
+  p.params_count = used;
+  p.images = images.data();
+  const int64_t strides[] = {volume, last ? 1 : image[1] * image[2], image[2] * (last ? image[0] : 1),
+                             last ? image[0] : 1};
+  std::copy_n(strides, 4, p.image_stride);
+  std::vector<int64_t> rows, labels;
+  p.samples = large ? draw(1030, 1200) : draw(0, 9) == 0 ? draw(60, 140) : draw(1, 20);
+  for (int64_t n = 0; n < p.samples; ++n) rows.push_back(draw(0, M - 1));
+  for (int64_t n = 0; n < p.samples; ++n) labels.push_back(draw(0, channels - 1));
+  p.rows = rows.data();
+  p.labels = labels.data();
+  std::vector<float> outputs(static_cast<size_t>(p.samples * channels)), grad(params.size()),
+      squares(params.size());
+  double loss = 0;
+  p.outputs = outputs.data();
+  kernels.network(p, pool);
+  p.outputs = nullptr;
+  p.loss = &loss;
+  p.grad = grad.data();
+  kernels.network(p, pool);
+  p.grad = squares.data();
+  p.squared = true;
+  kernels.network(p, pool);
+
+  std::vector<double> e_outputs, e_grad(params.size()), e_squares(params.size()), one;
+  double e_loss = 0;
+  for (size_t n = 0; n < rows.size(); ++n) {
+    std::vector<double> x;
+    for (int64_t c = 0; c < image[0]; ++c)
+      for (int64_t i = 0; i < image[1] * image[2]; ++i)
+        x.push_back(static_cast<double>(images[static_cast<size_t>(
+            rows[n] * volume + c * strides[1] + i / image[2] * strides[2] + i % image[2] * strides[3])]));
+    const std::vector<double> z = naive_network(layers, params, x, labels[n], &one);
+    double sum = 0;
+    for (const double v : z) sum += std::exp(v);
+    e_loss += (std::log(sum) - z[static_cast<size_t>(labels[n])]) / static_cast<double>(p.samples);
+    e_outputs.insert(e_outputs.end(), z.begin(), z.end());
+    for (size_t i = 0; i < one.size(); ++i) {
+      e_grad[i] += one[i] / static_cast<double>(p.samples);
+      e_squares[i] += one[i] * one[i];
+    }
+  }
+  require(std::abs(loss - e_loss) <= 1e-5 * (1 + e_loss), "loss of a network");
+  require_close(outputs, e_outputs, 1e-5, "outputs of a network");
+  require_close(grad, e_grad, 1e-5, "gradient of a network");
+  require_close(squares, e_squares, 1e-5, "squared gradients of a network");
+
+  std::vector<float> velocity = numbers<float>(used), expected_velocity = velocity, expected = params;
+  const fdcr::SgdProblem step{used, params.data(), velocity.data(), grad.data(), 0.5f, 0.75f, 0.25f};
+  for (size_t i = 0; i < expected.size(); ++i) {
+    expected_velocity[i] = 0.75f * velocity[i] + grad[i] + 0.25f * params[i];
+    expected[i] -= 0.5f * expected_velocity[i];
+  }
+  kernels.sgd_step(step, pool);
+  require_close(velocity, expected_velocity, 1e-6, "velocity");
+  require_close(params, expected, 1e-6, "parameters after a step");
+}
+
 // Two threads add to one number: a detector that finds nothing here finds nothing anywhere.
 void plant_race() {
   volatile int shared = 0;
@@ -503,6 +678,7 @@ int main(int argc, char** argv) {
       check_aggregation<double>(*table[i]);
       check_central_mean<float>(*table[i]);
       check_central_mean<double>(*table[i]);
+      check_network(*table[i], round % 50 == 7);
       if (round % 5 == 0) {
         check_gram<float>(*table[i], round % 25 == 0);
         check_gram<double>(*table[i], round % 25 == 0);

@@ -20,7 +20,18 @@ def samples():
     totals = torch.zeros(7, dtype=torch.float64)
     conv = (torch.randn(2, 4, 3, 3), torch.randn(2, 2, 5, 5), [3, 3], [1, 1], [0, 0], [1, 1], 2)
     ranges, sums = [torch.tensor([[0, 3], [4, 10]])] * 2, torch.zeros(2, 3, 3, dtype=torch.float64)
+    layers = [*ops.NetworkLayer(4, 3, 3, pool=1, relu=1), *ops.NetworkLayer(3)]
+    params, images, labels, rows = (
+        torch.randn(127),
+        torch.randn(5, 2, 6, 7),
+        torch.tensor([0, 1, 2, 1, 0]),
+        torch.arange(3),
+    )
     return {
+        "network_outputs": [(params, images, rows, layers)],
+        "network_grad": [(params, images, labels, rows, layers)],
+        "sum_squared_network_grads": [(params, images, labels, rows, layers)],
+        "sgd_step": [(*torch.randn(3, 10), 0.1, 0.9, 1e-3)],
         "sum_squared_grads_linear": [
             (torch.randn(2, 3, 4), torch.randn(2, 3, 5)),
             (torch.randn(2, 1, 4, dtype=torch.float64), torch.randn(2, 1, 5)),
@@ -64,7 +75,7 @@ def samples():
 
 
 def test_every_operator_has_a_sample():
-    assert set(samples()) == set(OPERATORS) == set(ops.__all__) - {"STRETCH"}
+    assert set(samples()) == set(OPERATORS) == set(ops.__all__) - {"STRETCH", "NetworkLayer", "sized_layers"}
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -1,0 +1,176 @@
+// The CPU operators of small networks; see operators.cpp.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "torch_pool.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr size_t kLayerNumbers = 8;  // LAYER of fdcr_fast/ops/schemas
+
+void check_vector(const Tensor& x, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.dim() == 1 && x.is_contiguous(), name,
+                  " must be a contiguous vector of ", type == ScalarType::Float ? "float32" : "int64",
+                  " on the CPU");
+}
+
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+// The tensors behind a NetworkProblem; they live as long as this does.
+struct Network {
+  fdcr::NetworkProblem problem{};
+  std::vector<fdcr::NetworkLayer> layers;
+  std::vector<int64_t> rows, labels;
+  Tensor params;
+  int64_t classes = 0;
+
+  Network(const Tensor& given, const Tensor& images, const Tensor& which, const std::vector<int64_t>& numbers)
+      : params(dense(given)) {
+    check_vector(params, ScalarType::Float, "params");
+    STD_TORCH_CHECK(images.is_cpu() && images.scalar_type() == ScalarType::Float && images.dim() == 4,
+                    "images must be float32 [M, C, H, W] on the CPU");
+    int64_t channels = images.size(1), size[] = {images.size(2), images.size(3)};
+    STD_TORCH_CHECK(!numbers.empty() && numbers.size() % kLayerNumbers == 0 && channels > 0,
+                    "expected layers of ", kLayerNumbers, " numbers and images that have channels");
+    int64_t used = 0;
+    for (auto at = numbers.begin(); at != numbers.end(); at += kLayerNumbers) {
+      fdcr::NetworkLayer layer;
+      layer.in_channels = channels;
+      layer.out_channels = channels = at[0];
+      layer.pool = at[5] != 0;
+      layer.relu = at[6] != 0;
+      int64_t weights = layer.in_channels * layer.out_channels;
+      bool fits = channels > 0;
+      for (int d = 0; d < 2; ++d) {
+        layer.input[d] = size[d];
+        layer.kernel[d] = at[1 + d] == 0 ? size[d] : at[1 + d];
+        layer.padding[d] = at[3 + d];
+        weights *= layer.kernel[d];
+        size[d] = (size[d] + 2 * layer.padding[d] - layer.kernel[d] + 1) / (layer.pool ? 2 : 1);
+        fits = fits && layer.kernel[d] > 0 && layer.padding[d] >= 0 && size[d] > 0;
+      }
+      layer.weight = used;
+      used += weights;
+      if (at[7] != 0) {
+        layer.bias = used;
+        used += channels;
+      }
+      STD_TORCH_CHECK(fits && used <= params.size(0), "a layer does not fit its input or the parameters");
+      layers.push_back(layer);
+    }
+    STD_TORCH_CHECK(used == params.size(0) && size[0] == 1 && size[1] == 1, "the layers take ", used, " of ",
+                    params.size(0), " parameters and end with ", size[0], " by ", size[1], " pixels");
+    classes = channels;
+    rows = indices(which, images.size(0), "rows");
+    problem.layers = layers.data();
+    problem.layer_count = static_cast<int64_t>(layers.size());
+    problem.params = static_cast<const float*>(params.const_data_ptr());
+    problem.params_count = used;
+    problem.images = static_cast<const float*>(images.const_data_ptr());
+    for (int d = 0; d < 4; ++d) problem.image_stride[d] = images.stride(d);
+    problem.rows = rows.data();
+    problem.samples = static_cast<int64_t>(rows.size());
+  }
+
+  static std::vector<int64_t> indices(const Tensor& x, int64_t end, const char* name) {
+    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Long && x.dim() == 1, name,
+                    " must be an int64 vector on the CPU");
+    const int64_t* from = static_cast<const int64_t*>(x.const_data_ptr());
+    std::vector<int64_t> copy(static_cast<size_t>(x.size(0)));
+    for (size_t i = 0; i < copy.size(); ++i) {
+      copy[i] = from[static_cast<int64_t>(i) * x.stride(0)];
+      STD_TORCH_CHECK(copy[i] >= 0 && copy[i] < end, name, " must be at least 0 and less than ", end,
+                      ", got ", copy[i]);
+    }
+    return copy;
+  }
+
+  void set_labels(const Tensor& all) {
+    STD_TORCH_CHECK(all.is_cpu() && all.scalar_type() == ScalarType::Long && all.dim() == 1,
+                    "labels must be an int64 vector on the CPU");
+    const int64_t* from = static_cast<const int64_t*>(all.const_data_ptr());
+    for (const int64_t row : rows) {
+      STD_TORCH_CHECK(row < all.size(0), "there is no label for image ", row);
+      labels.push_back(from[row * all.stride(0)]);
+      STD_TORCH_CHECK(labels.back() >= 0 && labels.back() < classes, "label ", labels.back(),
+                      " is out of range for ", classes, " classes");
+    }
+    problem.labels = labels.data();
+  }
+
+  Tensor grad(bool squared, double* loss) {
+    Tensor result = torch::stable::new_empty(params, {params.size(0)});
+    problem.grad = floats(result);
+    problem.squared = squared;
+    problem.loss = loss;
+    fdcr::kernels().network(problem, fdcr::torch_pool);
+    return result;
+  }
+};
+
+Tensor network_outputs(const Tensor& params, const Tensor& images, const Tensor& rows,
+                       std::vector<int64_t> layers) {
+  Network network(params, images, rows, layers);
+  Tensor result = torch::stable::new_empty(params, {rows.size(0), network.classes});
+  network.problem.outputs = floats(result);
+  fdcr::kernels().network(network.problem, fdcr::torch_pool);
+  return result;
+}
+
+std::tuple<Tensor, Tensor> network_grad(const Tensor& params, const Tensor& images, const Tensor& labels,
+                                        const Tensor& rows, std::vector<int64_t> layers) {
+  Network network(params, images, rows, layers);
+  network.set_labels(labels);
+  double mean = 0;
+  Tensor grad = network.grad(false, &mean);
+  Tensor loss = torch::stable::new_empty(params, {});
+  *floats(loss) = static_cast<float>(mean);
+  return {std::move(loss), std::move(grad)};
+}
+
+Tensor sum_squared_network_grads(const Tensor& params, const Tensor& images, const Tensor& labels,
+                                 const Tensor& rows, std::vector<int64_t> layers) {
+  Network network(params, images, rows, layers);
+  network.set_labels(labels);
+  double mean = 0;
+  return network.grad(true, &mean);
+}
+
+void sgd_step(Tensor params, Tensor velocity, const Tensor& grad, double lr, double momentum,
+              double weight_decay) {
+  check_vector(params, ScalarType::Float, "params");
+  check_vector(velocity, ScalarType::Float, "velocity");
+  const Tensor from = dense(grad);
+  check_vector(from, ScalarType::Float, "grad");
+  STD_TORCH_CHECK(params.size(0) == velocity.size(0) && params.size(0) == from.size(0),
+                  "params, velocity and grad differ in length");
+  fdcr::SgdProblem p;
+  p.count = params.size(0);
+  p.params = floats(params);
+  p.velocity = floats(velocity);
+  p.grad = static_cast<const float*>(from.const_data_ptr());
+  p.rate = static_cast<float>(lr);
+  p.momentum = static_cast<float>(momentum);
+  p.decay = static_cast<float>(weight_decay);
+  fdcr::kernels().sgd_step(p, fdcr::torch_pool);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
+  library.impl("network_outputs", TORCH_BOX(&network_outputs));
+  library.impl("network_grad", TORCH_BOX(&network_grad));
+  library.impl("sum_squared_network_grads", TORCH_BOX(&sum_squared_network_grads));
+  library.impl("sgd_step", TORCH_BOX(&sgd_step));
+}
+
+}  // namespace
