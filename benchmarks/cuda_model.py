@@ -10,7 +10,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from gpu_model import Traffic
+from gpu_traffic import Traffic
 from torch import Tensor
 
 from fdcr_fast.ops import reference

@@ -66,8 +66,8 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 
 def readable(symbol: str) -> str:
     """``aggregation<Vectors<float>, float>`` from a mangled name."""
-    name = run("c++filt", symbol).stdout.strip().removeprefix("void ").rsplit("(", 1)[0]
-    return re.sub(r"(fdcr::cuda::|\(anonymous namespace\)::)", "", name)
+    name = run("c++filt", symbol).stdout.strip().removeprefix("void ")
+    return re.sub(r"(fdcr::cuda::|\(anonymous namespace\)::)", "", name).rsplit("(", 1)[0]
 
 
 def compiled(source: Path, objects: Path) -> list[Row]:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_host import build, run, sanitized
 
 from fdcr_fast import _native
 from fdcr_fast.ops.backends import WITHOUT_CUDA
 from fdcr_fast.ops.schemas import OPERATORS
-
-from .conftest import run
 
 ROOT = Path(__file__).parents[2]
 CHECK = Path(__file__).with_name("check.py")
@@ -20,6 +19,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 # 1e-19: its square has few bits left in TF32. Cuts: not the same bits, as documented. Others take long.
 LEFT_OUT = "1e-19", "cut", "70-33-64", "cuda-513", "cuda-300", "cuda-900", "many_parameters", "90-17-260"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Threads take turns as fibers: fast."""
+    return build(tmp_path_factory.mktemp("fibers"), "-DFDCR_FIBERS")
 
 
 def test_they_pass_the_tests_of_all_implementations(library):
@@ -37,8 +42,8 @@ def test_small_awkward_calls_are_right_and_move_what_the_model_says(library):
     assert "calls move what the model says" in result.stdout
 
 
-def test_threads_do_not_race(sanitized):
-    library, preload = sanitized("thread", ["tsan"])
+def test_threads_do_not_race(tmp_path):
+    library, preload = sanitized(tmp_path, "thread", ["tsan"])
     env = {"LD_PRELOAD": preload, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
     result = run(CHECK, library, "values", **env)
     assert result.returncode == 0, result.stdout + result.stderr[-5000:]
@@ -49,8 +54,8 @@ def test_threads_do_not_race(sanitized):
     assert "racing" in result.stderr
 
 
-def test_threads_stay_inside_their_memory(sanitized):
-    library, preload = sanitized("address,undefined", ["asan", "ubsan"])
+def test_threads_stay_inside_their_memory(tmp_path):
+    library, preload = sanitized(tmp_path, "address,undefined", ["asan", "ubsan"])
     env = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
     result = run(CHECK, library, "values", **env)
     assert result.returncode == 0, result.stdout + result.stderr[-5000:]

@@ -51,23 +51,11 @@ def run(*command, **env):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """Threads take turns as fibers: fast."""
-    return build(tmp_path_factory.mktemp("fibers"), "-DFDCR_FIBERS")
-
-
-@pytest.fixture(scope="session")
-def sanitized(tmp_path_factory):
-    """Threads are the operating system's: a function from sanitizers to a library, and what to preload for it."""
-
-    def make(sanitizers, runtimes):
-        built = build(tmp_path_factory.mktemp("threads"), f"-fsanitize={sanitizers}")
-        find = [*COMPILER[-1:], "-print-file-name"]
-        paths = [
-            subprocess.run([f"{find[0]}", f"{find[1]}=lib{name}.so"], capture_output=True, text=True, check=True)
-            for name in (*runtimes, "stdc++")
-        ]
-        return built, " ".join(path.stdout.strip() for path in paths)
-
-    return make
+def sanitized(folder, sanitizers, runtimes):
+    """A library whose threads are those of the operating system, and what to preload for its sanitizers."""
+    library = build(folder, f"-fsanitize={sanitizers}")
+    paths = []
+    for name in (*runtimes, "stdc++"):
+        command = [COMPILER[-1], f"-print-file-name=lib{name}.so"]
+        paths.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    return library, " ".join(paths)
