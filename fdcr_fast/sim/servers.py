@@ -100,7 +100,7 @@ def fdcr(options: ServerOptions) -> AggregationRule:
 
 
 def coalition_fdcr(options: ServerOptions) -> AggregationRule:
-    """Drop the clients that resemble each other most, over all rounds."""
+    """Drop the clients that resemble each other most, over the last rounds."""
     return CoalitionFDCR(groups=options.groups, gate=options.gate, norm_bound=options.norm_bound)
 
 

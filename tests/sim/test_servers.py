@@ -66,14 +66,20 @@ def test_servers_know_nothing_of_the_attack() -> None:
 
 @pytest.mark.parametrize("server", SERVERS)
 def test_permuting_the_truth_changes_no_decision(server: str) -> None:
+    """Nor anything that a rule remembers for the next round."""
     w, store = uploads()
-    outcomes = []
+    outcomes, memories = [], []
     for malicious in ((0, 1), (4, 5), (), tuple(range(6))):
-        config = tiny_config(clients=6, server=server, malicious=malicious, server_samples=5)
-        outcomes.append(rule_of(config).aggregate(w, store))
-    for other in outcomes[1:]:
-        for name in ("params", "weights", "kept", "labels"):
-            assert torch.equal(getattr(outcomes[0], name), getattr(other, name)), name
+        rule = rule_of(tiny_config(clients=6, server=server, malicious=malicious, server_samples=5))
+        first = rule.aggregate(w, store)
+        outcomes.append((first, rule.aggregate(first.params, store)))
+        memories.append(rule.memory())
+    for rounds in outcomes[1:]:
+        for expected, result in zip(outcomes[0], rounds, strict=True):
+            for name in ("params", "weights", "kept", "labels"):
+                assert torch.equal(getattr(expected, name), getattr(result, name)), name
+            assert expected.explanation == result.explanation
+    assert len(set(memories)) == 1
 
 
 def test_the_oracle_drops_exactly_the_attackers() -> None:

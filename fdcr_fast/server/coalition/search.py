@@ -10,80 +10,69 @@ import torch
 from torch import Tensor
 
 _EXACT = 14  # up to so many clients all minorities are compared
-_STARTS = 64  # as many clients as this are grown into sets
-_POLISHED = 8  # as many of the sets are improved client by client
+_STARTS = 16  # as many clients as this are grown into sets
+_STRIDE = 20  # a set of more clients grows by this part of itself at a time
+_POLISHED = 4  # as many of the sets are improved client by client
 _SWAPPED = 32  # swaps are of so many clients inside with so many outside
 
 
 @dataclass(frozen=True)
 class Views:
-    """What a coalition is looked for in; all float64, standardised over the clients.
+    """What a coalition is looked for in; float64.
 
     Attributes:
-        update: ``A [K, K]``, similarity of updates; symmetric, diagonal 0.
-        importance: ``B [K, K]``, similarity of importances; likewise.
+        similarity: ``A [K, K]``, how alike the updates of two clients are; symmetric, diagonal 0.
         concentration: ``c [K]``, how much a client's update stands out by itself.
     """
 
-    update: Tensor
-    importance: Tensor
+    similarity: Tensor
     concentration: Tensor
 
     def __len__(self) -> int:
         return len(self.concentration)
 
     @cached_property
-    def update_rows(self) -> Tensor:
+    def rows(self) -> Tensor:
         """Sums of the rows of ``A``."""
-        return self.update.sum(1)
-
-    @cached_property
-    def importance_rows(self) -> Tensor:
-        """Sums of the rows of ``B``."""
-        return self.importance.sum(1)
+        return self.similarity.sum(1)
 
 
 @dataclass(frozen=True)
 class _Sums:
     """Sums over sets of clients, from which their score follows; a batch of any shape.
 
-    ``a`` is the sum of ``A`` within the set, ``da`` that over its rows; likewise ``b`` and ``db``; ``c`` that of ``c``.
+    ``a`` is the sum of ``A`` within the set, ``da`` that over its rows, ``c`` that of ``c``.
     """
 
     size: Tensor
     a: Tensor
     da: Tensor
-    b: Tensor
-    db: Tensor
     c: Tensor
 
 
 def _score(sums: _Sums, views: Views) -> Tensor:
     K = len(views)
     s, r = sums.size, K - sums.size
-    total_b, total_c = views.importance_rows.sum(), views.concentration.sum()
-    a = torch.where(s > 1, sums.a / (s * (s - 1)).clamp(min=1) - (sums.da - sums.a) / (s * r).clamp(min=1), 0)
-    b = (total_b - 2 * sums.db + sums.b) / (r * (r - 1)).clamp(min=1) - (sums.db - sums.b) / (s * r).clamp(min=1)
+    total_a, total_c = views.rows.sum(), views.concentration.sum()
+    inside = sums.a / (s * (s - 1)).clamp(min=1)  # of a single client its similarity to nobody: 0, the mean of A
+    across = (sums.da - sums.a) / (s * r).clamp(min=1)
+    outside = (total_a - 2 * sums.da + sums.a) / (r * (r - 1)).clamp(min=1)
     c = sums.c / s.clamp(min=1) - (total_c - sums.c) / r
-    return (s * r).sqrt() * (a + b + c)
+    return (s * r).sqrt() * (inside - 2 * across + outside + c)
 
 
 class _Sets:
     """A batch of sets ``[R, K]`` and, for every client, its similarity to each of them."""
 
-    def __init__(self, members: Tensor, views: Views, to_a: Tensor | None = None, to_b: Tensor | None = None) -> None:
+    def __init__(self, members: Tensor, views: Views, similarity: Tensor | None = None) -> None:
         inside = members.double()
         self.members = members
         self.views = views
-        self.rows_a, self.rows_b = views.update_rows, views.importance_rows
-        self.to_a = inside @ views.update if to_a is None else to_a
-        self.to_b = inside @ views.importance if to_b is None else to_b
+        self.similarity = inside @ views.similarity if similarity is None else similarity
         self.sums = _Sums(
             inside.sum(1),
-            (inside * self.to_a).sum(1),
-            inside @ self.rows_a,
-            (inside * self.to_b).sum(1),
-            inside @ self.rows_b,
+            (inside * self.similarity).sum(1),
+            inside @ views.rows,
             inside @ views.concentration,
         )
 
@@ -97,18 +86,20 @@ class _Sets:
         sign = torch.where(self.members[sets, clients], -1.0, 1.0).double()[:, None]
         members = self.members.clone()
         members[sets, clients] ^= True
-        A, B = self.views.update, self.views.importance
-        return _Sets(members, self.views, self.to_a + sign * A[clients], self.to_b + sign * B[clients])
+        return _Sets(members, self.views, self.similarity + sign * self.views.similarity[clients])
+
+    def joined(self, clients: Tensor) -> _Sets:
+        """Every set with its clients of ``clients [R, n]``, which were out, in."""
+        members = self.members.scatter(1, clients, True)
+        return _Sets(members, self.views, self.similarity + self.views.similarity[clients].sum(1))
 
     def changed(self, sign: int) -> Tensor:
         """``J [R, K]`` of every set with one client more, or one less; -inf where there is none such."""
         t = self.sums
         sums = _Sums(
             t.size[:, None] + sign,
-            t.a[:, None] + 2 * sign * self.to_a,
-            t.da[:, None] + sign * self.rows_a,
-            t.b[:, None] + 2 * sign * self.to_b,
-            t.db[:, None] + sign * self.rows_b,
+            t.a[:, None] + 2 * sign * self.similarity,
+            t.da[:, None] + sign * self.views.rows,
             t.c[:, None] + sign * self.views.concentration,
         )
         possible = ~self.members if sign > 0 else self.members
@@ -116,15 +107,12 @@ class _Sets:
 
     def swapped(self, leave: Tensor, join: Tensor) -> Tensor:
         """``J [len(leave), len(join)]`` of the first set without a client that leaves and with one that joins."""
-        t, A, B, c = self.sums, self.views.update, self.views.importance, self.views.concentration
-        out, block = leave[:, None], (leave[:, None], join)
-        a, b = self.to_a[0], self.to_b[0]
+        t, A, c, a = self.sums, self.views.similarity, self.views.concentration, self.similarity[0]
+        out = leave[:, None]
         sums = _Sums(
             t.size[0],
-            t.a[0] - 2 * a[out] + 2 * (a[join] - A[block]),
-            t.da[0] - self.rows_a[out] + self.rows_a[join],
-            t.b[0] - 2 * b[out] + 2 * (b[join] - B[block]),
-            t.db[0] - self.rows_b[out] + self.rows_b[join],
+            t.a[0] - 2 * a[out] + 2 * (a[join] - A[out, join]),
+            t.da[0] - self.views.rows[out] + self.views.rows[join],
             t.c[0] - c[out] + c[join],
         )
         return _score(sums, self.views)
@@ -133,10 +121,10 @@ class _Sets:
 def find_coalition(views: Views) -> tuple[Tensor, float]:
     r"""The set ``S`` of at most ``floor((K - 1) / 2)`` clients with the largest score
 
-    .. math:: J(S) = \sqrt{|S||R|} \left[ (A_{SS} - A_{SR}) + (B_{RR} - B_{SR}) + (c_S - c_R) \right]
+    .. math:: J(S) = \sqrt{|S||R|} \left[ A_{SS} - 2 A_{SR} + A_{RR} + c_S - c_R \right]
 
-    where ``R`` are the others, two indices mean the mean over a block without the diagonal, and the first bracket is 0
-    for a single client. All sets are compared up to 14 clients; beyond, sets are grown greedily from the clients of
+    where ``R`` are the others, two indices mean the mean over a block without the diagonal, and ``A_SS`` is 0 for a
+    single client. All sets are compared up to 14 clients; beyond, sets are grown greedily from the clients of
     the best pairs, and the best of them improved by adding, removing and swapping clients until nothing helps (of the
     swaps those of the 32 clients that one would rather remove with the 32 that one would rather add).
 
@@ -171,19 +159,22 @@ def _minorities(K: int) -> Tensor:
 
 
 def _grown(views: Views) -> list[Tensor]:
-    """The best sets met while single clients are grown to half of all, one best client at a time."""
+    """The best sets met while single clients are grown to half of all, by the clients that help most."""
     K = len(views)
     singles = _Sets(torch.eye(K, dtype=torch.bool), views)
     pairs = singles.changed(+1).amax(1)
     starts = pairs.topk(min(_STARTS, K)).indices
     sets = _Sets(singles.members[starts], views)
     best, best_scores = sets.members, sets.scores()
-    for _ in range(_largest(K) - 1):
-        added = sets.changed(+1).max(1)
-        sets = sets.flipped(added.indices)
-        better = added.values > best_scores
+    size = 1
+    while size < _largest(K):
+        step = min(max(1, size // _STRIDE), _largest(K) - size)
+        sets = sets.joined(sets.changed(+1).topk(step).indices)
+        size += step
+        scores = sets.scores()
+        better = scores > best_scores
         best = torch.where(better[:, None], sets.members, best)
-        best_scores = torch.where(better, added.values, best_scores)
+        best_scores = torch.where(better, scores, best_scores)
     order = best_scores.argsort(descending=True, stable=True)
     return _distinct(best[order])[:_POLISHED]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdcr_fast.server.coalition.search import Views
 
-_FORMAT = "fdcr_fast.CoalitionState 1"
+_FORMAT = "fdcr_fast.CoalitionState 2"
 
 ClientId = str | int
 
@@ -21,32 +21,50 @@ ClientId = str | int
 class CoalitionState:
     """Sums of the views over rounds, by client and by pair of clients that took part together.
 
-    Memory is ``3 M^2`` numbers for the ``M`` clients ever seen; :meth:`forget` those who left.
+    A round that lies ``t`` rounds back counts ``decay^t``. Memory is ``2 M^2`` numbers for the ``M`` clients that are
+    remembered; beyond ``max_clients`` those that were away longest are forgotten.
 
     Attributes:
         clients: ``M`` ids, strings or integers.
-        update: Sums of ``std(A)``, float64 ``[M, M]``.
-        importance: Sums of ``std(B)``, likewise.
-        together: Rounds that two clients took part in together, float64 ``[M, M]``; on the diagonal a client's own.
+        similarity: Sums of ``std(A)``, float64 ``[M, M]``.
+        together: Sums of the rounds that two clients took part in together, float64 ``[M, M]``; on the diagonal a
+            client's own.
         concentration: Sums of ``c``, float64 ``[M]``.
+        seen: The last round of each client, int64 ``[M]``.
+        rounds: How many there were.
     """
 
     clients: list[ClientId] = field(default_factory=list)
-    update: Tensor = field(default_factory=lambda: _zeros(0, 0))
-    importance: Tensor = field(default_factory=lambda: _zeros(0, 0))
+    similarity: Tensor = field(default_factory=lambda: _zeros(0, 0))
     together: Tensor = field(default_factory=lambda: _zeros(0, 0))
     concentration: Tensor = field(default_factory=lambda: _zeros(0))
+    seen: Tensor = field(default_factory=lambda: _zeros(0).long())
+    rounds: int = 0
 
-    def remember(self, clients: Sequence[ClientId], views: Views) -> Views:
-        """Add a round's views, and return the means over all rounds so far; 0 for pairs that never met before."""
+    def remember(
+        self, clients: Sequence[ClientId], views: Views, *, decay: float = 1.0, max_clients: int | None = None
+    ) -> Views:
+        """Add a round's views, and return the means over all rounds so far; 0 for pairs that never met before.
+
+        Args:
+            clients: Those of the round.
+            views: Of the round.
+            decay: In (0, 1], what an earlier round counts beside this one.
+            max_clients: Most that are remembered, or those of this round if these are more; None for all.
+        """
+        self.rounds += 1
+        if max_clients is not None:
+            self._make_room(clients, max_clients)
+        for sums in (self.similarity, self.together, self.concentration):
+            sums *= decay
         rows = self._rows(clients)
         block = (rows[:, None], rows)
-        self.update[block] += views.update
-        self.importance[block] += views.importance
+        self.similarity[block] += views.similarity
         self.concentration[rows] += views.concentration
         self.together[block] += 1
+        self.seen[rows] = self.rounds
         met = self.together[block]
-        return Views(self.update[block] / met, self.importance[block] / met, self.concentration[rows] / met.diagonal())
+        return Views(self.similarity[block] / met, self.concentration[rows] / met.diagonal())
 
     def forget(self, clients: Iterable[ClientId]) -> None:
         """Drop clients, such as those who left, and everything known of them; unknown ones are ignored."""
@@ -54,17 +72,19 @@ class CoalitionState:
         rows = torch.tensor([i for i, client in enumerate(self.clients) if client not in gone], dtype=torch.int64)
         block = (rows[:, None], rows)
         self.clients = [client for client in self.clients if client not in gone]
-        self.update, self.importance, self.together = (x[block] for x in (self.update, self.importance, self.together))
-        self.concentration = self.concentration[rows]
+        self.similarity, self.together = self.similarity[block], self.together[block]
+        self.concentration, self.seen = self.concentration[rows], self.seen[rows]
 
     def to_json(self) -> str:
         """The state as text; exact, to be read by :meth:`from_json`."""
         lower = torch.tril_indices(len(self.clients), len(self.clients)).unbind()
-        pairs = {name: getattr(self, name)[lower].tolist() for name in ("update", "importance", "together")}
+        pairs = {name: getattr(self, name)[lower].tolist() for name in ("similarity", "together")}
         return json.dumps(
             {
                 "format": _FORMAT,
+                "rounds": self.rounds,
                 "clients": self.clients,
+                "seen": self.seen.tolist(),
                 **pairs,
                 "concentration": self.concentration.tolist(),
             },
@@ -90,13 +110,26 @@ class CoalitionState:
         M = len(clients)
         if len(set(clients)) != M:
             raise ValueError("a coalition state names a client twice")
+        rounds = data.get("rounds")
+        if type(rounds) is not int or rounds < 0:
+            raise ValueError(f"the rounds of a coalition state are a count, got {rounds!r}")
         lower = torch.tril_indices(M, M).unbind()
         matrices = {}
-        for name in ("update", "importance", "together"):
+        for name in ("similarity", "together"):
             below = _zeros(M, M)
             below[lower] = _numbers(data, name, M * (M + 1) // 2)
             matrices[name] = below + below.tril(-1).T
-        return cls(clients, **matrices, concentration=_numbers(data, "concentration", M))
+        concentration, seen = _numbers(data, "concentration", M), _numbers(data, "seen", M).long()
+        return cls(clients, **matrices, concentration=concentration, seen=seen, rounds=rounds)
+
+    def _make_room(self, clients: Sequence[ClientId], max_clients: int) -> None:
+        """Forget who was away longest, so that no more than ``max_clients`` are known once these are added."""
+        here = set(clients)
+        away = [row for row, client in enumerate(self.clients) if client not in here]
+        excess = len(away) + len(here) - max(max_clients, len(here))
+        if excess > 0:
+            longest = self.seen[away].argsort(stable=True)[:excess].tolist()
+            self.forget(self.clients[away[i]] for i in longest)
 
     def _rows(self, clients: Sequence[ClientId]) -> Tensor:
         """Rows of the clients, new ones appended."""
@@ -110,8 +143,8 @@ class CoalitionState:
             known = {client: row for row, client in enumerate(self.clients)}
             grow = (0, len(new), 0, len(new))
             pad = torch.nn.functional.pad
-            self.update, self.importance = pad(self.update, grow), pad(self.importance, grow)
-            self.together, self.concentration = pad(self.together, grow), pad(self.concentration, grow[:2])
+            self.similarity, self.together = pad(self.similarity, grow), pad(self.together, grow)
+            self.concentration, self.seen = pad(self.concentration, grow[:2]), pad(self.seen, grow[:2])
         return torch.tensor([known[client] for client in clients], dtype=torch.int64)
 
 

@@ -1,9 +1,9 @@
-"""How clients resemble each other: in their updates, in their importances, and in what their updates concentrate on."""
+"""How clients resemble each other: in the direction of their updates, and in what these concentrate on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.coalition.search import Views
 from fdcr_fast.server.gram import GramView, grams
-from fdcr_fast.server.intake import ClientUpdates, Span
+from fdcr_fast.server.intake import ClientTiles, ClientUpdates, Span
 
 _BLOCK = 1 << 20  # numbers of all clients that are looked at together
+_NO_DIRECTION = 1e-6  # squared length beside which a cosine is rounding
 
 
 @dataclass(frozen=True)
@@ -74,52 +75,103 @@ def standard_scores(values: Tensor) -> Tensor:
     """``(x - mean) / sd`` with the population's deviation; 0 where all are equal or a value is not finite."""
     finite = values.isfinite()
     known = values[finite]
-    centred = torch.where(finite, values - known.mean(), 0.0)
-    deviation = known.std(correction=0)
-    return centred / deviation if deviation > 0 else torch.zeros_like(values)
+    if len(known) < 2 or not known.std(correction=0) > 0:
+        return torch.zeros_like(values)
+    return torch.where(finite, values - known.mean(), 0.0) / known.std(correction=0)
 
 
 def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
     """The views of one round of valid clients only; see :class:`fdcr_fast.CoalitionFDCR` for the formulas."""
-    update, importance = grams(
-        clients, views=[GramView("fisher_update"), GramView("fourth_root_fisher", groups.features)]
-    )
-    valid = clients.valid
     mean_fisher = _mean_fisher(clients)
-    head, kurtosis = (
-        _head_importance(clients, groups, mean_fisher),
-        _kurtosis(clients, groups, mean_fisher, regularisation),
-    )
+    head = _head_importance(clients, groups, mean_fisher)
+    kurtosis = _kurtosis(clients, groups, mean_fisher, regularisation)
     return Views(
-        standardised(_cosines(update[valid][:, valid])),
-        standardised(_cosines(importance[valid][:, valid])),
+        standardised(_similarity(clients, mean_fisher)),
         standard_scores(head) + standard_scores(kurtosis),
     )
 
 
-def _cosines(gram: Tensor) -> Tensor:
-    length = gram.diagonal().sqrt()
+@dataclass(frozen=True)
+class _SharedFisher:
+    """The tiles of a round in which all clients have one Fisher ``[P]``; of rows it takes no memory."""
+
+    tiles: ClientTiles
+    fisher: Tensor
+
+    with_fishers = True
+
+    @property
+    def num_params(self) -> int:
+        return self.tiles.num_params
+
+    @property
+    def tile(self) -> int:
+        return self.tiles.tile
+
+    @property
+    def device(self) -> torch.device:
+        return self.tiles.device
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        return self.tiles.dtypes
+
+    def spans(self) -> Iterator[Span]:
+        return map(self._shared, self.tiles.spans())
+
+    def window(self, first: int, num_params: int) -> Span:
+        return self._shared(self.tiles.window(first, num_params))
+
+    def _shared(self, span: Span) -> Span:
+        tiles, _, length = span.updates.shape
+        own = self.fisher[span.first : span.first + span.num_params]
+        padded = nn.functional.pad(own, (0, tiles * length - len(own)))
+        return replace(span, fishers=padded.view(tiles, 1, length).expand(span.updates.shape))
+
+
+def _similarity(clients: ClientUpdates, mean_fisher: Tensor) -> Tensor:
+    """``A [K', K']`` before standardising."""
+    # sqrt(F) D with F = sqrt(Pbar), whose scale does not matter, is Pbar^(1/4) D.
+    dtype = torch.float64 if torch.float64 in clients.tiles.dtypes else torch.float32
+    metric = (mean_fisher / _mean_over_params(clients, mean_fisher)).sqrt().to(dtype)
+    shared = replace(clients, tiles=_SharedFisher(clients.tiles, metric))
+    (inner,) = grams(shared, views=[GramView("fisher_update")])
+    valid = clients.valid
+    cosines = _cosines(inner.cpu()[valid][:, valid]).nan_to_num(0.0)
+    rows = cosines.mean(0)
+    return _cosines(cosines - rows - rows[:, None] + rows.mean(), _NO_DIRECTION)
+
+
+def _cosines(gram: Tensor, least: float = 0.0) -> Tensor:
+    """Cosines from inner products; NaN for those whose squared length is not above the least."""
+    square = gram.diagonal()
+    length = torch.where(square > least, square, torch.nan).sqrt()
     return gram / (length[:, None] * length)
 
 
 def _mean_fisher(clients: ClientUpdates) -> Tensor:
     """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum; float64, of the parameters here."""
     everything = [slice(0, clients.num_params)]
-    total = _sums(clients, everything, lambda columns, updates, fishers: fishers.sum(1))
+    total = _sums(clients, everything, lambda block: block.fishers().sum(1, dtype=torch.float64))
     share = 1 / (len(total) * total)
     mean = torch.empty(clients.tiles.num_params, dtype=torch.float64, device=total.device)
     for span in clients.spans():
-        for columns, _, fishers in _blocks(clients, span, everything):
-            mean[columns] = share @ fishers
+        for block in _blocks(clients, span, everything):
+            mean[block.params] = share @ block.fishers().double()
     return mean
+
+
+def _mean_over_params(clients: ClientUpdates, vector: Tensor) -> Tensor:
+    """Of a vector over all parameters, of which some are here."""
+    return clients.shard.sum_vector(vector, torch.sum) / clients.num_params
 
 
 def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor) -> Tensor:
     """``r_k``: how important the parameters of the head are that a client changes."""
 
-    def terms(columns: slice, updates: Tensor, _fishers: Tensor) -> Tensor:
-        squares = updates.square_()
-        return torch.stack([squares @ mean_fisher[columns], squares.sum(1)])
+    def terms(block: _Block) -> Tensor:
+        squares = block.updates().double().square()
+        return torch.stack([squares @ mean_fisher[block.params], squares.sum(1)])
 
     weighted, plain = _sums(clients, groups.head, terms, 2)
     return torch.log(weighted / plain).cpu()
@@ -127,43 +179,70 @@ def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: T
 
 def _kurtosis(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor, regularisation: float) -> Tensor:
     """``kappa_k``: how much a client's update concentrates on unimportant features."""
-    floor = regularisation * clients.shard.sum_vector(mean_fisher, torch.sum) / clients.num_params
+    floor = regularisation * _mean_over_params(clients, mean_fisher)
     size = sum(group.stop - group.start for group in groups.features)
 
-    def terms(columns: slice, updates: Tensor, _fishers: Tensor) -> Tensor:
-        q = updates.square_() / (mean_fisher[columns] + floor)
+    def terms(block: _Block) -> Tensor:
+        q = block.updates().double().square().div_(mean_fisher[block.params] + floor)
         return torch.stack([q.sum(1), q.square_().sum(1)])
 
     first, second = _sums(clients, groups.features, terms, 2)
     return torch.log((second / size) / (first / size) ** 2).cpu()
 
 
-def _sums(
-    clients: ClientUpdates, ranges: Iterable[slice], terms: Callable[[slice, Tensor, Tensor], Tensor], *size: int
-) -> Tensor:
+@dataclass(frozen=True)
+class _Block:
+    """Some parameters of the valid clients.
+
+    Attributes:
+        params: Which of those that are here.
+        span: That they lie in.
+        tile: Of the span.
+        columns: Of the tile.
+        rows: The valid clients; None for all.
+    """
+
+    params: slice
+    span: Span
+    tile: int
+    columns: slice
+    rows: Tensor | None
+
+    def updates(self) -> Tensor:
+        """``[K', n]``, maybe a view."""
+        return self._of(self.span.updates)
+
+    def fishers(self) -> Tensor:
+        """Likewise."""
+        assert self.span.fishers is not None
+        return self._of(self.span.fishers)
+
+    def _of(self, matrix: Tensor) -> Tensor:
+        columns = matrix[self.tile, :, self.columns]
+        return columns if self.rows is None else columns[self.rows]
+
+
+def _sums(clients: ClientUpdates, ranges: Iterable[slice], terms: Callable[[_Block], Tensor], *size: int) -> Tensor:
     """Sums over ranges of the parameters of what ``terms`` says of each valid client, float64 ``[*size, K']``."""
 
     def read(span: Span, total: Tensor) -> Tensor:
         for block in _blocks(clients, span, ranges):
-            total = total + terms(*block)
+            total = total + terms(block)
         return total
 
     zeros = torch.zeros(*size, int(clients.valid.sum()), dtype=torch.float64, device=clients.tiles.device)
     return clients.sum(zeros, read)
 
 
-def _blocks(clients: ClientUpdates, span: Span, ranges: Iterable[slice]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Columns of the valid clients of a span within the ranges: where they are among the parameters that are here,
-    updates and Fishers ``[K', n]`` in float64.
-    """
-    valid = clients.valid.to(clients.tiles.device)
-    width = max(1, _BLOCK // max(1, len(valid)))
+def _blocks(clients: ClientUpdates, span: Span, ranges: Iterable[slice]) -> Iterator[_Block]:
+    """What a span holds of the ranges, in blocks of bounded size."""
+    rows = None if clients.valid.all() else clients.valid.nonzero().flatten().to(clients.tiles.device)
+    width = max(1, _BLOCK // max(1, len(clients.valid)))
     tile, shift = span.updates.shape[2], clients.shard.first
     for start in range(span.first, span.first + span.num_params, tile):
         stop = min(start + tile, span.first + span.num_params)
         for part in ranges:
             for first in range(max(start, part.start - shift), min(stop, part.stop - shift), width):
                 last = min(first + width, stop, part.stop - shift)
-                block = (start - span.first) // tile, valid, slice(first - start, last - start)
-                assert span.fishers is not None
-                yield slice(first, last), span.updates[block].double(), span.fishers[block].double()
+                columns = slice(first - start, last - start)
+                yield _Block(slice(first, last), span, (start - span.first) // tile, columns, rows)

@@ -16,13 +16,13 @@ def symmetric(K):
 
 
 def random_views(K):
-    return Views(symmetric(K), symmetric(K), torch.randn(K, dtype=torch.float64))
+    return Views(symmetric(K), torch.randn(K, dtype=torch.float64))
 
 
 def planted_views(K, coalition, strength):
     views = random_views(K)
-    views.update[torch.meshgrid(coalition, coalition, indexing="ij")] += strength
-    views.update.fill_diagonal_(0)
+    views.similarity[torch.meshgrid(coalition, coalition, indexing="ij")] += strength
+    views.similarity.fill_diagonal_(0)
     views.concentration[coalition] += strength
     return views
 
@@ -34,14 +34,14 @@ def mean(values):
 
 def score(views, members):
     """J, from the formula."""
-    A, B, c = views.update.tolist(), views.importance.tolist(), views.concentration.tolist()
+    A, c = views.similarity.tolist(), views.concentration.tolist()
     S = [k for k, inside in enumerate(members) if inside]
     R = [k for k, inside in enumerate(members) if not inside]
     across = list(itertools.product(S, R))
-    bracket = mean(B[i][j] for i, j in itertools.permutations(R, 2)) - mean(B[i][j] for i, j in across)
+    bracket = mean(A[i][j] for i, j in itertools.permutations(R, 2)) - 2 * mean(A[i][j] for i, j in across)
     bracket += mean(c[k] for k in S) - mean(c[k] for k in R)
     if len(S) > 1:
-        bracket += mean(A[i][j] for i, j in itertools.permutations(S, 2)) - mean(A[i][j] for i, j in across)
+        bracket += mean(A[i][j] for i, j in itertools.permutations(S, 2))
     return math.sqrt(len(S) * len(R)) * bracket
 
 
@@ -90,7 +90,7 @@ def test_the_order_of_clients_does_not_matter(monkeypatch, exact):
     monkeypatch.setattr(search, "_EXACT", exact)
     torch.manual_seed(0)
     views, order = planted_views(11, torch.tensor([2, 3, 7]), 1.0), torch.randperm(11)
-    shuffled = Views(views.update[order][:, order], views.importance[order][:, order], views.concentration[order])
+    shuffled = Views(views.similarity[order][:, order], views.concentration[order])
     assert torch.equal(find_coalition(views)[0][order], find_coalition(shuffled)[0])
 
 

@@ -11,29 +11,46 @@ from fdcr_fast.server.coalition.state import CoalitionState
 
 def views(K, seed):
     generator = torch.Generator().manual_seed(seed)
-    A, B = (torch.randn(K, K, dtype=torch.float64, generator=generator) for _ in range(2))
+    A = torch.randn(K, K, dtype=torch.float64, generator=generator)
     c = torch.randn(K, dtype=torch.float64, generator=generator)
-    return Views((A + A.T).fill_diagonal_(0), (B + B.T).fill_diagonal_(0), c)
+    return Views((A + A.T).fill_diagonal_(0), c)
 
 
 ROUNDS = [["a", "b", 3], ["b", 3, "d"], ["d", "a"], [3, "b", "a", 7]]
 
 
-def test_means_are_over_the_rounds_that_clients_spent_together():
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+def test_means_are_over_the_rounds_that_clients_spent_together(decay):
     state = CoalitionState()
     seen = []
-    for i, clients in enumerate(ROUNDS):
-        view = views(len(clients), i)
+    for now, clients in enumerate(ROUNDS):
+        view = views(len(clients), now)
         seen.append((clients, view))
-        means = state.remember(clients, view)
+        means = state.remember(clients, view, decay=decay)
+
+        def mean(value, *present, now=now):
+            met = [(decay ** (now - t), c, v) for t, (c, v) in enumerate(seen) if set(present) <= set(c)]
+            return sum(w * value(c, v) for w, c, v in met) / sum(w for w, _, _ in met)
+
         for x, one in enumerate(clients):
             for y, other in enumerate(clients):
-                both = [(c.index(one), c.index(other), v) for c, v in seen if one in c and other in c]
-                for name in ("update", "importance"):
-                    expected = sum(getattr(v, name)[p, q] for p, q, v in both) / len(both)
-                    assert getattr(means, name)[x, y] == pytest.approx(expected)
-            alone = [v.concentration[c.index(one)] for c, v in seen if one in c]
-            assert means.concentration[x] == pytest.approx(sum(alone) / len(alone))
+                expected = mean(lambda c, v, i=one, j=other: v.similarity[c.index(i), c.index(j)], one, other)
+                assert means.similarity[x, y] == pytest.approx(expected)
+            alone = mean(lambda c, v, i=one: v.concentration[c.index(i)], one)
+            assert means.concentration[x] == pytest.approx(alone)
+    assert state.rounds == len(ROUNDS)
+
+
+def test_those_away_longest_make_room():
+    state = CoalitionState()
+    for clients in (["a", "b"], ["c", "d"], ["a", "e"]):
+        state.remember(clients, views(2, 0), max_clients=4)
+    assert state.clients == ["a", "c", "d", "e"], "b was away longest"
+    state.remember(list("vwxyz"), views(5, 0), max_clients=4)
+    assert state.clients == list("vwxyz"), "a round is remembered whole"
+    assert state.similarity.shape == state.together.shape == (5, 5)
+    assert state.seen.tolist() == [4] * 5
+    assert (state.together == 1).all()
 
 
 def remembered():
@@ -45,7 +62,8 @@ def remembered():
 
 def assert_equal(one, other):
     assert one.clients == other.clients
-    for name in ("update", "importance", "together", "concentration"):
+    assert one.rounds == other.rounds
+    for name in ("similarity", "together", "concentration", "seen"):
         assert torch.equal(getattr(one, name), getattr(other, name))
 
 
@@ -65,23 +83,25 @@ def test_who_is_forgotten_was_never_there():
     state.forget(["a", "unknown"])
     assert state.clients == ["b", 3, "d", 7]
     after = state.remember(["b", 3], views(2, 5))
-    assert after.update[0, 1] != before.update[0, 1]
+    assert after.similarity[0, 1] != before.similarity[0, 1]
     assert state.together[0, 0] == 5
     fresh = CoalitionState()
     fresh.remember(["x", "y"], views(2, 1))
     fresh.forget(["x", "y"])
-    assert_equal(fresh, CoalitionState())
+    assert_equal(fresh, CoalitionState(rounds=1))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda d: d.update(format="other"), "expected a coalition state"),
-        (lambda d: d.update(clients=["a"]), "update of a coalition state to be 1 finite numbers"),
+        (lambda d: d.update(clients=["a"]), "similarity of a coalition state to be 1 finite numbers"),
         (lambda d: d.update(clients=["a", "a", 3, "d", 7]), "names a client twice"),
         (lambda d: d.update(clients=["a", None, 3, "d", 7]), "strings or integers"),
         (lambda d: d.update(clients=["a", True, 3, "d", 7]), "strings or integers"),
-        (lambda d: d["importance"].pop(), "importance .* 15 finite numbers"),
+        (lambda d: d["similarity"].pop(), "similarity .* 15 finite numbers"),
+        (lambda d: d.update(rounds=-1), "rounds of a coalition state are a count, got -1"),
+        (lambda d: d["seen"].pop(), "seen .* 5 finite numbers"),
         (lambda d: d["concentration"].append("x"), "concentration"),
         (lambda d: d.pop("together"), "together"),
     ],
