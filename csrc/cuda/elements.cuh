@@ -92,17 +92,16 @@ __device__ __forceinline__ int64_t place(const ClientMatrix& m, int64_t v) {
 template <class T>
 struct Vectors {
   static constexpr int kVector = 16 / sizeof(T);
-  struct alignas(16) Bits {
-    T number[kVector];
-  };
-
   template <class M>
   static __device__ __forceinline__ void load(const ClientMatrix& m, int64_t k, int64_t at,
                                               M (&to)[kVector]) {
     const T* const from = static_cast<const T*>(m.source.data) + at + k * m.client_stride;
-    const Bits bits = read(reinterpret_cast<const Bits*>(from));
+    union {
+      Bits128 bits;
+      T number[kVector];
+    } all = {read(reinterpret_cast<const Bits128*>(from))};
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) to[i] = static_cast<M>(widen(bits.number[i]));
+    for (int i = 0; i < kVector; ++i) to[i] = static_cast<M>(widen(all.number[i]));
   }
 };
 

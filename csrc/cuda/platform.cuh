@@ -23,6 +23,19 @@ __device__ __forceinline__ T read(const T* from) {
   return *from;
 }
 
+// 128 bits that no thread writes; by hand, or some compilers make several loads of them.
+struct alignas(16) Bits128 {
+  uint32_t word[4];
+};
+
+__device__ __forceinline__ Bits128 read(const Bits128* from) {
+  Bits128 bits;
+  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(bits.word[0]), "=r"(bits.word[1]), "=r"(bits.word[2]), "=r"(bits.word[3])
+      : "l"(__cvta_generic_to_global(from)));
+  return bits;
+}
+
 template <class T>
 __device__ __forceinline__ void write(T* to, T value) {
   *to = value;

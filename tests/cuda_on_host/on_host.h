@@ -60,6 +60,10 @@ struct Block {
 };
 inline Block* here;
 
+struct alignas(16) Bits128 {
+  uint32_t word[4];
+};
+
 // What kernels did: bytes of global memory, each counted once for every thread block that read or wrote it,
 // and multiply-adds of matrix instructions.
 struct Counts {
