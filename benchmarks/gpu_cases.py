@@ -47,6 +47,13 @@ def scores(make: Make, K: int, P: int) -> tuple[Any, ...]:
     return *round_of(make, K, P), make(K, dtype=F64) + 0.5, make(2 * K + 1, dtype=F64) * 0, P, True
 
 
+def central(K: int, P: int, keep: int, nearest: bool, tile: int | None = None) -> Any:
+    def arguments(make: Make) -> tuple[Any, ...]:
+        return make(P), clients(make, K, P, F32, tile)[0], torch.ones(K, dtype=torch.bool), keep, nearest
+
+    return arguments
+
+
 def gram(transform: str, K: int, P: int) -> Any:
     def arguments(make: Make) -> tuple[Any, ...]:
         ranges = [torch.tensor([[0, P]])]
@@ -84,6 +91,9 @@ CASES = [
         "fill_row",
         lambda make: ([make(P)], clients(make, 2, P, BF16, 16)[0][:, 0], make(3, dtype=F64)),
     ),
+    Case("central_mean, median of 10", "central_mean", central(10, P, 2, False)),
+    Case("central_mean, median of 100", "central_mean", central(K, P, 2, False, 16)),
+    Case("central_mean, around the median of 15", "central_mean", central(15, P, 7, True, 16)),
     Case("gram, update", "gram", gram("update", 200, P)),
     Case("gram, fisher_update", "gram", gram("fisher_update", 200, P)),
     Case("linear, 128 positions", "sum_squared_grads_linear", layer((32, 128, 1024), (32, 128, 256))),

@@ -13,7 +13,7 @@ from typing import Any
 from gpu_traffic import Traffic
 from torch import Tensor
 
-from fdcr_fast.ops.triton import aggregation, launch, layers, norm, statistics
+from fdcr_fast.ops.triton import aggregation, central, launch, layers, norm, statistics
 from fdcr_fast.ops.triton.gram import clients_of, steps_of
 from fdcr_fast.ops.triton.launch import H100, blocks
 
@@ -46,6 +46,16 @@ def _statistics(values: Tensor, num_params: int, results: int) -> Traffic:
     columns = tiles * length if tiles > 1 else num_params
     chunks = blocks(num_params, statistics._CHUNK)
     return Traffic(clients * (columns * values.element_size() + chunks * results * 8), least)
+
+
+def _central_mean(params: Tensor, updates: Tensor, read: Tensor, keep: int, nearest: bool) -> Traffic:
+    tiles, _, length = updates.shape
+    clients, num_params, size = int(read.sum()), len(params), updates.element_size()
+    least = clients * num_params * size + 2 * num_params * params.element_size()
+    sorts = clients <= central._SORTED
+    chunk = central.columns_of(clients, size, nearest) if sorts else central._CHUNK
+    padding = tiles * length - num_params if tiles > 1 else 0
+    return Traffic(least + clients * (padding * size + blocks(num_params, chunk) * 8), least)
 
 
 def _fill_row(values: list[Tensor], row: Tensor, given: Tensor) -> Traffic:
@@ -124,6 +134,7 @@ _MODELS: dict[str, Callable[..., Traffic]] = {
     ),
     "importance_range": lambda fishers, P: _statistics(fishers, P, 2),
     "squared_norm": lambda updates, P: _statistics(updates, P, 1),
+    "central_mean": _central_mean,
     "fill_row": _fill_row,
     "gram": _gram,
     "sum_squared_grads_linear": lambda g, x: _layer(g.transpose(1, 2), x, x.shape[2], 1),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -13,6 +14,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 import fdcr_fast
+from fdcr_fast.sim.across_ranks import torchrun_group
 from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
 from fdcr_fast.sim.checkpoint import RunFolder
 from fdcr_fast.sim.config import OneOf, SimulationConfig, explain
@@ -96,7 +98,8 @@ def _progress(name: str, config: SimulationConfig) -> AbstractContextManager[Pro
 def simulate_command(config: Path | None, out: Path | None, resumed: Path | None, **flags: str | bool | None) -> None:
     """Run a federation with malicious clients and report how well the server defends it.
 
-    A YAML file given by --config holds any of the settings below, with underscores; flags override it.
+    A YAML file given by --config holds any of the settings below, with underscores; flags override it. Under torchrun
+    the processes run it together: torchrun --nproc-per-node 2 -m fdcr_fast simulate ...
     """
     overrides = {name: value for name, value in flags.items() if value is not None}
     with _clear_errors():
@@ -104,12 +107,16 @@ def simulate_command(config: Path | None, out: Path | None, resumed: Path | None
             if config or out or overrides:
                 raise click.UsageError("--resume takes every setting from its folder and goes with no other flag")
             settings = RunFolder(resumed).config()
-            with _progress(settings.server, settings) as progress:
-                result = resume(resumed, progress)
+            run = partial(resume, resumed)
         else:
             settings = SimulationConfig.from_yaml(config.read_text() if config else "", overrides)
-            with _progress(settings.server, settings) as progress:
-                result = simulate(settings, out, progress)
+            run = partial(simulate, settings, out)
+        with torchrun_group() as group:
+            first = group is None or group.rank() == 0
+            with _progress(settings.server, settings) if first else nullcontext() as progress:
+                result = run(progress, group)
+    if not first:
+        return
     console = Console()
     console.print(comparison_table({settings.server: result.summary}))
     console.print(cost_line(result.summary))

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from hypothesis import settings
+from ranks import started
 
 from fdcr_fast import _native
 from fdcr_fast.ops import reference
@@ -60,3 +61,10 @@ def implementation(request):
     else:
         with operators(request.param) as found:
             yield found
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Three processes that can be groups of one, two or three, for all tests of one pytest process."""
+    with started(tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks

@@ -19,9 +19,9 @@ from fdcr_fast.ops.network_schemas import NETWORK_OPERATORS
 from fdcr_fast.ops.schemas import OPERATORS, checked
 
 CAPABILITY = (8, 0)  # of the oldest NVIDIA GPUs that the CUDA and Triton kernels are for
-WITHOUT_TRITON = frozenset({"central_mean", *NETWORK_OPERATORS})  # operators that are plain PyTorch on GPUs, too
+WITHOUT_TRITON = frozenset(NETWORK_OPERATORS)  # operators that are plain PyTorch on GPUs, too
 # Operators that csrc/cuda has no kernels for: Triton's, or plain PyTorch, where the others are compiled.
-WITHOUT_CUDA = WITHOUT_TRITON | {"fill_row", "sum_squared_grads_embedding", "sum_squared_grads_norm"}
+WITHOUT_CUDA = WITHOUT_TRITON | {"central_mean", "fill_row", "sum_squared_grads_embedding", "sum_squared_grads_norm"}
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def _triton() -> BackendStatus:
         return BackendStatus(True, "interpreted, on CPU tensors: for tests")
     if (missing := _no_gpu()) is not None:
         return BackendStatus(False, missing)
-    reason = f"CUDA tensors on devices of compute capability {_dotted(CAPABILITY)} and above"
-    return BackendStatus(True, f"{reason}; {', '.join(sorted(WITHOUT_TRITON))} by the reference")
+    return BackendStatus(True, f"CUDA tensors on devices of compute capability {_dotted(CAPABILITY)} and above")
 
 
 def _has_triton() -> bool:

@@ -226,8 +226,7 @@ def central_mean(global_params: Tensor, updates: Tensor, read: Tensor, keep: int
     """The middle of every parameter over the clients, added to the global parameters; see ``schemas``."""
     read = read.to(updates.device)
     n = int(read.sum())
-    message = f"keep = {keep} is not a central part of {n} clients"
-    torch._check(1 <= keep <= n and (nearest or (n - keep) % 2 == 0), lambda: message)
+    check_keep(keep, n, nearest)
     result = torch.empty_like(global_params, memory_format=torch.contiguous_format)
     limit = torch.finfo(result.dtype).max
     start = 0
@@ -244,6 +243,12 @@ def central_mean(global_params: Tensor, updates: Tensor, read: Tensor, keep: int
         result[start:stop] = (global_params[start:stop].double() + x.sum(0) / keep).clamp_(-limit, limit)
         start = stop
     return result
+
+
+def check_keep(keep: int, clients: int, nearest: bool) -> None:
+    """Refuse numbers of values that are no central part of those of so many clients."""
+    message = f"keep = {keep} is not a central part of {clients} clients"
+    torch._check(1 <= keep <= clients and (nearest or (clients - keep) % 2 == 0), lambda: message)
 
 
 def gram(

@@ -273,7 +273,7 @@ def central_mean(global_params: Tensor, updates: Tensor, read: Tensor, keep: int
     Args:
         global_params: ``w [P]``.
         updates: Tiled client matrix ``[T, K, L]``, finite where it is read.
-        read: bool ``[K]``, whose values count; the others are not read.
+        read: bool ``[K]``, on the CPU, whose values count; the others are not read.
         keep: From 1 to ``n``; without ``nearest``, ``n - keep`` is even.
         nearest: Whether the values are chosen by their distance from the median instead of by rank.
 

@@ -3,45 +3,55 @@
 Every function maps ``values [K]`` (finite) to labels ``[K]`` (int64) numbered by ascending cluster mean, so
 that the highest label is the set with the largest mean. Values that are all equal, or a single one, make one
 cluster. Labels depend on the values alone, never on their order.
+
+Labels lie where the values do. On a GPU nothing is copied to the host and nothing waits: shapes and numbers of steps
+depend on ``K`` alone. Values there are not checked; labels of values that are not finite mean nothing.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Floats = NDArray[np.float64]
-Labels = NDArray[np.int64]
 Options = ParamSpec("Options")
 
 
 def _clustering(
-    label_sorted: Callable[Concatenate[Floats, Options], Labels],
+    label_sorted: Callable[Concatenate[Tensor, Options], Tensor],
 ) -> Callable[Concatenate[Tensor, Options], Tensor]:
-    """Extend a function of ascending values, not all equal and at most 1 in size, to any finite values."""
+    """Extend a function of ascending float64 values, not all equal and at most 1 in size, to any finite values."""
 
     @functools.wraps(label_sorted)
     def cluster(values: Tensor, /, *args: Options.args, **kwargs: Options.kwargs) -> Tensor:
-        scores = values.detach().cpu().double().numpy()
-        if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
+        scores = values.detach().double()
+        on_host = scores.device.type == "cpu"
+        if scores.dim() != 1 or len(scores) == 0 or (on_host and not scores.isfinite().all()):
             raise ValueError(f"expected a vector of finite values, got {values}")
-        order = np.argsort(scores)
-        ascending = scores[order]
+        if len(scores) == 1:
+            return torch.zeros(1, dtype=torch.int64, device=scores.device)
+        ascending, order = scores.sort()
         # A power of two scales without rounding; it keeps sums and squares of any float64 in range.
-        _, exponent = np.frexp(np.abs(ascending).max())
-        ascending = np.ldexp(ascending, -exponent)
-        labels = np.zeros(scores.size, dtype=np.int64)
-        if ascending[0] < ascending[-1]:
-            labels[order] = label_sorted(ascending, *args, **kwargs)
-        return torch.from_numpy(labels)
+        exponent = torch.frexp(torch.maximum(-ascending[0], ascending[-1]))[1].long()
+        half = exponent // 2  # one factor might not be a number of float64
+        ascending = ascending * _two_to(-half) * _two_to(half - exponent)
+        different = ascending[0] < ascending[-1]
+        labels = torch.zeros_like(order)
+        if on_host and not different:  # elsewhere that would have to be waited for
+            return labels
+        found = label_sorted(ascending, *args, **kwargs)
+        return labels.scatter_(0, order, torch.where(different, found, 0))
 
     return cluster
+
+
+def _two_to(exponent: Tensor) -> Tensor:
+    """A power of two by its bits: what ``torch.pow`` gives may be rounded."""
+    return ((exponent + 1023) << 52).view(torch.float64)
 
 
 def check_partition(partition: str | int) -> None:
@@ -51,7 +61,7 @@ def check_partition(partition: str | int) -> None:
 
 
 @_clustering
-def finch(values: Floats, partition: str | int = "first") -> Labels:
+def finch(values: Tensor, partition: str | int = "first") -> Tensor:
     """First-neighbour clustering (Sarfraz et al., CVPR 2019), as the paper's eq. 10 uses it.
 
     Each value links to its nearer neighbour (ties: the left one), connected runs are clusters, each run is
@@ -65,62 +75,66 @@ def finch(values: Floats, partition: str | int = "first") -> Labels:
             the finest has a single cluster, that is the result.
     """
     check_partition(partition)
-    starts = np.arange(values.size)  # where the clusters of the current level begin
-    levels: list[Labels] = []
-    while starts.size > 1:
-        starts = starts[_first_neighbour_runs(_means(values, starts))]
-        if starts.size > 1 or not levels:
-            levels.append(_labels_of_runs(starts, values.size))
-    index = partition if isinstance(partition, int) else {"first": 0, "last": len(levels)}[partition]
-    return levels[min(index, len(levels) - 1)]
+    coarsest = len(values).bit_length()  # every cluster has at least two of the level below
+    index = partition if isinstance(partition, int) else {"first": 0, "last": coarsest}[partition]
+    labels = _labels_of_runs(values)
+    for _ in range(min(index, coarsest)):
+        of_run = _labels_of_runs(_means(values, labels), labels[-1])
+        coarser = of_run.index_select(0, labels)
+        labels = torch.where(coarser[-1] > 0, coarser, labels)
+    return labels
 
 
-def _first_neighbour_runs(means: Floats) -> NDArray[np.intp]:
-    """Where the connected runs begin when each of the ascending means links to its nearer neighbour."""
-    gaps = np.diff(means)
-    links_right = np.append(True, gaps[1:] < gaps[:-1])  # value i to i + 1
-    links_left = np.append(gaps[:-1] <= gaps[1:], True)  # value i + 1 to i
-    return np.append(0, np.flatnonzero(~(links_right | links_left)) + 1)
+def _labels_of_runs(means: Tensor, last: Tensor | None = None) -> Tensor:
+    """Numbers of the connected runs when each of the ascending means links to its nearer neighbour.
+
+    With ``last``, only the means up to that number are there.
+    """
+    gaps = means.diff()
+    if last is not None:
+        gaps = torch.where(torch.arange(len(gaps), device=means.device) < last, gaps, torch.inf)
+    shorter = gaps[1:] < gaps[:-1]  # than the one on the left
+    # A gap that is not shorter than the one on its left, and longer than that on its right, is nobody's link.
+    apart = torch.zeros_like(means, dtype=torch.bool)
+    apart[2:-1] = ~shorter[:-1] & shorter[1:]
+    return apart.cumsum(0)
 
 
-def _means(values: Floats, starts: NDArray[np.intp]) -> Floats:
-    ends = np.append(starts[1:], values.size)
-    means = np.add.reduceat(values, starts) / (ends - starts)
-    return np.clip(means, values[starts], values[ends - 1])  # rounding must not disturb the order
-
-
-def _labels_of_runs(starts: NDArray[np.intp], size: int) -> Labels:
-    begins = np.zeros(size, dtype=np.int64)
-    begins[starts[1:]] = 1
-    return np.cumsum(begins)
+def _means(values: Tensor, labels: Tensor) -> Tensor:
+    """Means of runs of ascending values by number; there may be fewer than ``K``, and NaN behind the last."""
+    offsets = torch.searchsorted(labels, torch.arange(len(values) + 1, device=values.device))
+    sums = torch.segment_reduce(values, "sum", offsets=offsets, initial=0, unsafe=True)
+    first = values.index_select(0, offsets[:-1].clamp(max=len(values) - 1))
+    last = values.index_select(0, (offsets[1:] - 1).clamp(min=0))
+    return torch.clamp(sums / offsets.diff(), first, last)  # rounding must not disturb the order
 
 
 @_clustering
-def kmeans(values: Floats) -> Labels:
+def kmeans(values: Tensor) -> Tensor:
     """Exact 2-means: the split of the sorted values with the least within-cluster sum of squares.
 
     Of several equally good splits the lowest is taken.
     """
     centred = values - values.mean()
-    centred /= np.abs(centred).max()
-    size = np.arange(1, values.size)
-    below = np.cumsum(centred)[:-1]
+    centred = centred / centred.abs().max()
+    below = centred.cumsum(0)[:-1]
+    number = torch.arange(len(values), device=values.device)
     # Least within is most between; the sum above is minus the sum below, since the values are centred.
-    between = below**2 / (size * (values.size - size))
-    between[values[:-1] == values[1:]] = -1
-    return (np.arange(values.size) > np.argmax(between)).astype(np.int64)
+    between = below.square() / (number[1:] * (len(values) - number[1:]))
+    between = torch.where(values[:-1] == values[1:], -1.0, between)
+    return (number > between.argmax()).long()
 
 
 def check_density(eps: float, min_samples: int) -> None:
     """Raise ValueError unless these are options that :func:`dbscan` takes."""
-    if not 0 < eps < np.inf:
+    if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, got {eps}")
     if min_samples < 1:
         raise ValueError(f"min_samples must be at least 1, got {min_samples}")
 
 
 @_clustering
-def dbscan(values: Floats, eps: float = 0.5, min_samples: int = 2) -> Labels:
+def dbscan(values: Tensor, eps: float = 0.5, min_samples: int = 2) -> Tensor:
     """DBSCAN on standardised values; everything that it calls noise is one more set with a label of its own.
 
     A value with at least ``min_samples`` values (itself included) within ``eps`` is a core; runs of cores
@@ -135,24 +149,33 @@ def dbscan(values: Floats, eps: float = 0.5, min_samples: int = 2) -> Labels:
     """
     check_density(eps, min_samples)
     scores = values - values.mean()
-    scores /= np.abs(scores).max()
-    scores /= scores.std()
-    neighbours = np.searchsorted(scores, scores + eps, "right") - np.searchsorted(scores, scores - eps, "left")
-    cores = scores[neighbours >= min_samples]
-    if cores.size == 0:
-        return np.zeros(values.size, dtype=np.int64)
-    run = np.append(0, np.cumsum(np.diff(cores) > eps))
-    right = np.searchsorted(cores, scores).clip(max=cores.size - 1)
-    left = (right - 1).clip(min=0)
-    nearest = np.where(np.abs(scores - cores[left]) <= np.abs(cores[right] - scores), left, right)
-    found = np.where(np.abs(scores - cores[nearest]) <= eps, run[nearest], run[-1] + 1)
+    scores = scores / scores.abs().max()
+    scores = scores / scores.std(correction=0)
+    K = len(values)
+    core = (
+        torch.searchsorted(scores, scores + eps, right=True) - torch.searchsorted(scores, scores - eps) >= min_samples
+    )
+    number = torch.arange(K, device=values.device)
+    left = torch.where(core, number, -1).cummax(0).values  # the last core up to here, and the next one from here on
+    right = torch.where(core, number, K).flip(0).cummin(0).values.flip(0)
+    previous = torch.cat([left.new_full((1,), -1), left[:-1]])
+    begins = core & ((previous < 0) | (scores - scores.index_select(0, previous.clamp(min=0)) > eps))
+    run = begins.cumsum(0) - 1  # of the last core up to here
+    to_left = torch.where(left >= 0, scores - scores.index_select(0, left.clamp(min=0)), torch.inf)
+    to_right = torch.where(right < K, scores.index_select(0, right.clamp(max=K - 1)) - scores, torch.inf)
+    nearest = torch.where(to_left <= to_right, left, right).clamp(0, K - 1)
+    noise = run[-1] + 1
+    found = torch.where(torch.minimum(to_left, to_right) <= eps, run.index_select(0, nearest), noise)
     return _by_ascending_mean(scores, found)
 
 
-def _by_ascending_mean(values: Floats, labels: Labels) -> Labels:
-    _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    rank = np.argsort(np.argsort(np.bincount(labels, weights=values) / counts))
-    return rank[labels]
+def _by_ascending_mean(values: Tensor, labels: Tensor) -> Tensor:
+    in_order, order = labels.sort(stable=True)
+    offsets = torch.searchsorted(in_order, torch.arange(len(values) + 1, device=values.device))
+    sums = torch.segment_reduce(values.index_select(0, order), "sum", offsets=offsets, initial=0, unsafe=True)
+    counts = offsets.diff()
+    means = torch.where(counts > 0, sums / counts, torch.inf)
+    return means.argsort(stable=True).argsort().index_select(0, labels)
 
 
 class Clustering(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.server.intake import ClientUpdates, Span
+from fdcr_fast.server.transfer import sent
 
 _BLOCK = 1 << 20  # numbers of all clients that are looked at together
 
@@ -32,8 +33,7 @@ def column_blocks(clients: ClientUpdates) -> Iterator[Columns]:
 
 
 def _columns(clients: ClientUpdates, span: Span) -> Iterator[Columns]:
-    valid = clients.valid.to(clients.tiles.device)
-    everybody = bool(valid.all())
+    valid = None if clients.rows is None else sent(clients.rows, clients.tiles.device)
     tiles, K, length = span.updates.shape
     width = max(1, _BLOCK // K)
     together = max(1, width // length)
@@ -44,7 +44,7 @@ def _columns(clients: ClientUpdates, span: Span) -> Iterator[Columns]:
         for start in range(0, size, width):
             stop = min(start + width, size)
             block = rows[:, start:stop]
-            yield Columns(slice(first + start, first + stop), block if everybody else block[valid])
+            yield Columns(slice(first + start, first + stop), block if valid is None else block.index_select(0, valid))
 
 
 def column_sums(clients: ClientUpdates, term: Callable[[Columns], Tensor]) -> Tensor:
@@ -52,10 +52,11 @@ def column_sums(clients: ClientUpdates, term: Callable[[Columns], Tensor]) -> Te
 
     def read(span: Span, total: Tensor) -> Tensor:
         for columns in _columns(clients, span):
-            total = total + term(columns).to(total.device)
+            total = total + term(columns)
         return total
 
-    return clients.sum(torch.zeros(int(clients.valid.sum()), dtype=torch.float64), read)
+    zeros = torch.zeros(int(clients.valid.sum()), dtype=torch.float64, device=clients.tiles.device)
+    return clients.sum(zeros, read).cpu()
 
 
 def squared_length(vector: Tensor) -> Tensor:

@@ -199,7 +199,8 @@ class _Clients:
                 raise TypeError("a store or a round holds its fishers: give it alone")
             if not given.clients:
                 raise ValueError("expected at least one client, got none")
-            clients = cls(given.tiles, given.valid, given.fisher_min, given.fisher_max, given.shard)
+            on = given.on_device()
+            clients = cls(given.tiles, given.valid, on.fisher_min, on.fisher_max, given.shard)
         else:
             tiles = MatrixTiles.of(given, fishers)
             valid, low, high = torch.ones(len(given), dtype=torch.bool), None, None

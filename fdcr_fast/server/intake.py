@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import ops
+from fdcr_fast.server.transfer import fetch, sent
 
 OnInvalid: TypeAlias = Literal["reject", "raise"]
 
@@ -171,7 +172,7 @@ WHOLE = Shard()
 class ClientUpdates:
     """One round of ``K`` clients in rows.
 
-    Vectors over clients lie on the CPU, but ``fisher_min`` and ``fisher_max`` on the device of the Fishers.
+    Vectors over clients lie on the CPU, but those of :meth:`on_device`, and those that are not :meth:`fetched` yet.
 
     Attributes:
         tiles: Updates ``delta_k = w_k - w`` and diagonal Fishers ``F_k``.
@@ -183,6 +184,7 @@ class ClientUpdates:
         valid: bool ``[K]``, the rows that are not rejected.
         rejected: Reason by client id, of rejected rows and of clients that got no row.
         shard: Which parameters the tiles hold; everything else is about all parameters.
+        rows: Numbers of the valid rows, int64; None for all of them. Follows from ``valid``.
     """
 
     tiles: ClientTiles
@@ -194,6 +196,11 @@ class ClientUpdates:
     valid: Tensor
     rejected: dict[Hashable, str]
     shard: Shard = WHOLE
+    rows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.valid.device.type == "cpu":
+            object.__setattr__(self, "rows", None if self.valid.all() else self.valid.nonzero().flatten())
 
     @classmethod
     def from_matrices(
@@ -207,7 +214,8 @@ class ClientUpdates:
     ) -> ClientUpdates:
         """View ``updates [K, P]`` and ``fishers [K, P]``, of any strides, as a round; nothing is copied.
 
-        Without ``read_norms`` the norms are NaN, and :meth:`with_norms` must be called before anything else is.
+        Without ``read_norms`` the norms are NaN and nothing is fetched: :meth:`with_norms` and :meth:`fetched` must be
+        called before anything else is.
 
         Raises:
             TypeError: not floating-point tensors, or sample counts that are not numbers.
@@ -222,11 +230,47 @@ class ClientUpdates:
         low, high = (None, None) if tiles.fishers is None else ops.importance_range(tiles.fishers, P)
         norm = torch.full((K,), torch.nan, dtype=torch.float64)
         clients = cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
-        return clients.with_norms(ops.squared_norm(tiles.updates, P)) if read_norms else clients
+        return clients.with_norms(ops.squared_norm(tiles.updates, P)).fetched() if read_norms else clients
 
     def with_norms(self, squared_norm: Tensor) -> ClientUpdates:
-        """The same round with these squared norms."""
-        return replace(self, squared_norm=squared_norm.cpu())
+        """The same round with these squared norms, wherever they lie."""
+        return replace(self, squared_norm=squared_norm)
+
+    def fetched(self) -> ClientUpdates:
+        """The same round with all vectors on the CPU; waits for the device, once, where they are not."""
+        return self.with_statistics(*fetch(self.statistics))
+
+    @property
+    def statistics(self) -> tuple[Tensor | None, ...]:
+        """What the rows were read for: squared norms, smallest and largest Fisher entries."""
+        return self.squared_norm, self.fisher_min, self.fisher_max
+
+    def with_statistics(
+        self, squared_norm: Tensor | None, fisher_min: Tensor | None, fisher_max: Tensor | None
+    ) -> ClientUpdates:
+        """The same round with other :attr:`statistics`."""
+        assert squared_norm is not None, "every round has norms"
+        return replace(self, squared_norm=squared_norm, fisher_min=fisher_min, fisher_max=fisher_max)
+
+    def on_device(self) -> ClientUpdates:
+        """The same round with its vectors where the rows are, so that nothing computed from them waits."""
+        device = self.tiles.device
+        if self.valid.device == device:
+            return self
+
+        def moved(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else sent(vector, device)
+
+        return replace(
+            self.with_statistics(*map(moved, self.statistics)),
+            num_samples=sent(self.num_samples, device),
+            valid=sent(self.valid, device),
+            rows=moved(self.rows),
+        )
+
+    def of_valid(self, vector: Tensor) -> Tensor:
+        """The entries ``[n]`` of a vector ``[K]`` that belong to valid clients."""
+        return vector if self.rows is None else vector.index_select(0, self.rows)
 
     @property
     def num_params(self) -> int:
@@ -316,8 +360,9 @@ def median_size(sizes: Tensor) -> float:
 
 def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:
     """``n_k / sum n`` over the chosen clients, 0 for the others (eq. 11); float64 ``[K]``."""
-    counts = torch.where(chosen, num_samples, 0)
-    return counts / counts.sum() if chosen.any() else counts
+    counts = torch.where(chosen, num_samples, 0.0)
+    total = counts.sum()
+    return counts / torch.where(total > 0, total, 1.0)
 
 
 def check_floating(name: str, tensor: object, shape: str) -> None:

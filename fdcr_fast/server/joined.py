@@ -62,7 +62,7 @@ def joined(clients: ClientUpdates, parts: Sequence[RoundPart], shard: Shard) -> 
     low, high = None, None
     if len(statistics[0]) > 1:
         low, high = (torch.stack([s[i] for s in statistics]) for i in (1, 2))
-        low, high = (x.to(clients.tiles.device) for x in (low.amin(0), high.amax(0)))
+        low, high = low.amin(0), high.amax(0)
     return ClientUpdates(
         tiles=clients.tiles if rows.tolist() == list(range(len(clients.clients))) else ChosenRows(clients.tiles, rows),
         num_samples=clients.num_samples[rows],

@@ -1,4 +1,7 @@
-"""Readings of all clients of a round, span by span: scores, the mean, or both at once."""
+"""Readings of all clients of a round, span by span: scores, the mean, or both at once.
+
+Results lie where the rows are, and nothing here waits for them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from fdcr_fast import ops
 from fdcr_fast.server.intake import ClientTiles, ClientUpdates, MatrixTiles, Span
+from fdcr_fast.server.transfer import sent
 
 Importances = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -26,40 +30,46 @@ class Scores(NamedTuple):
     Attributes:
         distance: ``S_k = sum_v (u_v - u_{k,v})^2``, float64 ``[K]``, NaN for clients that are not valid.
         squared_norm: ``sum_v delta_{k,v}^2``, likewise.
-        mean_square: ``sum_v u_v^2``.
+        mean_square: ``sum_v u_v^2``, a scalar.
     """
 
     distance: Tensor
     squared_norm: Tensor
-    mean_square: float
+    mean_square: Tensor
+
+
+def may_fit_single(clients: ClientUpdates) -> bool:
+    """What :func:`fits_single` says of rounds with numbers of usual sizes."""
+    return clients.num_params >= ops.STRETCH and torch.float64 not in clients.tiles.dtypes
 
 
 def fits_single(clients: ClientUpdates) -> bool:
     """Whether products of this round stay far from the limits of float32; small rounds are computed in float64."""
-    valid = clients.valid
-    if clients.num_params < ops.STRETCH or torch.float64 in clients.tiles.dtypes:
+    if not may_fit_single(clients):
         return False
-    largest = clients.squared_norm[valid].max().sqrt().item()
+    largest = clients.of_valid(clients.squared_norm).max().sqrt().item()
     if not _LEAST_RMS * clients.num_params**0.5 <= largest <= _MOST_NORM:
         return False
     if clients.fisher_min is None or clients.fisher_max is None:
         return True
-    width = (clients.fisher_max - clients.fisher_min).cpu()[valid]
-    return bool((width >= 1 / _RANGE).all() and (clients.fisher_max.cpu()[valid] <= _RANGE).all())
+    width = clients.of_valid(clients.fisher_max - clients.fisher_min)
+    return bool((width >= 1 / _RANGE).all() and (clients.of_valid(clients.fisher_max) <= _RANGE).all())
 
 
-def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> bool:
+def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Tensor:
     """Whether scores from float32 products are right to about 1e-6 of themselves, and tell the clients apart."""
-    distance = scores.distance[clients.valid].sqrt()
-    rounded = 2 * scores.mean_square**0.5 + distance + alpha[clients.valid] @ distance
-    least = distance.min() >= _LEAST_RMS * clients.num_params**0.5
-    apart = distance.max() - distance.min() > _SAME * distance.max()
-    return bool(least and apart and (rounded <= _CANCELLATION * distance).all())
+    distance = clients.of_valid(scores.distance).sqrt()
+    rounded = 2 * scores.mean_square.sqrt() + distance + clients.of_valid(alpha) @ distance
+    smallest, largest = distance.aminmax()
+    least = smallest >= _LEAST_RMS * clients.num_params**0.5
+    apart = largest - smallest > _SAME * largest
+    right: Tensor = least & apart & (rounded <= _CANCELLATION * distance).all()
+    return right
 
 
 def scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
     """One reading for the distances of the reweighted updates to their mean."""
-    alpha = alpha.to(clients.tiles.device)
+    clients, alpha = clients.on_device(), sent(alpha, clients.tiles.device)
 
     def read(span: Span, totals: Tensor) -> Tensor:
         importances = _importances(clients, span, reweight)
@@ -76,7 +86,7 @@ def squared_norms(clients: ClientUpdates) -> Tensor:
 
 def mean(global_params: Tensor, clients: ClientUpdates, weights: Tensor, *, rescale: bool, single: bool) -> Tensor:
     """One reading for the new global parameters."""
-    weights = weights.to(clients.tiles.device)
+    clients, weights = clients.on_device(), sent(weights, clients.tiles.device)
     return _by_span(
         global_params,
         clients,
@@ -97,7 +107,8 @@ def scores_and_mean(
     single: bool,
 ) -> tuple[Scores, Tensor]:
     """Both of the above in one reading, with the same bits."""
-    alpha, weights = alpha.to(clients.tiles.device), weights.to(clients.tiles.device)
+    clients = clients.on_device()
+    alpha, weights = sent(alpha, clients.tiles.device), sent(weights, clients.tiles.device)
     params = _NewParams(global_params)
 
     def read(span: Span, totals: Tensor) -> Tensor:
@@ -118,13 +129,13 @@ def central_mean(global_params: Tensor, clients: ClientUpdates, read: Tensor, ke
     )
 
 
-def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool) -> Scores:
+def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
     """Scores over a few of the parameters, spread over all of them: a guess."""
-    totals = _no_totals(clients)
-    single = fits_single(clients)
+    clients, totals = clients.on_device(), _no_totals(clients)
+    alpha = sent(alpha, totals.device)
     for span in _sample(clients.tiles):
         importances = _importances(clients, span, reweight)
-        totals = ops.discrepancy(span.updates, *importances, alpha.to(totals.device), totals, span.num_params, single)
+        totals = ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, single)
     return _scores(clients.shard.sum_parts(totals))
 
 
@@ -200,5 +211,5 @@ def _no_totals(clients: ClientUpdates) -> Tensor:
 
 
 def _scores(totals: Tensor) -> Scores:
-    distance, squared_norm, mean_square = totals.cpu().tensor_split([len(totals) // 2, len(totals) - 1])
-    return Scores(distance, squared_norm, mean_square.item())
+    clients = len(totals) // 2
+    return Scores(totals[:clients], totals[clients:-1], totals[-1])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias, overload
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from fdcr_fast.server.scores import SCORES
 from fdcr_fast.server.sharded import ParamShard
 from fdcr_fast.server.shares import limited_shares
 from fdcr_fast.server.store import UpdateStore
+from fdcr_fast.server.transfer import fetch, sent
 
 _ROUNDING = 1e-9  # scores that differ by less, such as those of two clients of equal size, are the same score
 _NORM_MARGIN = 1e-4  # norms from float32 products are right to much less
@@ -198,9 +199,14 @@ class AggregationRule:
                 instead.
         """
 
+        finite: Tensor | None = None
+
         def take_in() -> ClientUpdates:
+            nonlocal finite
             clients = self._intake(updates, fishers, num_samples, client_ids)
-            _check_global(global_params, clients)
+            finite = _check_global(global_params, clients)
+            if shard is not None:
+                _require_finite(finite)
             if shard is not None and not self.sharded:
                 raise TypeError(f"{type(self).__name__} needs all parameters in one process: it takes no shard")
             return clients
@@ -213,18 +219,19 @@ class AggregationRule:
             clients = shard.agreed(take_in, stored=stored, rule=self, on_invalid=on_invalid, dtype=dtype)
         foreseen = None
         if isinstance(updates, Tensor):
-            squared_norm, foreseen = self._read_norms(global_params.detach(), clients)
-            clients = clients.with_norms(squared_norm)
+            clients, foreseen = self._read_norms(global_params.detach(), clients, finite)
+            finite = None
         elif shard is not None and self.needs_norms:
-            clients = clients.with_norms(passes.squared_norms(clients))
+            clients = clients.with_norms(passes.squared_norms(clients)).fetched()
         clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
         refuse(clients.rejected, on_invalid)
         valid, rows = clients.valid, len(clients.clients)
         if foreseen is not None and valid.all():
             selection, weights, params = foreseen
         elif valid.any():
-            selection, weights, params = self._apply(global_params.detach(), clients)
+            selection, weights, params = self._apply(global_params.detach(), clients, finite)
         else:
+            _require_finite(finite)
             selection, weights, params = Selection(valid), torch.zeros(rows, dtype=torch.float64), global_params
         if shard is not None:
             shard.confirm(weights)
@@ -252,8 +259,12 @@ class AggregationRule:
         """Weight of each client in the mean, float64 ``[K]``, 0 for those that are not kept."""
         return self.shares(clients, kept)
 
-    def _apply(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
-        """What the rule decides about a round with valid clients, their weights, and the new parameters."""
+    def _apply(self, global_params: Tensor, clients: ClientUpdates, finite: Tensor | None) -> Outcome:
+        """What the rule decides about a round with valid clients, their weights, and the new parameters.
+
+        Checks whether the global parameters are ``finite``, if that is not known yet.
+        """
+        _require_finite(finite)
         selection = self.judge(global_params, clients)
         kept = selection.kept & clients.valid
         given = selection.weights
@@ -292,9 +303,17 @@ class AggregationRule:
             raise ValueError(f"{self!r} takes importances: fishers must be given")
         return clients
 
-    def _read_norms(self, _global_params: Tensor, clients: ClientUpdates) -> tuple[Tensor, Outcome | None]:
-        """Squared norms of the rows, and where the same reading gives it the outcome if nobody is rejected."""
-        return passes.squared_norms(clients), None
+    def _read_norms(
+        self, _global_params: Tensor, clients: ClientUpdates, finite: Tensor | None
+    ) -> tuple[ClientUpdates, Outcome | None]:
+        """The round with statistics of its rows, and where one reading gives it the outcome if nobody is rejected.
+
+        Also checks whether the global parameters are ``finite``.
+        """
+        clients = clients.with_norms(passes.squared_norms(clients))
+        *statistics, finite = fetch([*clients.statistics, finite])
+        _require_finite(finite)
+        return clients.with_statistics(*statistics), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,82 +422,122 @@ class FDCR(AggregationRule):
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Cluster the discrepancies and drop the cluster with the largest mean."""
-        alpha = self.shares(clients, clients.valid)
-        for single in self._arithmetics(clients):
-            scores = passes.scores(clients, alpha, reweight=self.importance, single=single)
-            if not single or passes.trusted(scores, clients, alpha):
+        on = clients.on_device()
+        alpha = self.shares(on, on.valid)
+        for single in (True, False) if passes.fits_single(clients) else (False,):
+            scores = passes.scores(on, alpha, reweight=self.importance, single=single)
+            if not single or passes.trusted(scores, on, alpha):
                 break
-        return self._decide(scores.distance, clients)
+        return cast(Selection, _fetched(self._decide(scores.distance, on))[0])
 
-    def _read_norms(self, global_params: Tensor, clients: ClientUpdates) -> tuple[Tensor, Outcome | None]:
-        """The norms, from the one reading of scores and mean if nobody seems to be rejected."""
+    def _read_norms(
+        self, global_params: Tensor, clients: ClientUpdates, finite: Tensor | None
+    ) -> tuple[ClientUpdates, Outcome | None]:
+        """The norms, from the one reading of scores and mean if nobody seems to be rejected.
+
+        On a device a guess would have to be waited for: there everybody is taken to pass.
+        """
         if clients.num_params >= ops.STRETCH:
-            guess = clients.with_norms(passes.sampled_norms(clients))
-            if self._all_pass(guess):
-                outcome, squared_norm = self._read(global_params, guess)
-                known = clients.with_norms(squared_norm)
-                if self._all_pass(known) and passes.fits_single(known) == passes.fits_single(guess):
-                    return squared_norm, outcome
-        return super()._read_norms(global_params, clients)
+            single, passing = passes.may_fit_single(clients), True
+            if clients.tiles.device.type == "cpu":
+                guess = clients.with_norms(passes.sampled_norms(clients))
+                single, passing = passes.fits_single(guess), self._all_pass(guess)
+            if passing:
+                outcome, known = self._read(global_params, clients, single, finite)
+                if self._all_pass(known) and passes.fits_single(known) == single:
+                    return known, outcome
+        return super()._read_norms(global_params, clients, finite)
 
     def _all_pass(self, clients: ClientUpdates) -> bool:
         """Whether nobody is rejected, nor would be if norms were a little different."""
         bound = None if self.norm_bound is None else max(self.norm_bound * (1 - _NORM_MARGIN), 1.0)
         return bool(clients.screened(importance=self.needs_fishers, norm_bound=bound).valid.all())
 
-    def _apply(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
-        return self._read(global_params, clients)[0]
+    def _apply(self, global_params: Tensor, clients: ClientUpdates, finite: Tensor | None) -> Outcome:
+        return self._read(global_params, clients, passes.fits_single(clients), finite)[0]
 
-    def _read(self, global_params: Tensor, clients: ClientUpdates) -> tuple[Outcome, Tensor]:
+    def _read(
+        self, global_params: Tensor, clients: ClientUpdates, single: bool, finite: Tensor | None
+    ) -> tuple[Outcome, ClientUpdates]:
         """Scores and the mean over those who will probably be kept in one reading, and the mean again if need be.
 
-        With them the squared norms of the updates, as right as products in the chosen arithmetic are.
+        Products are formed in float32 if ``single``, and again in float64 where that is not good enough. Everything is
+        decided where the clients' rows are, and fetched at once when the reading is done: on a device the host waits
+        once, and once more if products are formed again.
+
+        With the outcome the round with the squared norms of this reading, which are as right as its products.
         """
-        alpha = self.shares(clients, clients.valid)
-        expected = clients.valid
+        on = clients.on_device()
+        alpha, expected = self.shares(on, on.valid), on.valid
         if self.cluster is not None:
-            guess = passes.sampled_scores(clients, alpha, reweight=self.importance)
-            expected = self._decide(guess.distance, clients).kept
-        for single in self._arithmetics(clients):
+            guess = passes.sampled_scores(on, alpha, reweight=self.importance, single=single)
+            expected = self._decide(guess.distance, on).kept
+        while True:
             scores, params = passes.scores_and_mean(
                 global_params,
-                clients,
+                on,
                 alpha,
-                self.weights(clients, expected),
+                self.weights(on, expected),
                 reweight=self.importance,
                 rescale=self.rescale,
                 single=single,
             )
-            selection = self._decide(scores.distance, clients)
-            if not single or passes.trusted(scores, clients, alpha):
+            selection = self._decide(scores.distance, on)
+            weights = self.weights(on, selection.kept)
+            trusted = passes.trusted(scores, on, alpha) if single else torch.tensor(True)
+            foreseen = (selection.kept == expected).all()
+            read = clients.with_norms(scores.squared_norm)
+            selection, own, trusted, foreseen, finite, *statistics = _fetched(
+                selection, weights, trusted, foreseen, finite, *read.statistics
+            )
+            _require_finite(finite)
+            if trusted:
                 break
-            expected = selection.kept
-        weights = self.weights(clients, selection.kept)
-        if not torch.equal(selection.kept, expected):
-            params = passes.mean(global_params, clients, weights, rescale=self.rescale, single=single)
-        return (selection, weights, params), scores.squared_norm
+            single, expected = False, sent(selection.kept, on.valid.device)
+        if not foreseen:
+            params = passes.mean(global_params, on, weights, rescale=self.rescale, single=single)
+        return (selection, own, params), clients.with_statistics(*statistics)
 
     def _decide(self, distance: Tensor, clients: ClientUpdates) -> Selection:
+        """From vectors that lie together, on the CPU or not; nothing waits for them."""
         valid, score = clients.valid, SCORES[self.discrepancy]
-        scores = score(distance[valid], clients.num_params)
-        labels = torch.zeros(len(clients.clients), dtype=torch.int64)
-        if self.cluster is not None and scores.max() - scores.min() > _ROUNDING * scores.max():
-            labels[valid] = CLUSTERINGS[self.cluster](scores, self)
-        kept = valid & ((labels < labels.max()) | (labels.max() == 0))
+        scores = score(clients.of_valid(distance), clients.num_params)
+        labels = torch.zeros_like(valid, dtype=torch.int64)
+        if self.cluster is not None:
+            apart = scores.max() - scores.min() > _ROUNDING * scores.max()
+            found = CLUSTERINGS[self.cluster](torch.where(apart, scores, 0.0), self)
+            labels = found if clients.rows is None else labels.index_copy(0, clients.rows, found)
+        largest = labels.max()
+        kept = valid & ((labels < largest) | (largest == 0))
         return Selection(kept, score(distance / self.learning_rate**2, clients.num_params), labels)
 
-    @staticmethod
-    def _arithmetics(clients: ClientUpdates) -> tuple[bool, ...]:
-        """Whether products are formed in float32, first and, where that is not good enough, next."""
-        return (True, False) if passes.fits_single(clients) else (False,)
+
+def _fetched(selection: Selection, *others: Tensor | None) -> list[Any]:
+    """The selection with its vectors on the CPU, and others, by one copy."""
+    kept, discrepancy, labels, *rest = fetch([selection.kept, selection.discrepancy, selection.labels, *others])
+    return [replace(selection, kept=kept, discrepancy=discrepancy, labels=labels), *rest]
 
 
-def _check_global(global_params: Tensor, clients: ClientUpdates) -> None:
+def _check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | None:
+    """Raise unless these can be the parameters of the round.
+
+    Returns:
+        None if they are finite; on a device, where that would have to be waited for, whether they are.
+    """
     check_floating("global_params", global_params, "[P]")
     if global_params.numel() != clients.num_params:
         raise ValueError(
             f"expected global_params [{clients.num_params}] like the updates, got [{global_params.numel()}]"
         )
     check_device("global_params", global_params, clients.tiles)
-    if not all(bound.isfinite() for bound in global_params.aminmax()):
+    finite = torch.stack(global_params.detach().aminmax()).isfinite().all()
+    if finite.device.type != "cpu":
+        return finite
+    _require_finite(finite)
+    return None
+
+
+def _require_finite(finite: Tensor | None) -> None:
+    """Raise unless the global parameters are finite, or known to be."""
+    if finite is not None and not finite:
         raise ValueError("global_params are not finite")

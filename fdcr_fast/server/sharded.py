@@ -111,12 +111,30 @@ class ParamShard(Shard):
 
     def gather(self, vector: Tensor) -> Tensor:
         """All parameters ``[P]`` from the parts of all ranks, such as ``result.params``, on every rank."""
-        ranges = [shard_range(self.num_params, rank, self.world) for rank in range(self.world)]
+        ranges = self._ranges()
         longest = max(part.stop - part.start for part in ranges)
         padded = torch.nn.functional.pad(vector.detach(), (0, longest - len(vector)))
         parts = self._gathered(padded)
         whole = [values[: part.stop - part.start] for values, part in zip(parts, ranges, strict=True)]
         return torch.cat(whole).to(vector.device)
+
+    def deal(self, vectors: Tensor) -> Tensor:
+        """Of vectors ``[m, P]`` that ranks have the parameters of this rank, ``[M, len(self)]``.
+
+        Ranks may have different numbers ``m``, 0 too, of which ``M`` is the sum, in the order of the ranks.
+        """
+        counts = self._gathered(torch.tensor([len(vectors)])).flatten().tolist()
+        sent = [vectors[:, part].reshape(-1) for part in self._ranges()]
+        result = torch.empty(sum(counts), len(self), dtype=vectors.dtype, device=self._device)
+        with self._waiting():
+            dist.all_to_all_single(
+                _bytes(result),
+                _bytes(torch.cat(sent).to(self._device)),
+                [count * len(self) * vectors.element_size() for count in counts],
+                [part.numel() * vectors.element_size() for part in sent],
+                group=self._group,
+            )
+        return result.to(vectors.device)
 
     def own(self, vector: Tensor) -> Tensor:
         """This process's parameters of a vector ``[P]``; a view."""
@@ -144,9 +162,9 @@ class ParamShard(Shard):
                 settings |= {"client_ids": clients.clients, "num_samples": clients.num_samples.tolist()}
             part = RoundPart.of(clients, {name: str(value) for name, value in settings.items()})
         except Exception as error:
-            self._exchanged(RoundPart(error=f"{type(error).__name__}: {error}"))
+            self.exchanged(RoundPart(error=f"{type(error).__name__}: {error}"))
             raise
-        parts = self._exchanged(part)
+        parts = self.exchanged(part)
         for rank, other in enumerate(parts):
             if other.error is not None:
                 raise ValueError(f"rank {rank} of {self.world} cannot aggregate: {other.error}")
@@ -164,6 +182,9 @@ class ParamShard(Shard):
         if not (digests == digests[0]).all():
             raise RuntimeError("the ranks came to different decisions: do they remember the same of earlier rounds?")
 
+    def _ranges(self) -> list[slice]:
+        return [shard_range(self.num_params, rank, self.world) for rank in range(self.world)]
+
     def _blocks(self, rank: int) -> range:
         return range(*(first_block(self._bounds, r, self.world) for r in (rank, rank + 1)))
 
@@ -178,12 +199,24 @@ class ParamShard(Shard):
         plans = [self._plan(rank, sums.together) for rank in range(self.world)]
         stacked = torch.stack([node.total for node in sums.nodes])
         room = max(len(plan) for plan in plans) - len(stacked)
-        parts = self._gathered(torch.cat([stacked, stacked.new_zeros(room, *stacked.shape[1:])]))
+        padded = torch.cat([stacked, stacked.new_zeros(room, *stacked.shape[1:])])
         everything = BlockSums(sums.together)
-        for plan, totals in zip(plans, parts, strict=True):
+        for plan, totals in zip(plans, self._one_by_one(padded), strict=True):
             for (block, size), total in zip(plan, totals, strict=False):  # of the shorter plans the rest is padding
                 everything.add(block, total, size)
         return in_order([node.total for node in everything.nodes])
+
+    def _one_by_one(self, values: Tensor) -> Iterator[Tensor]:
+        """The values of the ranks in order; together only where that takes little memory."""
+        if self.world * values.numel() * values.element_size() <= 4 * _SUMS_BYTES:
+            yield from self._gathered(values)
+            return
+        values = values.to(self._device)
+        for rank in range(self.world):
+            part = values if rank == self.rank else torch.empty_like(values)
+            with self._waiting():
+                dist.broadcast(part, group=self._group, group_src=rank)
+            yield part
 
     def _plan(self, rank: int, together: int) -> list[tuple[int, int]]:
         """Of which blocks, from which on and how many, a rank will send the sums."""
@@ -194,13 +227,15 @@ class ParamShard(Shard):
 
     def _gathered(self, values: Tensor) -> Tensor:
         """``[world, *shape]`` from the ranks' ``[*shape]``, on the device of the collectives."""
-        sent = values.to(self._device).contiguous().view(torch.uint8)  # bytes: backends do not know all dtypes
-        result = sent.new_empty(self.world, *sent.shape)
-        with self._waiting():
-            dist.all_gather(list(result.unbind()), sent, group=self._group)
-        return result.view(values.dtype)
+        result = torch.empty(self.world, *values.shape, dtype=values.dtype, device=self._device)
+        if result.numel():
+            parts = [_bytes(part) for part in result]
+            with self._waiting():
+                dist.all_gather(parts, _bytes(values.to(self._device)), group=self._group)
+        return result
 
-    def _exchanged(self, value: T) -> list[T]:
+    def exchanged(self, value: T) -> list[T]:
+        """What every rank has, such as a number; it is pickled, and small."""
         result: list[Any] = [None] * self.world
         with self._waiting():
             dist.all_gather_object(result, value, group=self._group)
@@ -215,3 +250,8 @@ class ParamShard(Shard):
                 f"rank {self.rank} of {self.world} cannot go on: another rank died, or did not get here within the "
                 f"timeout of the group ({error})"
             ) from error
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """The bytes of a tensor, a view if it is contiguous: backends do not know all dtypes."""
+    return values.reshape(-1).view(torch.uint8)

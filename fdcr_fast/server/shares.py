@@ -14,16 +14,16 @@ def limited_shares(shares: Tensor, limit: float | None) -> Tensor:
         limit: In (0, 1]; None for no limit. Where so few shares are positive that all of them at the limit do not
             reach 1, they become equal.
     """
-    if limit is None or not shares.max() > limit:
+    if limit is None:
         return shares
     positive = shares > 0
-    count = int(positive.sum())
-    if count * limit <= 1:
-        return torch.where(positive, 1 / count, 0.0).to(shares)
+    count = positive.sum()
     descending = shares.sort(descending=True).values
-    cut = torch.arange(len(shares), dtype=shares.dtype)
+    cut = torch.arange(len(shares), dtype=shares.dtype, device=shares.device)
     rest = descending.flip(0).cumsum(0).flip(0)  # of the i-th and all smaller ones
     # With the i largest at the limit, the others are scaled to 1 - i * limit; the first i for which they stay below.
     scale = (1 - cut * limit) / rest
-    first = int((scale * descending <= limit).to(torch.int8).argmax())
-    return torch.where(positive, (shares * scale[first]).clamp(max=limit), shares)
+    first = (scale * descending <= limit).to(torch.int8).argmax(keepdim=True)
+    limited = torch.where(positive, (shares * scale.gather(0, first)).clamp(max=limit), shares)
+    equal = torch.where(positive, 1 / count, 0.0).to(shares.dtype)
+    return torch.where(shares.max() > limit, torch.where(count * limit <= 1, equal, limited), shares)

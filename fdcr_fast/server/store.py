@@ -395,8 +395,8 @@ class UpdateStore:
             num_samples=numbers("num_samples"),
             clients=tuple(client.client for client in clients),
             squared_norm=numbers("squared_norm"),
-            fisher_min=numbers("fisher_min").to(tiles.device) if self.with_fishers else None,
-            fisher_max=numbers("fisher_max").to(tiles.device) if self.with_fishers else None,
+            fisher_min=numbers("fisher_min") if self.with_fishers else None,
+            fisher_max=numbers("fisher_max") if self.with_fishers else None,
             valid=torch.ones(len(clients), dtype=torch.bool),
             rejected=rejected,
         )

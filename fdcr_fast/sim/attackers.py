@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import UpdateStore
+from fdcr_fast.server.intake import WHOLE, Shard
 from fdcr_fast.sim.attacks.fishers import ATTACKER_FISHERS, OMNISCIENT_FISHERS, FisherKnowledge
 from fdcr_fast.sim.attacks.poison import ATTACKS, PoisonOptions
 from fdcr_fast.sim.attacks.schedule import attacks_in, parse_rounds
@@ -78,8 +79,10 @@ class Attackers:
         """Who attacks among the clients of a round: all malicious ones, or none, who then are as benign as anybody."""
         return self.clients.intersection(clients) if attacks_in(self._rounds, round) else frozenset()
 
-    def draft(self, work: LocalWork, client: int, epochs: int, attackers: int) -> tuple[Tensor, Tensor]:
-        """Let one of so many attackers train: the update and the Fisher ``[P]`` that it sends.
+    def draft(
+        self, work: LocalWork, client: int, epochs: int, attackers: int, with_fisher: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Let one of so many attackers train: the update and, if wanted, the Fisher ``[P]`` that it sends.
 
         What depends on others' uploads is left to :meth:`revise`; until then it is the update as trained, and zeros.
         """
@@ -87,23 +90,28 @@ class Attackers:
         update = draft.params - work.params
         if not self._colluding:
             update = self._update(work.round, client, update, attackers, norm=draft.norm)
+        if not with_fisher:
+            return update, None
         if self._omniscient:
             return update, torch.zeros_like(update)
         return update, self._fisher(work.round, client, len(update), draft)
 
-    def revise(self, round: int, attackers: frozenset[int], store: UpdateStore) -> None:
-        """Replace the drafts in the store, which holds all uploads, by what their senders make of the others'."""
+    def revise(self, round: int, attackers: frozenset[int], store: UpdateStore, shard: Shard = WHOLE) -> None:
+        """Replace the drafts in the store, which holds all uploads, by what their senders make of the others'.
+
+        Where the store holds a shard of the parameters, the updates of ``COLLUDING_UPDATES`` are those of a shard, too.
+        """
         benign = self.config.attacker_view == "benign"
         in_view = (sent.update for sent in store if (sent.client not in attackers) == benign)
         seen = moments(in_view if self._colluding else (), store.num_params)
         fishers = (sent.fisher for sent in store if sent.client not in attackers and sent.fisher is not None)
-        mean_fisher = moments(fishers if self._omniscient else (), store.num_params).mean.to(store.dtype)
+        mean_fisher = shard.gather(moments(fishers if self._omniscient else (), store.num_params).mean.to(store.dtype))
         for client in sorted(attackers.intersection(store.clients)):
             _, update, fisher, num_samples = store[client]
             if self._colluding:
                 update = self._update(round, client, update, len(attackers), seen=seen)
-            if self._omniscient:
-                fisher = self._fisher(round, client, len(update), benign_mean=mean_fisher)
+            if self._omniscient and fisher is not None:
+                fisher = shard.own(self._fisher(round, client, len(mean_fisher), benign_mean=mean_fisher))
             store.remove(client)
             store.put(update, fisher, num_samples, client_id=client)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fdcr_fast.server.shared_memory import SharedTensor
@@ -95,7 +96,12 @@ class LocalWork:
             return self.worker.params()
 
     def fisher(self, data: ClientData, params: Tensor) -> Tensor:
-        """Diagonal Fisher ``[P]`` of the data at a model."""
+        """Diagonal Fisher ``[P]`` of the data at a model: of all, or of ``fisher_samples`` drawn by seed and round."""
+        rows, most = data.rows, self.config.fisher_samples
         with self.clock.phase("fisher"):
+            if most is not None and most < len(rows):
+                rows = rows[
+                    torch.randperm(len(rows), generator=torch_generator(self.config.seed, "fisher", self.round))
+                ]
             self.worker.load(params)
-            return self.worker.fisher(data.images, data.labels, data.rows)
+            return self.worker.fisher(data.images, data.labels, rows[:most])

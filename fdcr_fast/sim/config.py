@@ -246,6 +246,15 @@ class SimulationConfig(BaseModel):
     lr: PositiveFloat = Field(default=0.01, description="Learning rate of local SGD.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of local SGD.")
     weight_decay: float = Field(default=1e-5, ge=0, description="Weight decay of local SGD.")
+    fishers: Literal["always", "needed"] = Field(
+        default="always",
+        description="When clients compute a Fisher: always, or where the server reads it, which saves time.",
+    )
+    fisher_samples: PositiveInt | None = Field(
+        default=None,
+        description="Fisher of at most so many of a client's images, drawn anew in each round, instead of all: faster "
+        "and not exact.",
+    )
     seed: NonNegativeInt = Field(default=0, description="Seed of every random draw.")
     workers: PositiveInt = Field(
         default=1, description="Processes that train clients side by side; results do not depend on it."

@@ -44,28 +44,29 @@ class Outcome:
 
 
 class Upload(NamedTuple):
-    """What a client sends: ``delta_k [P]``, ``F_k [P]`` and ``n_k``."""
+    """What a client sends: ``delta_k [P]``, ``F_k [P]`` (or None) and ``n_k``."""
 
     update: Tensor
-    fisher: Tensor
+    fisher: Tensor | None
     num_samples: int
 
 
 @dataclass(frozen=True, eq=False)
 class Clients:
-    """Everybody's data, and the attackers among them."""
+    """Everybody's data, the attackers among them, and whether they compute Fishers."""
 
     data: ClientShares
     attackers: Attackers
+    with_fishers: bool = True
 
     def perform(self, work: LocalWork, job: Job) -> Upload:
         """Train one client and compute its Fisher; depends on the arguments alone."""
         data = self.data[job.client]
         if job.attackers:
-            update, fisher = self.attackers.draft(work, job.client, job.epochs, job.attackers)
+            update, fisher = self.attackers.draft(work, job.client, job.epochs, job.attackers, self.with_fishers)
         else:
             params = work.train(job.client, data, epochs=job.epochs)
-            update, fisher = params - work.params, work.fisher(data, params)
+            update, fisher = params - work.params, work.fisher(data, params) if self.with_fishers else None
         return Upload(update, fisher, len(data.rows))
 
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from fdcr_fast import ParamGroups, UpdateStore
+from fdcr_fast import ParamGroups, ParamShard, UpdateStore
+from fdcr_fast.server.intake import WHOLE, ClientUpdates, Shard
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
+from fdcr_fast.sim.across_ranks import AcrossRanks, on_first_rank
 from fdcr_fast.sim.attackers import Attackers
 from fdcr_fast.sim.checkpoint import RunFolder, RunState, write_atomically
 from fdcr_fast.sim.clients import ClientShares, LocalWork
@@ -40,6 +43,7 @@ from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions, as
 from fdcr_fast.sim.training import Worker
 from fdcr_fast.sim.workers import WorkerPool
 
+_AT_A_TIME = 4  # clients that a rank trains before ranks send each other their parameters
 MOST_COMPARED = 200  # clients whose similarity is kept, which takes time and memory for all pairs
 
 
@@ -71,7 +75,7 @@ class SimulationResult:
         rounds: One record per round.
         clients: One record per round and client drawn for it.
         similarity: Cosine similarity of the importances of the last round's clients, in the order of their records and
-            at most ``MOST_COMPARED`` of them, float64 ``[S, S]``.
+            at most ``MOST_COMPARED`` of them, float64 ``[S, S]``; None where they compute no Fishers.
         summary: Means over the last five rounds.
     """
 
@@ -79,7 +83,7 @@ class SimulationResult:
     params: Tensor
     rounds: tuple[RoundRecord, ...]
     clients: tuple[ClientRecord, ...]
-    similarity: Tensor
+    similarity: Tensor | None
     summary: Summary
 
 
@@ -103,12 +107,17 @@ def build_rule(
 class Federation:
     """Everything that stays the same over the rounds; building it checks the configuration against the data.
 
+    Args:
+        config: What to run.
+        group: Processes that run it together; None for this one alone.
+
     Raises:
         FileNotFoundError: the data set's files are not there.
-        ValueError: the configuration does not fit the data (attack, model, partition).
+        ValueError: the configuration does not fit the data (attack, model, partition), or the server cannot run in
+            several processes.
     """
 
-    def __init__(self, config: SimulationConfig) -> None:
+    def __init__(self, config: SimulationConfig, group: ProcessGroup | None = None) -> None:
         self.config = config
         dataset = load_dataset(config.dataset, config.data_dir)
         dataset = dataset.subset(config.max_train_samples, config.max_test_samples, config.seed)
@@ -131,11 +140,33 @@ class Federation:
             data = ServerData(self.worker, server_images, server_labels, config.training(), seed)
         self.rule = build_rule(config, self.attackers.clients, ParamGroups.from_module(self.worker.model), data)
         self.initial_params = self.worker.params()
-        self.store = UpdateStore(self.worker.layout.numel, config.cohort(), shared=config.workers > 1)
-        self.clients = Clients(self.data, self.attackers)
+        num_params, several = len(self.initial_params), config.workers > 1
+        self.ranks = None if group is None else ParamShard(num_params, group)
+        fishers = config.fishers == "always" or self.rule.needs_fishers
+        if self.ranks is None:
+            self.store = whole = UpdateStore(num_params, config.cohort(), with_fishers=fishers, shared=several)
+        elif self.rule.sharded:
+            self.store = UpdateStore(len(self.ranks), config.cohort(), with_fishers=fishers)
+            whole = UpdateStore(num_params, _AT_A_TIME * config.workers, with_fishers=fishers, shared=several)
+        else:
+            raise ValueError(f"server {config.server} needs all parameters in one process: it runs on no ranks")
+        self.clients = Clients(self.data, self.attackers, fishers)
         self.executor: Executor = InProcess(self.clients)
-        if config.workers > 1:
-            self.executor = WorkerPool(config, self.clients, self.build, self.store)
+        if several:
+            self.executor = WorkerPool(config, self.clients, self.build, whole)
+        if self.ranks is not None:
+            self.executor = AcrossRanks(self.ranks, self.executor, whole)
+
+    @property
+    def shard(self) -> Shard:
+        """The parameters that the store has."""
+        return WHOLE if self.ranks is None else self.ranks
+
+    def uploads(self) -> ClientUpdates:
+        """What the store holds, as all ranks agree on it."""
+        if self.ranks is None:
+            return self.store.client_updates()
+        return self.ranks.agreed(self.store.client_updates, stored=True)
 
     def close(self) -> None:
         """End what runs besides this process."""
@@ -161,7 +192,7 @@ class Federation:
             if progress is not None:
                 progress(ProgressEvent(work.round, done))
         if self.attackers.wait:
-            self.attackers.revise(work.round, active, self.store)
+            self.attackers.revise(work.round, active, self.store, self.shard)
         drawn = drawn.without(failed)
         for client, reason in drawn.missing.items():
             self.store.reject(client, reason)
@@ -177,15 +208,20 @@ class Federation:
         clock = Stopwatch()
         drawn = self.collect(LocalWork(self.config, self.worker, clock, round, params, last_update), progress)
         with clock.phase("aggregation"):
-            result = self.rule.aggregate(params, self.store)
+            result = self.rule.aggregate(self.shard.own(params), self.store, shard=self.ranks)
+            new = self.shard.gather(result.params)
         with clock.phase("evaluation"):
-            self.worker.load(result.params)
-            accuracy = match_rate(self.worker.predict(self.test_images), self.test_labels)
-            success = None
-            if len(self.victims):
-                success = match_rate(self.worker.predict(self.victims), self.config.target)
+            accuracy, success = on_first_rank(self.ranks, partial(self._evaluate, new))
         clients = self._client_records(round, drawn, result)
-        return result.params, self._round_record(round, accuracy, success, clients, clock), clients
+        return new, self._round_record(round, accuracy, success, clients, clock), clients
+
+    def _evaluate(self, params: Tensor) -> tuple[float, float | None]:
+        """Accuracy, and success of the attack, if it has one."""
+        self.worker.load(params)
+        accuracy = match_rate(self.worker.predict(self.test_images), self.test_labels)
+        if not len(self.victims):
+            return accuracy, None
+        return accuracy, match_rate(self.worker.predict(self.victims), self.config.target)
 
     def _client_records(self, round: int, drawn: Participants, result: AggregationResult) -> list[ClientRecord]:
         position = {client: index for index, client in enumerate(result.clients)}
@@ -247,7 +283,10 @@ def _num_threads(threads: int) -> Iterator[None]:
 
 
 def simulate(
-    config: SimulationConfig, out: str | Path | None = None, progress: Progress | None = None
+    config: SimulationConfig,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    group: ProcessGroup | None = None,
 ) -> SimulationResult:
     """Run a federated simulation. The same configuration gives the same bits on the same machine.
 
@@ -255,21 +294,26 @@ def simulate(
         config: What to run.
         out: New folder for config.yaml, rounds.csv, clients.csv, summary.json, figures and checkpoint.
         progress: Called after every client and every round.
+        group: Processes that all call this and run it together, the first of which measures and writes; None for this
+            one alone. docs/distributed.md tells which bits do not depend on how many they are.
 
     Raises:
         FileNotFoundError: the data set's files are not there.
         FileExistsError: ``out`` already holds a run.
-        ValueError: the configuration does not fit the data.
+        ValueError: the configuration does not fit the data, or the server cannot run in several processes.
+        RuntimeError: another process of the group died or did not arrive in time.
     """
-    with _num_threads(config.threads), closing(Federation(config)) as federation:
+    with _num_threads(config.threads), closing(Federation(config, group)) as federation:
         folder = None if out is None else RunFolder(Path(out))
         if folder is not None:
-            folder.create(config)
+            on_first_rank(federation.ranks, partial(folder.create, config))
         return _run(federation, RunState(federation.initial_params, [], []), folder, progress)
 
 
-def resume(out: str | Path, progress: Progress | None = None) -> SimulationResult:
+def resume(out: str | Path, progress: Progress | None = None, group: ProcessGroup | None = None) -> SimulationResult:
     """Continue the run in ``out`` as its config.yaml says, to the result of an uninterrupted run.
+
+    All processes of a group must see the folder; see :func:`simulate`.
 
     Raises:
         FileNotFoundError: the folder holds no run, or the data set's files are not there.
@@ -277,7 +321,7 @@ def resume(out: str | Path, progress: Progress | None = None) -> SimulationResul
     """
     folder = RunFolder(Path(out))
     config = folder.config()
-    with _num_threads(config.threads), closing(Federation(config)) as federation:
+    with _num_threads(config.threads), closing(Federation(config, group)) as federation:
         state = folder.load() or RunState(federation.initial_params, [], [])
         if state.memory:
             federation.rule = federation.rule.with_memory(state.memory)
@@ -288,6 +332,8 @@ def _run(
     federation: Federation, state: RunState, folder: RunFolder | None, progress: Progress | None
 ) -> SimulationResult:
     config = federation.config
+    if federation.ranks is not None and federation.ranks.rank > 0:
+        folder = progress = None
     for round in range(len(state.rounds) + 1, config.rounds + 1):
         before = state.params
         state.params, record, clients = federation.run_round(round, before, progress, state.last_update)
@@ -295,14 +341,13 @@ def _run(
         state.rounds.append(record)
         state.clients.extend(clients)
         state.memory = federation.rule.memory()
-        if round == config.rounds:
+        if round == config.rounds and federation.store.with_fishers:
             compared = [record.client for record in clients[:MOST_COMPARED]]
-            state.similarity = importance_similarity(federation.store, compared)
+            state.similarity = importance_similarity(federation.uploads(), compared)
         if folder is not None:
             folder.save(state, clients)
         if progress is not None:
             progress(ProgressEvent(round, config.cohort(), record))
-    assert state.similarity is not None
     result = SimulationResult(
         config,
         state.params,

@@ -93,6 +93,7 @@ def clients_figure(result: SimulationResult) -> Figure:
 
 def similarity_figure(result: SimulationResult) -> Figure:
     """Similarity of the clients' importances in the last round (figure 1); malicious clients come last."""
+    assert result.similarity is not None
     last = [record for record in result.clients if record.round == len(result.rounds)]
     compared = last[: len(result.similarity)]
     order = sorted(range(len(compared)), key=lambda index: (compared[index].malicious, index))
@@ -115,7 +116,8 @@ def similarity_figure(result: SimulationResult) -> Figure:
 
 
 def write_figures(result: SimulationResult, folder: Path) -> None:
-    """Write accuracy.png, clients.png and similarity.png."""
+    """Write accuracy.png, clients.png and, where there are Fishers, similarity.png."""
     accuracy_figure({result.config.server: result.rounds}).savefig(folder / "accuracy.png")
     clients_figure(result).savefig(folder / "clients.png")
-    similarity_figure(result).savefig(folder / "similarity.png")
+    if result.similarity is not None:
+        similarity_figure(result).savefig(folder / "similarity.png")

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from torch import Tensor
 
-from fdcr_fast import UpdateStore
+from fdcr_fast.server.intake import ClientUpdates, Span
 
 Phase = Literal["training", "fisher", "aggregation", "evaluation"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -150,28 +150,30 @@ def summarize(rounds: Sequence[RoundRecord]) -> Summary:
     )
 
 
-def importance_similarity(store: UpdateStore, clients: Sequence[int]) -> Tensor:
+def importance_similarity(uploads: ClientUpdates, clients: Sequence[int]) -> Tensor:
     """Cosine similarity of the importance vectors of ``S`` clients (figure 1), float64 ``[S, S]``.
 
-    Those without a row in the store have NaN.
+    Those without an upload have NaN.
 
     Raises:
-        ValueError: the store holds no Fishers.
+        ValueError: there are no Fishers.
     """
-    uploads = store.client_updates()
     if uploads.fisher_min is None or uploads.fisher_max is None:
-        raise ValueError("the store holds no Fishers")
+        raise ValueError("the uploads have no Fishers")
     row = {client: index for index, client in enumerate(uploads.clients)}
     present = [index for index, client in enumerate(clients) if client in row]
     rows = torch.tensor([row[clients[index]] for index in present], dtype=torch.int64)
     low, high = uploads.fisher_min[rows, None], uploads.fisher_max[rows, None]
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for span in uploads.spans():
+
+    def read(span: Span, total: Tensor) -> Tensor:
         assert span.fishers is not None  # there are ranges of them
         for index, block in enumerate(span.fishers.unbind()):
             fishers = block[rows, : span.num_params - index * uploads.tiles.tile].double()
             importance = (fishers - low) / (high - low)
-            gram += importance @ importance.T
+            total = total + importance @ importance.T
+        return total
+
+    gram = uploads.sum(torch.zeros(len(rows), len(rows), dtype=torch.float64), read)
     norms = gram.diagonal().sqrt()
     similarity = torch.full((len(clients), len(clients)), float("nan"), dtype=torch.float64)
     places = torch.tensor(present, dtype=torch.int64)

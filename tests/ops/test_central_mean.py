@@ -14,7 +14,7 @@ def middle(values, keep, nearest):
     twice = x[(len(x) - 1) // 2] + x[len(x) // 2]
     while len(x) > keep:
         if nearest:
-            x.pop(0 if twice - 2 * x[0] > 2 * x[-1] - twice else -1)
+            x.pop(0 if twice > x[0] + x[-1] else -1)  # the sum tells who is further away with one rounding
         else:
             x = x[1:-1]
     return sum(x) / keep
@@ -50,18 +50,37 @@ def test_the_middle(implementation, problem):
 
 @pytest.mark.parametrize("K", [1, 2, 3, 7, 8, 9, 31, 64, 100, 257, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_medians_are_exact_whatever_the_number_of_clients(compiled, K, dtype):
+def test_medians_are_exact_whatever_the_number_of_clients(implementation, K, dtype):
     updates = torch.randn(1, K, 37, generator=torch.Generator().manual_seed(K), dtype=dtype)
     everybody = torch.ones(K, dtype=torch.bool)
-    got = compiled("central_mean")(torch.zeros(37, dtype=torch.float64), updates, everybody, 2 - K % 2, False)
+    got = implementation("central_mean")(torch.zeros(37, dtype=torch.float64), updates, everybody, 2 - K % 2, False)
     np.testing.assert_array_equal(got, np.median(updates[0].double().numpy(), axis=0))
 
 
+@pytest.mark.parametrize(("K", "keep"), [(33, 33), (64, 10), (600, 400)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_trimmed_means_of_many_clients(implementation, K, keep, dtype):
+    generator = torch.Generator().manual_seed(K)
+    size = torch.randint(-12, 4, (K, 19), generator=generator)
+    updates = torch.randn(K, 19, generator=generator, dtype=torch.float64).ldexp(size).to(dtype)
+    updates[:, 0] = updates[0, 0]
+    updates[K // 4 :, 1] = updates[0, 1]
+    updates[::2, 2] *= 0
+    read = torch.ones(K, dtype=torch.bool)
+    function, w = implementation("central_mean"), torch.zeros(19, dtype=torch.float64)
+    got = function(w, updates[None], read, keep, False)
+    middle = updates.double().sort(0).values[(K - keep) // 2 : (K + keep) // 2]
+    torch.testing.assert_close(got, middle.mean(0), rtol=1e-13, atol=1e-13)
+    if dtype == torch.float32:
+        order = torch.randperm(K, generator=generator)
+        assert torch.equal(function(w, updates[order][None], read, keep, False), got)
+
+
 @given(problem=problems(), seed=st.integers(0, 99))
-def test_the_order_of_the_clients_changes_no_bit(compiled, problem, seed):
+def test_the_order_of_the_clients_changes_no_bit(implementation, problem, seed):
     w, updates, read, keep, nearest = problem
     order = torch.randperm(updates.shape[1], generator=torch.Generator().manual_seed(seed))
-    function = compiled("central_mean")
+    function = implementation("central_mean")
     shuffled = function(w, updates[:, order], read[order], keep, nearest)
     assert torch.equal(function(w, updates, read, keep, nearest), shuffled)
 

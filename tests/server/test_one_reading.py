@@ -79,7 +79,7 @@ def test_the_result_has_the_same_bits_whatever_was_guessed(seed, wrong, rescale,
     right = rule.aggregate(w, updates, fishers, n)
     guess = torch.tensor([wrong >> k & 1 for k in range(20)], dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "sampled_scores", lambda *_, **__: passes.Scores(guess, guess, 1.0))
+        patch.setattr(passes, "sampled_scores", lambda *_, **__: passes.Scores(guess, guess, torch.ones(())))
         other = rule.aggregate(w, updates, fishers, n)
     assert torch.equal(other.params, right.params)
     assert torch.equal(other.discrepancy, right.discrepancy)
@@ -89,7 +89,9 @@ def test_the_result_has_the_same_bits_whatever_was_guessed(seed, wrong, rescale,
 def test_a_wrong_guess_costs_one_more_reading(readings, monkeypatch):
     w, updates, fishers, n = attacked()
     monkeypatch.setattr(
-        passes, "sampled_scores", lambda *_, **__: passes.Scores(torch.arange(20.0).double(), torch.ones(20), 1.0)
+        passes,
+        "sampled_scores",
+        lambda *_, **__: passes.Scores(torch.arange(20.0).double(), torch.ones(20), torch.ones(())),
     )
     FDCR(cluster="kmeans").aggregate(w, updates, fishers, n)
     assert readings == [("scores_and_mean", True), ("mean", True)]
@@ -152,7 +154,7 @@ def test_samples_are_spread_over_the_parameters():
 # --- how much one client may count for ----------------------------------------------------------------------
 
 
-@given(st.lists(st.floats(0, 1e18), min_size=1, max_size=50), st.floats(0.001, 1))
+@given(st.lists(st.just(0.0) | st.floats(1e-100, 1e18), min_size=1, max_size=50), st.floats(0.001, 1))
 def test_limited_shares_fill_up_like_water(counts, limit):
     counts = torch.tensor(counts, dtype=torch.float64)
     total = counts.sum()

@@ -87,7 +87,7 @@ def test_similarity_is_the_cosine_of_importances(num_params: int, accepted: list
     for client, good in enumerate(accepted):
         update = np.full(num_params, 1.0 if good else np.nan, dtype=np.float32)
         assert store.put(update, fishers[client], 1, client_id=client) == good
-    similarity = importance_similarity(store, range(clients)).numpy()
+    similarity = importance_similarity(store.client_updates(), range(clients)).numpy()
     exact = fishers.astype(np.float64)
     for i in range(clients):
         for j in range(clients):
@@ -99,7 +99,7 @@ def test_similarity_is_the_cosine_of_importances(num_params: int, accepted: list
 
 def test_similarity_needs_fishers() -> None:
     with pytest.raises(ValueError, match="no Fishers"):
-        importance_similarity(UpdateStore(3, 2, with_fishers=False), [0, 1])
+        importance_similarity(UpdateStore(3, 2, with_fishers=False).client_updates(), [0, 1])
 
 
 def test_the_stopwatch_adds_up_also_after_an_error() -> None:

@@ -198,3 +198,35 @@ def test_a_round_in_which_nobody_sends_anything_leaves_the_model() -> None:
     assert {client.reason for client in result.clients} == {MISSED_DEADLINE}
     assert torch.equal(result.params, Federation(config).initial_params)
     assert (result.rounds[0].true_positive_rate, result.rounds[0].false_positive_rate) == (None, None)
+
+
+def test_fishers_are_left_out_where_nobody_reads_them(tmp_path: Path) -> None:
+    config = tiny_config(server="fedavg", attacker_fisher="benign-mean", rounds=1)
+    always = simulate(config)
+    needed = simulate(config.model_copy(update={"fishers": "needed"}), tmp_path)
+    assert torch.equal(needed.params, always.params)
+    assert needed.clients == always.clients
+    assert (needed.similarity, needed.rounds[0].fisher_seconds) == (None, 0)
+    assert always.rounds[0].fisher_seconds > 0
+    assert not (tmp_path / "similarity.png").exists()
+    assert resume(tmp_path).similarity is None
+    assert collected(fishers="needed", server="fdcr")[0].store.with_fishers
+
+
+def test_a_fisher_may_be_that_of_some_images() -> None:
+    federation, work = collected(fisher_samples=4, malicious=0)
+    whole, _ = collected(malicious=0)
+    for sent, exact in zip(federation.store, whole.store, strict=True):
+        assert torch.equal(sent.update, exact.update)
+        data = federation.data[int(str(sent.client))]
+        singles = [
+            work.worker.fisher(data.images, data.labels, row)
+            for row in data.rows.split(1)
+            if work.worker.load(work.params + sent.update) is None
+        ]
+        assert sent.fisher is not None
+        assert not torch.allclose(sent.fisher, torch.stack(singles).mean(0), rtol=1e-2)
+        coefficients = torch.linalg.lstsq(torch.stack(singles).T.double(), sent.fisher[:, None].double()).solution[:, 0]
+        chosen = coefficients.round(decimals=3)
+        assert sorted(chosen.tolist(), reverse=True)[:4] == [0.25] * 4
+        assert chosen.count_nonzero() == 4

@@ -14,7 +14,7 @@ from tiny import tiny_config
 from fdcr_fast.sim import ProgressEvent, simulate
 from fdcr_fast.sim.clients import LocalWork
 from fdcr_fast.sim.execution import Clients, Job, Upload
-from fdcr_fast.sim.federation import Federation
+from fdcr_fast.sim.federation import Federation, _num_threads
 from fdcr_fast.sim.metrics import Stopwatch
 from fdcr_fast.sim.workers import WorkerPool
 
@@ -52,7 +52,8 @@ class Hostile(Clients):
 
 def collected(federation: Federation, progress: Any = None) -> dict[object, torch.Tensor]:
     start = federation.initial_params
-    federation.collect(LocalWork(federation.config, federation.worker, Stopwatch(), 1, start, None), progress)
+    with _num_threads(federation.config.threads):
+        federation.collect(LocalWork(federation.config, federation.worker, Stopwatch(), 1, start, None), progress)
     return {sent.client: sent.update for sent in federation.store}
 
 

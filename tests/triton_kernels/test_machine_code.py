@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 ROOT = Path(__file__).parents[2]
-MEMORY_BOUND = {"aggregate", "client_statistics", "fill", "squared_norm_grads", "norm_statistics", "squared_sums"}
+OF_CLIENTS = {"aggregate", "client_statistics", "fill", "sorted_mean", "selected_mean"}
+MEMORY_BOUND = OF_CLIENTS | {"squared_norm_grads", "norm_statistics", "squared_sums"}
 MATRIX = {"squared_grads", "inner_products"}
 
 
@@ -52,7 +53,7 @@ def test_memory_is_read_in_vectors(rows):
     for row in rows:
         if row["kernel"] in MEMORY_BOUND and row["case"] != "linear, one position":
             assert row["loads"].get("128", 0) > 0, row
-        if row["kernel"] in ("aggregate", "client_statistics", "fill"):
+        if row["kernel"] in OF_CLIENTS:
             assert row["loads"].get("32 or less", 0) <= 1, row
 
 

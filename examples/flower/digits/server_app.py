@@ -3,7 +3,7 @@
 from flwr.app import ArrayRecord
 from flwr.serverapp import ServerApp
 
-from digits.task import CLIENTS, evaluate, network
+from digits.task import CLIENTS, Network, evaluate
 from fdcr_fast import CoalitionFDCR, FedAvg
 from fdcr_fast.integrations.flower import FDCRStrategy
 
@@ -16,9 +16,9 @@ def main(grid, context):
     lines = []
     for rule in (FedAvg(), CoalitionFDCR()):
         strategy = FDCRStrategy(rule, fraction_evaluate=0.0, min_available_nodes=CLIENTS)
-        initial = ArrayRecord(network().state_dict())
+        initial = ArrayRecord(Network().state_dict())
         result = strategy.start(grid, initial, num_rounds=context.run_config.get("num-rounds", 6))
-        model = network()
+        model = Network()
         model.load_state_dict(result.arrays.to_torch_state_dict())
         accuracy, success = evaluate(model)
         dropped = [int(metrics["num-dropped"]) for metrics in result.train_metrics_clientapp.values()]

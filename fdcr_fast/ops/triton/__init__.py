@@ -10,6 +10,7 @@ Importing this package imports Triton. ``TRITON_INTERPRET=1`` in the environment
 """
 
 from fdcr_fast.ops.triton.aggregation import discrepancy, discrepancy_and_mean, rescaled_mean
+from fdcr_fast.ops.triton.central import central_mean
 from fdcr_fast.ops.triton.embedding import sum_squared_grads_embedding
 from fdcr_fast.ops.triton.gram import gram
 from fdcr_fast.ops.triton.layers import sum_squared_grads_conv, sum_squared_grads_linear
@@ -17,6 +18,7 @@ from fdcr_fast.ops.triton.norm import sum_squared_grads_norm
 from fdcr_fast.ops.triton.statistics import fill_row, importance_range, squared_norm
 
 __all__ = [
+    "central_mean",
     "discrepancy",
     "discrepancy_and_mean",
     "fill_row",

@@ -85,7 +85,6 @@ class StudyRunFolder:
         _check_same(folder, config)
         state = folder.load()
         assert state is not None
-        assert state.similarity is not None
         return SimulationResult(
             folder.config(),
             state.params,

@@ -9,7 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-_TIMEOUT = 120  # of a call that should hang for none of the reasons that tests look at
+from fdcr_fast.sim.workers import IMPORTED_ONCE
+
+_TIMEOUT = 400  # of a call that should hang for none of the reasons that tests look at
 
 
 def _serve(rank, world, store, timeout, pipe):
@@ -19,7 +21,10 @@ def _serve(rank, world, store, timeout, pipe):
     )
     groups = {size: dist.new_group(range(size), timeout=timedelta(seconds=timeout)) for size in range(1, world + 1)}
     while True:
-        size, function, arguments = pipe.recv()
+        try:
+            size, function, arguments = pipe.recv()
+        except EOFError:  # the tests are over
+            return
         try:
             pipe.send((True, function(groups[size], *arguments)))
         except Exception as error:
@@ -68,10 +73,9 @@ class PerRank(list):
 
 
 @contextmanager
-def started(folder, world=3, timeout=60):
-    # Processes are forked from one that has imported torch, but has run no threads.
+def started(folder, world=3, timeout=300):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "fdcr_fast"])
+    context.set_forkserver_preload(IMPORTED_ONCE)  # there is one such server for all that a process starts
     ranks = Ranks(context, os.fspath(folder / "ranks"), world, timeout)
     try:
         yield ranks

@@ -1,0 +1,165 @@
+"""Clients per second of whole simulators, each in processes of its own: ``python benchmarks/bench_simulator.py``.
+
+Peers other than plain loops run in virtual environments under ``--environments``, which are made when they are not
+there; that takes a package index once. They see this environment's torch instead of a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import Report
+
+HERE = Path(__file__).parent
+CLIENTS = 200
+# It needs a JAX of its time.
+FEDJAX = ("fedjax", "jax==0.4.25", "jaxlib==0.4.25", "dm-haiku<0.0.13", "numpy<2", "scipy<1.13")
+NOTES = """FedAvg of the paper's CNN on Fashion-MNIST: 200 clients of 50 images, one epoch, batches of 64, SGD with
+momentum. Measured is training and aggregation of all clients, without evaluation, starting and the first round.
+*clients/s* is the median over rounds and repeats, which take turns; *spread* the smallest and largest. *x* is the rate
+of our row of the same number of processes over that of the peer. Every process has one thread, but the naive ones have
+one per core, and FedJAX takes what it wants. Of pfl, as many processes run at once as there are cores, each with all
+clients, and their rates are added. FDCR's clients also compute and send a Fisher."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A script of ``simulators/`` with its arguments; how many run at once; the packages of its environment."""
+
+    script: str
+    threads: int
+    arguments: tuple[str, ...] = ()
+    copies: int = 1
+    packages: tuple[str, ...] = ()
+    shares_torch: bool = True
+
+    def python(self, environments: Path) -> str:
+        """Of its environment, which is made if there is none."""
+        if not self.packages:
+            return sys.executable
+        folder = environments / Path(self.script).stem
+        python = folder / "bin" / "python"
+        if not (folder / "complete").exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+            if self.shares_torch:
+                site = subprocess.check_output(
+                    [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+                ).strip()
+                Path(site, "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *self.packages], check=True, timeout=900)
+            (folder / "complete").touch()
+        return str(python)
+
+    def measure(self, python: str, data: Path, rounds: int, timeout: float) -> tuple[str, list[float]]:
+        """Its version, and clients per second of every round."""
+        command = [python, str(HERE / "simulators" / self.script), str(data), str(rounds), str(self.threads)]
+        with ThreadPoolExecutor(self.copies) as pool:
+            outputs = list(pool.map(lambda _: run([*command, *self.arguments], timeout), range(self.copies)))
+        found = [json.loads(output.strip().splitlines()[-1]) for output in outputs]
+        rates = zip(*([CLIENTS / seconds for seconds in each["seconds"]] for each in found), strict=True)
+        return found[0]["version"], [sum(rate) for rate in rates]
+
+
+def run(command: list[str], timeout: float) -> str:
+    """What a command prints; a failure is a RuntimeError with the end of it. Its processes end with it."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took more than {timeout:g} s") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode != 0:
+        raise RuntimeError((output.strip().splitlines() or ["no output"])[-1])
+    return output
+
+
+def contenders(cores: int) -> dict[str, Contender]:
+    ours = {
+        f"fdcr_fast, {server}, {workers} process{'es' if workers > 1 else ''}": Contender(
+            "ours.py", 1, (name, str(workers))
+        )
+        for server, name in (("FedAvg", "fedavg"), ("FDCR", "fdcr"))
+        for workers in dict.fromkeys((1, cores))
+    }
+    return ours | {
+        "naive, FedAvg": Contender("naive.py", cores),
+        "naive, FDCR": Contender("naive_fdcr.py", cores),
+        "Flower": Contender("flower.py", 1, packages=("flwr[simulation]>=1.40",)),
+        "pfl, 1 process": Contender("pfl_research.py", 1, packages=("pfl[pytorch]>=0.6",)),
+        f"pfl, {cores} processes": Contender("pfl_research.py", 1, copies=cores, packages=("pfl[pytorch]>=0.6",)),
+        "FedJAX": Contender("fedjax_peer.py", cores, packages=FEDJAX, shares_torch=False),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=4, help="timed rounds of a process")
+    parser.add_argument("--repeats", type=int, default=2, help="processes of every contender, which take turns")
+    parser.add_argument("--only", action="append", help="part of a contender's name; may be given several times")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds of one process")
+    parser.add_argument("--environments", type=Path, default=Path.home() / ".cache" / "fdcr_fast" / "simulators")
+    options = parser.parse_args()
+
+    cores = os.cpu_count() or 1
+    chosen = {
+        name: contender
+        for name, contender in contenders(cores).items()
+        if not options.only or any(part in name for part in options.only)
+    }
+    pythons: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    rates: dict[str, list[float]] = {name: [] for name in chosen}
+    for name, contender in chosen.items():
+        try:
+            pythons[name] = contender.python(options.environments)
+        except (subprocess.SubprocessError, OSError) as error:  # noqa: PERF203 (one environment each)
+            versions[name] = f"not installed: {error}"
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.npz"
+        run([sys.executable, str(HERE / "simulators" / "ours.py"), str(data), "0", "1", "fedavg", "1"], options.timeout)
+        for _ in range(options.repeats):
+            for name, python in list(pythons.items()):
+                try:
+                    versions[name], found = chosen[name].measure(python, data, options.rounds, options.timeout)
+                    rates[name] += found
+                except RuntimeError as error:
+                    versions[name] = f"failed: {error}"
+                    del pythons[name]
+                print(f"{name}: {', '.join(f'{rate:.0f}' for rate in rates[name])} ({versions[name]})", flush=True)
+
+    report = Report(
+        "simulator", "Simulators: clients per second", "python benchmarks/bench_simulator.py", NOTES.replace("\n", " ")
+    )
+    medians = {name: statistics.median(found) for name, found in rates.items() if found}
+    for name in chosen:
+        server = "FDCR" if "FDCR" in name else "FedAvg"
+        one = "1 process" in name
+        ours = medians.get(f"fdcr_fast, {server}, " + ("1 process" if one or cores == 1 else f"{cores} processes"))
+        cells = {"simulator": name, "version": versions[name], "clients/s": "", "spread": "", "x": ""}
+        if name in medians:
+            cells["clients/s"] = f"{medians[name]:.0f}"
+            cells["spread"] = f"{min(rates[name]):.0f} - {max(rates[name]):.0f}"
+            if ours is not None:
+                cells["x"] = f"{ours / medians[name]:.1f}"
+        report.add(name, cells, {"clients_per_second": rates[name]})
+
+
+if __name__ == "__main__":
+    main()
