@@ -14,7 +14,7 @@ from gpu_traffic import Traffic
 from torch import Tensor
 
 from fdcr_fast.ops.triton import aggregation, central, launch, layers, norm, statistics
-from fdcr_fast.ops.triton.gram import clients_of, steps_of
+from fdcr_fast.ops.triton.gram import clients_of, count_of
 from fdcr_fast.ops.triton.launch import H100, blocks
 
 
@@ -74,7 +74,7 @@ def _gram(updates: Tensor, fishers: Tensor | None, *args: Any) -> Traffic:
     for transform, bounds in zip(transforms, ranges, strict=True):
         row = 0 if transform == "fourth_root_fisher" else updates.element_size()
         row += 0 if transform == "update" or fishers is None else fishers.element_size()
-        selected, steps = int((bounds[:, 1] - bounds[:, 0]).sum()), len(steps_of(bounds))
+        selected, steps = int((bounds[:, 1] - bounds[:, 0]).sum()), count_of(bounds)
         parts = launch.splits(steps, pairs, updates.device)
         least += clients * selected * row + clients * clients * 8
         moved += edge * clients * (selected * row + parts) + parts * 4 * (clients**2 + inside) + pairs * steps * 16
