@@ -3,11 +3,16 @@
 Run by test_on_device.py in a process of its own, in which PyTorch is made to know the device.
 """
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from remote import DEVICE, Device
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from gpu_cases import CASES
 
 import fdcr_fast
 from fdcr_fast.server import cluster
@@ -138,3 +143,19 @@ def test_clustering_does_not_wait(function, size):
             labels = function(there(given))
             assert not device.waits
             assert torch.equal(labels.local, function(given))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernels_are_launched_without_waiting(case, monkeypatch):
+    kernels = pytest.importorskip("fdcr_fast.ops.triton", reason="the package triton is not installed")
+    launched = []
+    monkeypatch.setattr(kernels.launch, "run", lambda *args: launched.append(args))
+
+    def make(*shape, dtype=torch.float32):
+        return there(torch.rand(1).to(dtype)).expand(shape)  # of these sizes, but without the memory
+
+    with Device() as device:
+        args = case.arguments(make)
+        getattr(kernels, case.operator)(*args)
+        assert launched
+        assert not device.waits, device.waits

@@ -67,7 +67,8 @@ class Device(TorchDispatchMode):
         elif remote:
             indexed = packet in (aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_)
             masks = indexed and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-            if packet in OF_VALUES or masks or (indexed and local):
+            told = kwargs.get("output_size") is not None
+            if (packet in OF_VALUES and not told) or masks or (indexed and local):
                 self.wait(func)
             ours = func.namespace == "fdcr_fast" and packet.__name__ in BESIDE_CPU
             if packet.__name__ == "fill_row" and ours:

@@ -138,14 +138,24 @@ def clients_of(clients: int, device: Target) -> int:
     return power_of_two(clients, least=16, most=64 if device.capability >= 90 else 32)
 
 
-def steps_of(ranges: Tensor, step: int = _STEP) -> Tensor:
-    """Ranges ``[R, 2]`` cut into pieces of at most ``step`` parameters."""
-    lengths = ranges[:, 1] - ranges[:, 0]
-    counts = (lengths + step - 1) // step
-    behind = counts.cumsum(0)
-    of_range = torch.repeat_interleave(torch.arange(len(ranges)), counts)
-    starts = ranges[of_range, 0] + (torch.arange(len(of_range)) - (behind - counts)[of_range]) * step
-    return torch.stack([starts, torch.minimum(starts + step, ranges[of_range, 1])], 1)
+def count_of(ranges: Tensor) -> int:
+    """How many pieces of at most :data:`_STEP` parameters ranges ``[R, 2]`` are cut into."""
+    return int(_counts(ranges).sum())
+
+
+def steps_of(ranges: Tensor, device: torch.device) -> Tensor:
+    """These pieces ``[count, 2]``, cut on a device to which only the ranges travel."""
+    count = count_of(ranges)
+    ranges = ranges.to(device, non_blocking=True)
+    counts = _counts(ranges)
+    of_range = torch.repeat_interleave(counts, output_size=count)  # or the host would wait for the sum
+    first = counts.cumsum(0) - counts
+    starts = ranges[of_range, 0] + (torch.arange(count, device=device) - first[of_range]) * _STEP
+    return torch.stack([starts, torch.minimum(starts + _STEP, ranges[of_range, 1])], 1)
+
+
+def _counts(ranges: Tensor) -> Tensor:
+    return (ranges[:, 1] - ranges[:, 0] + _STEP - 1) // _STEP
 
 
 def gram(
@@ -169,11 +179,11 @@ def gram(
     tiles, clients, length = updates.shape
     of_clients = clients_of(clients, target(updates.device))
     edge = blocks(clients, of_clients)
-    known = read.to(updates.device)
+    known = read.to(updates.device, non_blocking=True)
     result = total.clone(memory_format=torch.contiguous_format)
     for view, (transform, selected) in enumerate(zip(transforms, ranges, strict=True)):
-        steps = steps_of(selected)
-        parts = splits(len(steps), edge * (edge + 1) // 2, updates.device)
+        count = count_of(selected)
+        parts = splits(count, edge * (edge + 1) // 2, updates.device)
         partial = updates.new_zeros(parts, clients, clients, dtype=torch.float64)
         launch(
             inner_products,
@@ -183,16 +193,16 @@ def gram(
             fisher_min,
             fisher_max,
             known.view(torch.uint8),
-            steps.to(updates.device),
+            steps_of(selected, updates.device),
             partial,
             clients,
-            len(steps),
-            blocks(len(steps), parts),
+            count,
+            blocks(count, parts),
             length,
             *updates.stride(),
             *(updates if fishers is None else fishers).stride(),
             TILED=tiles > 1,
-            ALIGNED=bool((steps % 16 == 0).all()),
+            ALIGNED=bool((selected % 16 == 0).all()),
             TRANSFORM=transform,
             CLIENTS=of_clients,
             STEP=_STEP,

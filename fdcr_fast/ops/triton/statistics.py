@@ -148,9 +148,9 @@ def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tenso
     parts = row.new_empty(sum(chunks), 3, dtype=torch.float64)
     if len(parts) == 0:
         return statistics.clone()
-    begin = 0
+    begin, waits = 0, statistics.device.type == "cpu"  # below: what pieces are copied from is free again then
     for piece, part in zip(values, parts.split(chunks), strict=True):
-        piece = piece.to(row.device)
+        piece = piece.to(row.device, non_blocking=waits)
         launch(
             fill,
             (len(part),),
