@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+# The tests compile the CUDA kernels themselves, and nothing here has a GPU to run them on: FORCE_CUDA=1 builds them.
+export FORCE_CUDA ?= 0
 
 .PHONY: demo test test-integrations sanitize bench lint format clean
 
@@ -45,9 +47,9 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info fdcr_fast/_C*.so
+	rm -rf $(VENV) build runs *.egg-info fdcr_fast/_C*.so fdcr_fast/_cuda*.so
 
-CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+CPP := $(shell find csrc tests/native tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 

@@ -2,6 +2,10 @@
 
 FDCR_FAST_BUILD=auto (default) builds the extension and goes on without it where that fails, with a warning;
 ``require`` fails with the reason; ``off`` does not try.
+
+The CUDA kernels are an extension of their own, built where a CUDA toolkit is found that fits the installed torch.
+FORCE_CUDA=0 does not look for one, FORCE_CUDA=1 fails without one; CUDA_HOME names it, TORCH_CUDA_ARCH_LIST what it
+compiles for. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ import os
 import pathlib
 import platform
 import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -32,6 +38,13 @@ SIMD_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mfma"],
     "kernels_baseline": [],
 }
+# What the CUDA kernels are compiled for, in the form of TORCH_CUDA_ARCH_LIST.
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
+if FORCE_CUDA not in ("", "0", "1"):
+    raise SystemExit(f"FORCE_CUDA={FORCE_CUDA!r}: expected 0 or 1")
+
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -59,8 +72,58 @@ def torch_version(folder: pathlib.Path) -> str:
     return version[1]
 
 
+def cuda_home() -> pathlib.Path:
+    """The CUDA toolkit: CUDA_HOME, or that of the nvcc on PATH, which may be a wrapper that stands elsewhere."""
+    if os.environ.get("CUDA_HOME"):
+        home = pathlib.Path(os.environ["CUDA_HOME"])
+    elif nvcc := shutil.which("nvcc"):
+        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+        home = pathlib.Path(top[1].strip() if top else pathlib.Path(nvcc).parents[1]).resolve()
+    else:
+        raise RuntimeError("no CUDA toolkit: CUDA_HOME is not set and there is no nvcc on PATH")
+    for part in ("bin/nvcc", "include/cuda_runtime.h"):
+        if not (home / part).exists():
+            raise RuntimeError(f"{home} is no CUDA toolkit: it has no {part}")
+    return home
+
+
+def cuda_version(home: pathlib.Path) -> str:
+    text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", text)[1]  # type: ignore[index]
+
+
+def wanted_cuda() -> str | None:
+    """Why the CUDA kernels are not built, or None if they are."""
+    if FORCE_CUDA == "0":
+        return "FORCE_CUDA=0"
+    try:
+        ours = re.search(r"^cuda: .*= '(\d+)", (torch_folder() / "version.py").read_text(), re.MULTILINE)
+        if ours is None:
+            raise RuntimeError("the installed torch has no CUDA")
+        version = cuda_version(cuda_home())
+        if version.split(".")[0] != ours[1]:
+            raise RuntimeError(f"the CUDA toolkit is {version}, the installed torch needs {ours[1]}")
+    except RuntimeError as error:
+        if FORCE_CUDA == "1":
+            raise SystemExit(f"FORCE_CUDA=1: {error}") from error
+        return str(error)
+    return None
+
+
+def gencode() -> list[str]:
+    flags = []
+    for name in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES):
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if name.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
 class BuildKernels(build_ext):
-    """Per-source instruction set flags, and the three build modes."""
+    """Per-source flags, sources for nvcc, and the three build modes."""
 
     def run(self) -> None:
         try:
@@ -86,14 +149,27 @@ class BuildKernels(build_ext):
             ("FDCR_TORCH_VERSION", f'"{torch_version(torch)}"'),
             ("TORCH_TARGET_VERSION", TARGET_VERSION),
         ]
+        if ext is cuda_kernels:
+            home = cuda_home()
+            ext.include_dirs.append(str(home / "include"))
+            ext.library_dirs.append(str(home / "lib64"))
+            ext.libraries += ["torch_cuda", "cudart"]
+        self.compiler.src_extensions.append(".cu")
         compile_one = self.compiler._compile
 
-        def with_simd_flags(obj, src, ext_name, cc_args, postargs, pp_opts):  # type: ignore[no-untyped-def]
+        def with_own_flags(obj, src, ext_name, cc_args, postargs, pp_opts):  # type: ignore[no-untyped-def]
+            if src.endswith(".cu"):
+                command = [home / "bin" / "nvcc", *NVCC_FLAGS, *gencode(), "-Icsrc", "-c", src, "-o", obj]
+                subprocess.run(command, check=True)
+                return
             flags = SIMD_FLAGS.get(pathlib.Path(src).stem, [])
             compile_one(obj, src, ext_name, cc_args, [*postargs, *flags], pp_opts)
 
-        self.compiler._compile = with_simd_flags
-        super().build_extension(ext)
+        self.compiler._compile = with_own_flags
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler._compile = compile_one
 
 
 def sources() -> list[str]:
@@ -107,7 +183,7 @@ kernels = Extension(
     "fdcr_fast._C",
     sources(),
     include_dirs=["csrc"],
-    depends=[str(path.relative_to(HERE)) for path in HERE.glob("csrc/**/*.*")],
+    depends=[str(path.relative_to(HERE)) for path in HERE.glob("csrc/**/*.*") if path.parent.name != "cuda"],
     language="c++",
     extra_compile_args=[
         "-std=c++17",
@@ -124,7 +200,29 @@ kernels = Extension(
     extra_link_args=os.environ.get("FDCR_FAST_LDFLAGS", "").split(),
 )
 
+cuda_kernels = Extension(
+    "fdcr_fast._cuda",
+    sorted(str(path.relative_to(HERE)) for pattern in ("*.cu", "*.cpp") for path in HERE.glob(f"csrc/cuda/{pattern}")),
+    include_dirs=["csrc"],
+    depends=[str(path.relative_to(HERE)) for path in HERE.glob("csrc/**/*.*") if path.parent.name != "cpu"],
+    language="c++",
+    define_macros=[
+        ("FDCR_CUDA_ARCHITECTURES", f'"{os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES}"'),
+    ],
+    extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"],
+)
+
+
+def extensions() -> list[Extension]:
+    if MODE == "off":
+        return []
+    if (reason := wanted_cuda()) is not None:
+        print(f"fdcr_fast: without CUDA kernels: {reason}", file=sys.stderr)
+        return [kernels]
+    return [kernels, cuda_kernels]
+
+
 setup(
-    ext_modules=[] if MODE == "off" else [kernels],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
 )

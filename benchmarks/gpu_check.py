@@ -1,4 +1,4 @@
-"""Checks every Triton kernel on a GPU against the reference in float64, and times it.
+"""Checks every CUDA and Triton kernel on a GPU against the reference in float64, and times it.
 
     python benchmarks/gpu_check.py
 
@@ -12,14 +12,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import cuda_model
+import gpu_model
 import torch
 from gpu_cases import CASES, Make
-from gpu_model import bytes_moved, predicted_seconds
+from gpu_traffic import Traffic, predicted_seconds
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import fdcr_fast
 from fdcr_fast.ops import reference
+from fdcr_fast.ops.backends import WITHOUT_CUDA
 
 NO_GPU = 3
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of results in these types; else float32 sums
@@ -57,24 +60,43 @@ def maker(device: str) -> Make:
     return make
 
 
+def implementations() -> dict[str, tuple[Callable[[str], Any], Callable[..., Traffic]]]:
+    """By backend: from an operator's name to its kernels, or None; and what they move."""
+    found: dict[str, tuple[Callable[[str], Any], Callable[..., Traffic]]] = {}
+    status = fdcr_fast.backends()
+    if status["cuda"].usable:  # what the dispatcher finds
+        kernels = torch.ops.fdcr_fast
+        found["cuda"] = (lambda name: None if name in WITHOUT_CUDA else getattr(kernels, name)), cuda_model.bytes_moved
+    if status["triton"].usable and torch.cuda.is_available():
+        from fdcr_fast.ops import triton
+
+        found["triton"] = (lambda name: getattr(triton, name, None)), gpu_model.bytes_moved
+    return found
+
+
 def main() -> int:
-    status = fdcr_fast.backends()["triton"]
-    if not status.usable or not torch.cuda.is_available():
-        print(f"no GPU to check on: {status.reason}. With one, these would be compared with the reference and timed:")
+    backends = implementations()
+    if not backends:
+        reasons = {name: status.reason for name, status in fdcr_fast.backends().items() if name in ("cuda", "triton")}
+        print(f"no GPU to check on: {reasons}. With one, these would be compared with the reference and timed:")
         print("\n".join(f"- {case.name} ({case.operator})" for case in CASES))
         return NO_GPU
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| call | milliseconds | predicted for an H100 | GB/s | error |\n| --- | --- | --- | --- | --- |")
+    print("| call | backend | milliseconds | predicted for an H100 | GB/s | error |")
+    print("| --- | --- | --- | --- | --- | --- |")
     wrong = []
     for case in CASES:
         args = case.arguments(maker("cuda"))
-        operator, exact = getattr(torch.ops.fdcr_fast, case.operator), getattr(reference, case.operator)
-        off = error(operator(*args), exact(*in_float64(args)))
-        time, traffic = seconds(lambda: operator(*args)), bytes_moved(case.operator, args)  # noqa: B023
-        expected = 1e3 * predicted_seconds(traffic)
-        print(f"| {case.name} | {1e3 * time:.3f} | {expected:.3f} | {traffic.moved / time / 1e9:.0f} | {off:.1e} |")
-        if not off < max((TOLERANCE.get(x.dtype, 1e-5) for x in args if isinstance(x, Tensor)), default=1e-2):
-            wrong.append(case.name)
+        exact = getattr(reference, case.operator)(*in_float64(args))
+        for backend, (find, model) in backends.items():
+            if (operator := find(case.operator)) is None:
+                continue
+            off = error(operator(*args), exact)
+            time, traffic = seconds(lambda: operator(*args)), model(case.operator, args)  # noqa: B023
+            expected, rate = 1e3 * predicted_seconds(traffic, as_formed=backend == "cuda"), traffic.moved / time / 1e9
+            print(f"| {case.name} | {backend} | {1e3 * time:.3f} | {expected:.3f} | {rate:.0f} | {off:.1e} |")
+            if not off < max((TOLERANCE.get(x.dtype, 1e-5) for x in args if isinstance(x, Tensor)), default=1e-2):
+                wrong.append(f"{case.name} ({backend})")
     print(f"\nwrong: {', '.join(wrong) or 'none'}")
     return 1 if wrong else 0
 

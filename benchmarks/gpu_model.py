@@ -7,34 +7,15 @@ of partial results, by PyTorch, are left out; they are a few kilobytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from gpu_traffic import Traffic
 from torch import Tensor
 
 from fdcr_fast.ops.triton import aggregation, central, launch, layers, norm, statistics
 from fdcr_fast.ops.triton.gram import clients_of, count_of
 from fdcr_fast.ops.triton.launch import H100, blocks
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that the kernels of an operator move, the least that any could, and multiply-adds of matrix products."""
-
-    moved: int
-    least: int
-    products: int = 0
-
-
-# Of an H100 SXM by its data sheet: bytes a second, and multiply-adds of TF32 and of 16 bits.
-BANDWIDTH, TF32, HALF = 3.35e12, 247e12, 495e12
-
-
-def predicted_seconds(traffic: Traffic, wide: bool = True) -> float:
-    """On an H100, were it limited by nothing but memory and matrix products: a bound, not a measurement."""
-    rate = TF32 / 3 if wide else HALF
-    return max(traffic.moved / BANDWIDTH, traffic.products / rate)
 
 
 def _round(

@@ -1,43 +1,18 @@
 // The CPU operators: tensors in, plain structs to the kernels, tensors out. The schemas and the documentation
 // are in fdcr_fast/ops/schemas.py; the checks here only keep the kernels inside their memory.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <array>
-#include <limits>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <utility>
-#include <vector>
 
 #include "cpu/kernels.h"
+#include "tensors.h"
 #include "torch_pool.h"
+
+void fdcr::check_place(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU, like the other tensors");
+}
 
 namespace {
 
-using fdcr::torch_pool;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-fdcr::Source source(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU, like the other tensors");
-  const void* data = tensor.const_data_ptr();
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return {data, fdcr::Element::kFloat32};
-    case ScalarType::Double:
-      return {data, fdcr::Element::kFloat64};
-    case ScalarType::BFloat16:
-      return {data, fdcr::Element::kBFloat16};
-    case ScalarType::Half:
-      return {data, fdcr::Element::kFloat16};
-    default:
-      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
-  }
-}
+using namespace fdcr;
 
 std::vector<double> numbers(const Tensor& tensor, int64_t expected, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
@@ -49,100 +24,37 @@ std::vector<double> numbers(const Tensor& tensor, int64_t expected, const char* 
   return copy;
 }
 
-ScalarType accumulation_type(const Tensor& a, const Tensor& b) {
-  return a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double ? ScalarType::Double
-                                                                                        : ScalarType::Float;
-}
-
 // --- per-sample squared gradients
 
-std::tuple<Tensor, Tensor> run(fdcr::SquaredGradsProblem& p, const Tensor& grad, Tensor weight, Tensor bias) {
-  p.grad_sample = grad.stride(0);
-  p.weight = weight.mutable_data_ptr();
-  p.bias = bias.mutable_data_ptr();
+std::tuple<Tensor, Tensor> run(SquaredGradsCall call, const Tensor& grad) {
   if (grad.numel() != 0) {
-    fdcr::kernels().squared_grads(p, torch_pool);
+    kernels().squared_grads(call.problem, torch_pool);
   } else {
-    torch::stable::zero_(weight);
-    torch::stable::zero_(bias);
+    torch::stable::zero_(call.weight);
+    torch::stable::zero_(call.bias);
   }
-  return {std::move(weight), std::move(bias)};
+  return {std::move(call.weight), std::move(call.bias)};
 }
 
 std::tuple<Tensor, Tensor> sum_squared_grads_linear(const Tensor& grad, const Tensor& input) {
-  STD_TORCH_CHECK(
-      grad.dim() == 3 && input.dim() == 3 && grad.size(0) == input.size(0) && grad.size(1) == input.size(1),
-      "expected grad_output [N, T, O] and input [N, T, I]");
-  const int64_t out = grad.size(2), in = input.size(2), positions = grad.size(1);
-  fdcr::SquaredGradsProblem p;
-  p.samples = grad.size(0);
-  p.out_channels = out;
-  p.in_channels = in;
-  p.output[2] = p.input[2] = positions;
-  p.grad = source(grad, "grad_output");
-  p.in = source(input, "input");
-  p.grad_channel = grad.stride(2);
-  p.grad_position[2] = grad.stride(1);
-  p.in_sample = input.stride(0);
-  p.in_channel = input.stride(2);
-  p.in_position[2] = input.stride(1);
-  const ScalarType type = accumulation_type(grad, input);
-  return run(p, grad, torch::stable::new_empty(grad, {out, in}, type),
-             torch::stable::new_empty(grad, {out}, type));
+  return run(linear_call(grad, input), grad);
 }
 
 std::tuple<Tensor, Tensor> sum_squared_grads_conv(const Tensor& grad, const Tensor& input,
-                                                  std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                                                  std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                                                  int64_t groups) {
-  const int64_t dims = static_cast<int64_t>(kernel.size());
-  STD_TORCH_CHECK(dims >= 1 && dims <= fdcr::kMaxDims && stride.size() == kernel.size() &&
-                      padding.size() == kernel.size() && dilation.size() == kernel.size(),
-                  "expected 1 to 3 spatial dimensions, and a stride, padding and dilation for each");
-  STD_TORCH_CHECK(grad.dim() == dims + 2 && input.dim() == dims + 2 && grad.size(0) == input.size(0) &&
-                      groups > 0 && grad.size(1) % groups == 0 && input.size(1) % groups == 0,
-                  "expected grad_output [N, O, *output] and input [N, C, *size] with ", dims,
-                  " spatial dimensions and groups that divide O and C");
-  fdcr::SquaredGradsProblem p;
-  p.samples = grad.size(0);
-  p.groups = groups;
-  p.out_channels = grad.size(1) / groups;
-  p.in_channels = input.size(1) / groups;
-  p.grad = source(grad, "grad_output");
-  p.in = source(input, "input");
-  p.grad_channel = grad.stride(1);
-  p.in_sample = input.stride(0);
-  p.in_channel = input.stride(1);
-  std::vector<int64_t> size{grad.size(1), p.in_channels};
-  for (int64_t d = 0; d < dims; ++d) {
-    const int64_t at = fdcr::kMaxDims - dims + d, i = d;
-    p.kernel[at] = kernel[i];
-    p.stride[at] = stride[i];
-    p.padding[at] = padding[i];
-    p.dilation[at] = dilation[i];
-    p.output[at] = grad.size(2 + d);
-    p.input[at] = input.size(2 + d);
-    p.grad_position[at] = grad.stride(2 + d);
-    p.in_position[at] = input.stride(2 + d);
-    STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
-                    "kernel_size, stride and dilation must be positive, padding not negative");
-    const int64_t reach = p.input[at] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
-    STD_TORCH_CHECK(reach >= 0 && p.output[at] == reach / stride[i] + 1, "grad_output has spatial size ",
-                    p.output[at], " where the convolution gives ", reach / stride[i] + 1);
-    size.push_back(kernel[i]);
-  }
-  const ScalarType type = accumulation_type(grad, input);
-  return run(p, grad, torch::stable::new_empty(grad, size, type),
-             torch::stable::new_empty(grad, {grad.size(1)}, type));
+                                                  const std::vector<int64_t>& kernel,
+                                                  const std::vector<int64_t>& stride,
+                                                  const std::vector<int64_t>& padding,
+                                                  const std::vector<int64_t>& dilation, int64_t groups) {
+  return run(conv_call(grad, input, kernel, stride, padding, dilation, groups), grad);
 }
 
-fdcr::NormStrides norm_strides(const Tensor& x) {
+NormStrides norm_strides(const Tensor& x) {
   return {x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
 }
 
 // Statistics per channel, or none.
-fdcr::Source statistics(const std::optional<Tensor>& given, const Tensor& input, const char* name,
-                        int64_t* stride) {
+Source statistics(const std::optional<Tensor>& given, const Tensor& input, const char* name,
+                  int64_t* stride) {
   if (!given.has_value()) return {};
   STD_TORCH_CHECK(given->dim() == 2 && given->size(0) == input.size(2) && given->size(1) == input.size(3),
                   name, " must have shape [", input.size(2), ", ", input.size(3), "]");
@@ -157,7 +69,7 @@ std::tuple<Tensor, Tensor> sum_squared_grads_norm(const Tensor& grad, const Tens
   bool same_shape = grad.dim() == 5 && input.dim() == 5;
   for (int64_t d = 0; same_shape && d < 5; ++d) same_shape = grad.size(d) == input.size(d);
   STD_TORCH_CHECK(same_shape, "expected grad_output and input [N, T, G, C, S]");
-  fdcr::SquaredNormGradsProblem p;
+  SquaredNormGradsProblem p;
   p.samples = input.size(0);
   p.positions = input.size(1);
   p.groups = input.size(2);
@@ -175,7 +87,7 @@ std::tuple<Tensor, Tensor> sum_squared_grads_norm(const Tensor& grad, const Tens
   Tensor bias = torch::stable::new_empty(grad, {p.groups, p.channels}, type);
   p.weight = weight.mutable_data_ptr();
   p.bias = bias.mutable_data_ptr();
-  fdcr::kernels().squared_norm_grads(p, torch_pool);
+  kernels().squared_norm_grads(p, torch_pool);
   return {std::move(weight), std::move(bias)};
 }
 
@@ -185,7 +97,7 @@ Tensor sum_squared_grads_embedding(const Tensor& grad, const Tensor& indices, in
                   "expected grad_output [N, T, D] and indices [N, T]");
   STD_TORCH_CHECK(indices.is_cpu() && indices.scalar_type() == ScalarType::Long,
                   "indices must be int64 on the CPU");
-  fdcr::SquaredEmbeddingGradsProblem p;
+  SquaredEmbeddingGradsProblem p;
   p.samples = grad.size(0);
   p.tokens = grad.size(1);
   p.rows = rows;
@@ -206,32 +118,23 @@ Tensor sum_squared_grads_embedding(const Tensor& grad, const Tensor& indices, in
   p.grad_column = grad.stride(2);
   Tensor result = torch::stable::new_empty(grad, {rows, p.columns}, accumulation_type(grad, grad));
   p.result = result.mutable_data_ptr();
-  fdcr::kernels().squared_embedding_grads(p, torch_pool);
+  kernels().squared_embedding_grads(p, torch_pool);
   return result;
 }
 
 // --- client matrices
 
-fdcr::ClientMatrix client_matrix(const Tensor& x, int64_t params, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 3, name, " must be a client matrix [T, K, L]");
-  const int64_t tiles = x.size(0), length = x.size(2);
-  STD_TORCH_CHECK(
-      params >= 0 && tiles * length >= params && (tiles - 1) * length < std::max<int64_t>(params, 1), tiles,
-      " tiles of ", length, " do not hold exactly ", params, " parameters");
-  return {source(x, name), length, x.stride(0), x.stride(1), x.stride(2)};
-}
-
 Tensor fill_row(const std::vector<Tensor>& values, Tensor row, const Tensor& statistics) {
   STD_TORCH_CHECK(row.dim() == 2, "expected a row of a tiled client matrix, [T, L]");
-  fdcr::FillRowProblem p;
-  std::vector<fdcr::VectorSegment> segments;
+  FillRowProblem p;
+  std::vector<VectorSegment> segments;
   segments.reserve(values.size());
   for (const Tensor& piece : values) {
     STD_TORCH_CHECK(piece.dim() == 1, "values must be vectors");
     segments.push_back({source(piece, "values"), p.params, piece.size(0), piece.stride(0)});
     p.params += piece.size(0);
   }
-  const fdcr::ClientMatrix to = client_matrix(torch::stable::unsqueeze(row, 1), p.params, "row");
+  const ClientMatrix to = client_matrix(torch::stable::unsqueeze(row, 1), p.params, "row");
   p.segments = segments.data();
   p.count = static_cast<int64_t>(segments.size());
   p.row = row.mutable_data_ptr();
@@ -240,8 +143,8 @@ Tensor fill_row(const std::vector<Tensor>& values, Tensor row, const Tensor& sta
   p.tile_stride = to.tile_stride;
   p.stride = to.stride;
   const std::vector<double> before = numbers(statistics, 3, "statistics");
-  fdcr::RowStatistics total{before[0], before[1], before[2]};
-  if (p.params > 0) fdcr::kernels().fill_row(p, &total, torch_pool);
+  RowStatistics total{before[0], before[1], before[2]};
+  if (p.params > 0) kernels().fill_row(p, &total, torch_pool);
   Tensor result = torch::stable::new_empty(statistics, {3});
   double* to_result = static_cast<double*>(result.mutable_data_ptr());
   to_result[0] = total.squared_norm;
@@ -252,36 +155,19 @@ Tensor fill_row(const std::vector<Tensor>& values, Tensor row, const Tensor& sta
 
 // --- aggregation
 
-Tensor per_client(const Tensor& x) { return torch::stable::new_empty(x, {x.size(1)}, ScalarType::Double); }
-
-double* doubles(const Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
-
 std::tuple<Tensor, Tensor> importance_range(const Tensor& fishers, int64_t params) {
   STD_TORCH_CHECK(params >= 1, "the range of ", params, " parameters is undefined");
-  const fdcr::ClientMatrix matrix = client_matrix(fishers, params, "fishers");
+  const ClientMatrix matrix = client_matrix(fishers, params, "fishers");
   Tensor low = per_client(fishers), high = per_client(fishers);
-  fdcr::kernels().range(matrix, fishers.size(1), params, doubles(low), doubles(high), torch_pool);
+  kernels().range(matrix, fishers.size(1), params, doubles(low), doubles(high), torch_pool);
   return {std::move(low), std::move(high)};
 }
 
 Tensor squared_norm(const Tensor& updates, int64_t params) {
-  const fdcr::ClientMatrix matrix = client_matrix(updates, params, "updates");
+  const ClientMatrix matrix = client_matrix(updates, params, "updates");
   Tensor result = per_client(updates);
-  fdcr::kernels().squared_norm(matrix, updates.size(1), params, doubles(result), torch_pool);
+  kernels().squared_norm(matrix, updates.size(1), params, doubles(result), torch_pool);
   return result;
-}
-
-double largest(fdcr::Element element) {
-  switch (element) {
-    case fdcr::Element::kFloat64:
-      return std::numeric_limits<double>::max();
-    case fdcr::Element::kBFloat16:
-      return 0x1.fep127;
-    case fdcr::Element::kFloat16:
-      return 65504;
-    default:
-      return std::numeric_limits<float>::max();
-  }
 }
 
 // Where the kernels write new parameters: in float64 or float32, rounded to the narrower types afterwards.
@@ -291,8 +177,8 @@ Tensor new_params(const Tensor& global) {
   return torch::stable::new_empty(global, {global.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
 }
 
-fdcr::NewParams new_params_to(const Tensor& global, const Tensor& result) {
-  const fdcr::Source from = source(global, "global_params");
+NewParams new_params_to(const Tensor& global, const Tensor& result) {
+  const Source from = source(global, "global_params");
   return {from, global.stride(0), largest(from.element), result.mutable_data_ptr()};
 }
 
@@ -305,7 +191,7 @@ Tensor as_type_of(const Tensor& global, Tensor params) {
 
 // The tensors behind an AggregationProblem, gathered in turn; the vectors live as long as this does.
 struct Aggregation {
-  fdcr::AggregationProblem problem{};
+  AggregationProblem problem{};
   std::vector<double> low, high, alpha, weights, totals;
 
   Aggregation(const Tensor& updates, const std::optional<Tensor>& fishers,
@@ -315,21 +201,16 @@ struct Aggregation {
     problem.clients = updates.size(1);
     problem.params = params;
     problem.single = single;
-    STD_TORCH_CHECK(
-        fishers.has_value() == fisher_min.has_value() && fishers.has_value() == fisher_max.has_value(),
-        "fishers, fisher_min and fisher_max go together");
+    check_fishers(updates, fishers, fisher_min, fisher_max);
     if (fishers.has_value()) {
       problem.fishers = client_matrix(*fishers, params, "fishers");
-      STD_TORCH_CHECK(fishers->size(0) == updates.size(0) && fishers->size(1) == updates.size(1) &&
-                          fishers->size(2) == updates.size(2),
-                      "fishers differ in shape from updates");
       low = numbers(*fisher_min, problem.clients, "fisher_min");
       high = numbers(*fisher_max, problem.clients, "fisher_max");
       problem.fisher_min = low.data();
       problem.fisher_max = high.data();
     }
-    const auto wide = [](const fdcr::ClientMatrix& m) {
-      return m.source.data != nullptr && m.source.element == fdcr::Element::kFloat64;
+    const auto wide = [](const ClientMatrix& m) {
+      return m.source.data != nullptr && m.source.element == Element::kFloat64;
     };
     STD_TORCH_CHECK(!single || !(wide(problem.updates) || wide(problem.fishers)),
                     "single is not for float64 updates or fishers");
@@ -338,7 +219,7 @@ struct Aggregation {
   Aggregation& operator=(const Aggregation&) = delete;
 
   void want_scores(const Tensor& shares, const Tensor& so_far, bool reweight) {
-    check_fishers(reweight);
+    check_importances(reweight);
     alpha = numbers(shares, problem.clients, "alpha");
     totals = numbers(so_far, 2 * problem.clients + 1, "totals");
     problem.alpha = alpha.data();
@@ -349,7 +230,7 @@ struct Aggregation {
   }
 
   void want_mean(const Tensor& global, const Tensor& shares, bool rescale, const Tensor& result) {
-    check_fishers(rescale);
+    check_importances(rescale);
     weights = numbers(shares, problem.clients, "weights");
     problem.weights = weights.data();
     problem.rescale = rescale;
@@ -357,7 +238,7 @@ struct Aggregation {
   }
 
   Tensor run(const Tensor& like) {
-    fdcr::kernels().aggregate(problem, torch_pool);
+    kernels().aggregate(problem, torch_pool);
     if (problem.alpha == nullptr) return {};
     Tensor result = torch::stable::new_empty(like, {2 * problem.clients + 1}, ScalarType::Double);
     for (int64_t k = 0; k < problem.clients; ++k)
@@ -368,7 +249,7 @@ struct Aggregation {
   }
 
  private:
-  void check_fishers(bool wanted) const {
+  void check_importances(bool wanted) const {
     STD_TORCH_CHECK(!wanted || problem.fisher_min != nullptr, "importances need fishers");
   }
 };
@@ -407,21 +288,10 @@ std::tuple<Tensor, Tensor> discrepancy_and_mean(const Tensor& global, const Tens
 
 // --- the middle of every parameter
 
-std::vector<int64_t> chosen_rows(const Tensor& read, int64_t clients) {
-  STD_TORCH_CHECK(
-      read.is_cpu() && read.scalar_type() == ScalarType::Bool && read.dim() == 1 && read.size(0) == clients,
-      "read must be bool [", clients, "] on the CPU");
-  const bool* is_read = static_cast<const bool*>(read.const_data_ptr());
-  std::vector<int64_t> rows;
-  for (int64_t k = 0; k < clients; ++k)
-    if (is_read[k * read.stride(0)]) rows.push_back(k);
-  return rows;
-}
-
 Tensor central_mean(const Tensor& global, const Tensor& updates, const Tensor& read, int64_t keep,
                     bool nearest) {
   Tensor params = new_params(global);
-  fdcr::CentralMeanProblem p;
+  CentralMeanProblem p;
   p.params = params.size(0);
   p.updates = client_matrix(updates, p.params, "updates");
   const std::vector<int64_t> rows = chosen_rows(read, updates.size(1));
@@ -432,54 +302,24 @@ Tensor central_mean(const Tensor& global, const Tensor& updates, const Tensor& r
   STD_TORCH_CHECK(1 <= keep && keep <= p.row_count && (nearest || (p.row_count - keep) % 2 == 0),
                   "keep = ", keep, " is not a central part of ", p.row_count, " clients");
   p.to = new_params_to(global, params);
-  fdcr::kernels().central_mean(p, torch_pool);
+  kernels().central_mean(p, torch_pool);
   return as_type_of(global, std::move(params));
 }
 
 // --- inner products
 
-fdcr::GramTransform gram_transform(const std::string& name) {
-  if (name == "update") return fdcr::GramTransform::kUpdate;
-  if (name == "fisher_update") return fdcr::GramTransform::kFisherUpdate;
-  if (name == "reweighted_update") return fdcr::GramTransform::kReweightedUpdate;
-  STD_TORCH_CHECK(name == "fourth_root_fisher", "unknown transform ", name);
-  return fdcr::GramTransform::kFourthRootFisher;
-}
-
-// The rows of an int64 tensor [R, 2], if they are ascending, disjoint ranges of the parameters.
-std::vector<fdcr::ParamRange> parameter_ranges(const Tensor& ranges, int64_t params) {
-  STD_TORCH_CHECK(
-      ranges.is_cpu() && ranges.scalar_type() == ScalarType::Long && ranges.dim() == 2 && ranges.size(1) == 2,
-      "ranges must be int64 [R, 2] on the CPU");
-  const int64_t* from = static_cast<const int64_t*>(ranges.const_data_ptr());
-  std::vector<fdcr::ParamRange> result;
-  int64_t end = 0;
-  for (int64_t i = 0; i < ranges.size(0); ++i, from += ranges.stride(0)) {
-    const int64_t start = from[0], stop = from[ranges.stride(1)];
-    STD_TORCH_CHECK(end <= start && start <= stop && stop <= params, "the range [", start, ", ", stop,
-                    ") is not an ascending part of the rest of ", params, " parameters");
-    result.push_back({start, end = stop});
-  }
-  return result;
-}
-
 Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
             const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
             const Tensor& read, const std::vector<std::string>& transforms, const std::vector<Tensor>& ranges,
             const Tensor& total, int64_t params, bool float64) {
-  fdcr::GramProblem p;
+  GramProblem p;
   p.updates = client_matrix(updates, params, "updates");
   p.params = params;
   const int64_t K = updates.size(1), V = p.view_count = static_cast<int64_t>(transforms.size());
-  STD_TORCH_CHECK(
-      fishers.has_value() == fisher_min.has_value() && fishers.has_value() == fisher_max.has_value(),
-      "fishers, fisher_min and fisher_max go together");
+  check_fishers(updates, fishers, fisher_min, fisher_max);
   std::vector<double> low, high;
   if (fishers.has_value()) {
     p.fishers = client_matrix(*fishers, params, "fishers");
-    STD_TORCH_CHECK(
-        fishers->size(0) == updates.size(0) && fishers->size(1) == K && fishers->size(2) == updates.size(2),
-        "fishers differ in shape from updates");
     low = numbers(*fisher_min, K, "fisher_min");
     high = numbers(*fisher_max, K, "fisher_max");
     p.fisher_min = low.data();
@@ -492,18 +332,18 @@ Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
   p.rows = rows.data();
   p.row_count = static_cast<int64_t>(rows.size());
   STD_TORCH_CHECK(ranges.size() == transforms.size(), "expected ranges for each of ", V, " transforms");
-  std::vector<std::vector<fdcr::ParamRange>> selected;
-  std::vector<fdcr::GramView> views;
+  std::vector<std::vector<ParamRange>> selected;
+  std::vector<GramView> views;
   for (size_t i = 0; i < transforms.size(); ++i) {
-    const fdcr::GramTransform transform = gram_transform(transforms[i]);
-    STD_TORCH_CHECK(fishers.has_value() || transform == fdcr::GramTransform::kUpdate, transforms[i],
+    const GramTransform transform = gram_transform(transforms[i]);
+    STD_TORCH_CHECK(fishers.has_value() || transform == GramTransform::kUpdate, transforms[i],
                     " reads Fishers, and there are none");
     selected.push_back(parameter_ranges(ranges[i], params));
     views.push_back({transform, selected.back().data(), static_cast<int64_t>(selected.back().size())});
   }
   p.views = views.data();
-  p.float64 = float64 || fdcr::Element::kFloat64 == p.updates.source.element ||
-              (fishers.has_value() && fdcr::Element::kFloat64 == p.fishers.source.element);
+  p.float64 = float64 || Element::kFloat64 == p.updates.source.element ||
+              (fishers.has_value() && Element::kFloat64 == p.fishers.source.element);
 
   // The kernel sums one triangle of the clients that are read.
   const int64_t n = p.row_count;
@@ -516,7 +356,7 @@ Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
       for (int64_t j = i; j < n; ++j)
         triangle[(v * n + i) * n + j] =
             before[v * total.stride(0) + rows[i] * total.stride(1) + rows[j] * total.stride(2)];
-  fdcr::kernels().gram(p, triangle, torch_pool);
+  kernels().gram(p, triangle, torch_pool);
   if (n < K) std::fill_n(symmetric, V * K * K, std::numeric_limits<double>::quiet_NaN());
   for (int64_t v = 0; v < V; ++v)
     for (int64_t i = 0; i < n; ++i)

@@ -1,4 +1,4 @@
-"""The only loader of the compiled module; remembers why it could not be loaded."""
+"""The only loader of the compiled modules; remembers why they could not be loaded."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import os
 from types import ModuleType
 
 BACKEND = os.environ.get("FDCR_FAST_BACKEND", "auto")
-if BACKEND not in ("auto", "cpu", "triton", "reference"):
-    raise ImportError(
-        f"FDCR_FAST_BACKEND={BACKEND!r}: expected auto, cpu, triton or reference (this release has no cuda kernels)"
-    )
+if BACKEND not in ("auto", "cpu", "cuda", "triton", "reference"):
+    raise ImportError(f"FDCR_FAST_BACKEND={BACKEND!r}: expected auto, cpu, cuda, triton or reference")
 # Triton's interpreter runs its kernels on CPU tensors, in the place of the compiled ones.
 INTERPRETED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -37,3 +35,19 @@ if module is not None:
         module.simd_level()
     except ValueError as error:
         raise ImportError(f"FDCR_FAST_SIMD: {error}") from None
+
+cuda: ModuleType | None = None
+cuda_reason = "loaded"
+
+if BACKEND in ("reference", "triton"):
+    cuda_reason = f"switched off by FDCR_FAST_BACKEND={BACKEND}"
+else:
+    try:
+        # Loading it registers its operators for CUDA tensors; it looks for no GPU.
+        cuda = importlib.import_module("fdcr_fast._cuda")
+    except ModuleNotFoundError:
+        cuda_reason = "not built: reinstall with a CUDA toolkit that fits torch's, and FORCE_CUDA=1 to see why"
+    except ImportError as error:
+        cuda_reason = f"the extension does not load: {error}"
+    if cuda is None and BACKEND == "cuda":
+        raise ImportError(f"FDCR_FAST_BACKEND=cuda: {cuda_reason}")

@@ -16,7 +16,8 @@ settings.register_profile("default", deadline=None, max_examples=EXAMPLES, print
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.register_profile("interpreted", settings.get_profile("ci"), max_examples=4)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-settings.load_profile("interpreted" if INTERPRETED else "ci" if os.environ.get("CI") else "default")
+CUDA_ON_HOST = os.environ.get("FDCR_CUDA_ON_HOST")  # the library that tests/cuda_on_host builds
+settings.load_profile("interpreted" if INTERPRETED or CUDA_ON_HOST else "ci" if os.environ.get("CI") else "default")
 
 SIMD_LEVELS = ("avx512", "avx2", "baseline")
 
@@ -42,7 +43,7 @@ def compiled(request):
         yield found
 
 
-@pytest.fixture(scope="module", params=[*SIMD_LEVELS, "reference", "triton"])
+@pytest.fixture(scope="module", params=[*SIMD_LEVELS, "reference", "triton", "cuda"])
 def implementation(request):
     """Every implementation of the operators that this machine can run, in turn."""
     if request.param == "reference":
@@ -52,6 +53,11 @@ def implementation(request):
             pytest.skip("Triton's interpreter takes a process of its own: tests/triton_kernels runs these tests in one")
         kernels = importlib.import_module("fdcr_fast.ops.triton")
         yield lambda name: getattr(kernels, name)
+    elif request.param == "cuda":
+        if not CUDA_ON_HOST:
+            pytest.skip("the CUDA kernels on the host take a process of their own: tests/cuda_on_host runs one")
+        torch.ops.load_library(CUDA_ON_HOST)  # registers them for CPU tensors
+        yield lambda name: getattr(torch.ops.fdcr_fast, name)
     else:
         with operators(request.param) as found:
             yield found

@@ -75,3 +75,12 @@ def test_auto_goes_on_after_a_compile_error_and_says_which(sources):
     assert result.returncode == 0, result.stderr
     assert built(sources) == []
     assert "without its compiled kernels" in result.stderr
+
+
+def test_cuda_that_is_asked_for_and_cannot_be_built_fails_with_the_reason(sources):
+    result = build(sources, "auto", FORCE_CUDA="1", CUDA_HOME=str(sources))
+    assert result.returncode != 0
+    assert "FORCE_CUDA=1: " in result.stderr
+    result = build(sources, "auto", FORCE_CUDA="perhaps")
+    assert result.returncode != 0
+    assert "expected 0 or 1" in result.stderr

@@ -18,8 +18,10 @@ from fdcr_fast.ops import reference
 from fdcr_fast.ops.network_schemas import NETWORK_OPERATORS
 from fdcr_fast.ops.schemas import OPERATORS, checked
 
-CAPABILITY = (8, 0)  # of the oldest NVIDIA GPUs that the Triton kernels are compiled for in the tests
+CAPABILITY = (8, 0)  # of the oldest NVIDIA GPUs that the CUDA and Triton kernels are for
 WITHOUT_TRITON = frozenset(NETWORK_OPERATORS)  # operators that are plain PyTorch on GPUs, too
+# Operators that csrc/cuda has no kernels for: Triton's, or plain PyTorch, where the others are compiled.
+WITHOUT_CUDA = WITHOUT_TRITON | {"central_mean", "fill_row", "sum_squared_grads_embedding", "sum_squared_grads_norm"}
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,10 @@ class BackendStatus:
 def backends() -> dict[str, BackendStatus]:
     """Every backend by name.
 
-    CPU tensors use ``cpu`` where it is usable, CUDA tensors ``triton``, all others ``reference``.
-    ``FDCR_FAST_BACKEND=reference`` in the environment switches all kernels off; ``=cpu`` or ``=triton`` makes the
-    import fail where these cannot run; ``FDCR_FAST_SIMD=avx512|avx2|baseline`` chooses the instruction set of ``cpu``.
+    CPU tensors use ``cpu`` where it is usable; CUDA tensors ``cuda``, else ``triton``, each for the operators that it
+    has; all others ``reference``. ``FDCR_FAST_BACKEND=reference`` in the environment switches all kernels off;
+    ``=cpu``, ``=cuda`` or ``=triton`` makes the import fail where these cannot run, and ``=triton`` leaves ``cuda``
+    out; ``FDCR_FAST_SIMD=avx512|avx2|baseline`` chooses the instruction set of ``cpu``.
     """
     native = _native.module
     if native is None:
@@ -46,8 +49,28 @@ def backends() -> dict[str, BackendStatus]:
         "reference": BackendStatus(True, "plain PyTorch, any device"),
         "cpu": cpu,
         "triton": _triton(),
-        "cuda": BackendStatus(False, "no kernels in this release"),
+        "cuda": _cuda(),
     }
+
+
+def _cuda() -> BackendStatus:
+    if _native.cuda is None:
+        return BackendStatus(False, _native.cuda_reason)
+    if (reason := _no_gpu()) is not None:
+        return BackendStatus(False, reason)
+    build = _native.cuda.build_info()
+    reason = f"compiled by CUDA {build['cuda']} for {build['architectures']}"
+    return BackendStatus(True, f"{reason}; {', '.join(sorted(WITHOUT_CUDA))} by triton or the reference")
+
+
+def _no_gpu() -> str | None:
+    """Why there is no GPU that kernels of this library run on, or None if there is one."""
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    found = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return None if found >= CAPABILITY else f"needs compute capability {_dotted(CAPABILITY)}, found {_dotted(found)}"
 
 
 def _triton() -> BackendStatus:
@@ -57,13 +80,8 @@ def _triton() -> BackendStatus:
         return BackendStatus(False, "the package triton is not installed")
     if _native.INTERPRETED:
         return BackendStatus(True, "interpreted, on CPU tensors: for tests")
-    if torch.version.cuda is None:
-        return BackendStatus(False, "this PyTorch was built without CUDA")
-    if not torch.cuda.is_available():
-        return BackendStatus(False, "PyTorch finds no CUDA device")
-    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    if max(found) < CAPABILITY:
-        return BackendStatus(False, f"needs compute capability {_dotted(CAPABILITY)}, found {_dotted(max(found))}")
+    if (missing := _no_gpu()) is not None:
+        return BackendStatus(False, missing)
     return BackendStatus(True, f"CUDA tensors on devices of compute capability {_dotted(CAPABILITY)} and above")
 
 
@@ -109,14 +127,16 @@ def _on_device(name: str, *args: Any) -> Any:
 
 
 def _register() -> None:
-    if _native.BACKEND == "triton" and not (status := _triton()).usable:
-        raise ImportError(f"FDCR_FAST_BACKEND=triton: {status.reason}")
+    for name, find in (("triton", _triton), ("cuda", _cuda)):
+        if name == _native.BACKEND and not (status := find()).usable:
+            raise ImportError(f"FDCR_FAST_BACKEND={name}: {status.reason}")
     nvidia = torch.version.cuda is not None  # tensors on AMD GPUs have the dispatch key CUDA, too
     if _native.BACKEND == "reference" or not _has_triton() or not (nvidia or _native.INTERPRETED):
         return
     key = "CPU" if _native.INTERPRETED else "CUDA"
+    compiled = frozenset() if _native.cuda is None else OPERATORS.keys() - WITHOUT_CUDA
     for name, (_, check, _) in OPERATORS.items():
-        if name not in WITHOUT_TRITON:
+        if name not in WITHOUT_TRITON | compiled:
             call: Callable[..., Any] = partial(_on_device, name)
             _library.impl(name, checked(check, call), key)
 

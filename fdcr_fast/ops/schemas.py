@@ -173,8 +173,8 @@ def discrepancy(
     ``S_k = sum_v (u_v - u_{k,v})^2`` with ``u_k = I_k * updates_k``, ``u = sum_k alpha_k u_k`` and
     ``I_k = (F_k - min F_k) / (max F_k - min F_k)``; beside them ``N_k = sum_v updates_{k,v}^2`` and ``sum_v u_v^2``.
 
-    The compiled kernels sum every ``max(1, STRETCH // L)`` tiles by themselves and then add them to the totals, in
-    order: a round has the same bits if it is given in spans of a multiple of so many tiles.
+    The CPU kernels sum every ``max(1, STRETCH // L)`` tiles by themselves and then add them to the totals, in order:
+    a round has the same bits if it is given in spans of a multiple of so many tiles.
 
     Args:
         updates: Tiled client matrix ``[T, K, L]``.
@@ -309,7 +309,7 @@ def gram(
     there, if their products could leave the range of float32; :func:`fdcr_fast.grams` states the error. NaN, infinity,
     the root of a negative Fisher entry, and the importance of a constant Fisher make the row and column of that client
     non-finite, and no others. ``total`` threaded through successive spans of tiles gives the same bits as one call for
-    all of them, except by the Triton kernels.
+    all of them, except by kernels on GPUs.
 
     Args:
         updates: Tiled client matrix ``[T, K, L]``.

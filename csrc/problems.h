@@ -1,0 +1,202 @@
+// What the kernels compute, in plain structs: no tensor and no PyTorch header is needed below this line, so
+// the same kernels link into the extension, into stand-alone sanitizer builds, and (those of cuda/) into a
+// host's emulation of a GPU. Pointers are to memory of the device that computes.
+#pragma once
+
+#include <cstdint>
+
+namespace fdcr {
+
+enum class Element : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A strided array of floating numbers of any supported type; strides count elements.
+struct Source {
+  const void* data = nullptr;
+  Element element = Element::kFloat32;
+};
+
+constexpr int kMaxDims = 3;
+
+// Sum over n of the squares of the per-sample weight gradients of a (grouped) convolution with zero padding.
+// A linear layer over T positions is the convolution of T positions with a kernel of one. Unused dimensions
+// have size 1.
+struct SquaredGradsProblem {
+  int64_t samples = 0, groups = 1;
+  int64_t out_channels = 0, in_channels = 0;  // of one group
+  int64_t output[kMaxDims] = {1, 1, 1}, input[kMaxDims] = {1, 1, 1}, kernel[kMaxDims] = {1, 1, 1};
+  int64_t stride[kMaxDims] = {1, 1, 1}, padding[kMaxDims] = {}, dilation[kMaxDims] = {1, 1, 1};
+  Source grad;  // [sample, group * out_channels, output...]
+  int64_t grad_sample = 0, grad_channel = 0, grad_position[kMaxDims] = {};
+  Source in;  // [sample, group * in_channels, input...]
+  int64_t in_sample = 0, in_channel = 0, in_position[kMaxDims] = {};
+  // Contiguous results: [groups * out_channels, in_channels, kernel...] and [groups *
+  // out_channels]; float64 if either source is, else float32.
+  void* weight = nullptr;
+  void* bias = nullptr;
+};
+
+// Strides of an array [sample, position, group, channel, pixel].
+struct NormStrides {
+  int64_t sample = 0, position = 0, group = 0, channel = 0, pixel = 0;
+};
+
+// Sum over n of the squares of the per-sample gradients of a norm layer's scale and shift, one of each per
+// channel of every group. Channels and pixels of one position and group share their statistics: the mean, and
+// the mean squared distance from it, unless these are given for each channel.
+struct SquaredNormGradsProblem {
+  int64_t samples = 0, positions = 0, groups = 0, channels = 0, pixels = 0;
+  Source grad, in;
+  NormStrides grad_stride, in_stride;
+  Source mean, variance;  // [group, channel]; data == nullptr: of the data
+  int64_t mean_stride[2] = {}, variance_stride[2] = {};
+  double eps = 0;
+  // Contiguous results [groups * channels]; float64 if grad or in is, else float32.
+  void* weight = nullptr;
+  void* bias = nullptr;
+};
+
+// Sum over n of the squares of the per-sample gradients of a table that was looked up at `indices`.
+struct SquaredEmbeddingGradsProblem {
+  int64_t samples = 0, tokens = 0, rows = 0, columns = 0;
+  Source grad;  // [sample, token, column]
+  int64_t grad_sample = 0, grad_token = 0, grad_column = 0;
+  const int64_t* indices = nullptr;  // contiguous [samples, tokens], less than rows; negative: no token
+  void* result = nullptr;            // contiguous [rows, columns]; float64 if grad is, else float32
+};
+
+// Numbers [first, first + size) of a vector that arrives in pieces.
+struct VectorSegment {
+  Source source;
+  int64_t first = 0, size = 0, stride = 0;
+};
+
+// A vector that is copied into tiles: number p to row[(p / tile_length) * tile_stride + (p % tile_length) *
+// stride].
+struct FillRowProblem {
+  const VectorSegment* segments = nullptr;  // in order, without gaps
+  int64_t count = 0, params = 0;
+  void* row = nullptr;
+  Element element = Element::kFloat32;
+  int64_t tile_length = 0, tile_stride = 0, stride = 0;
+};
+
+// Of numbers as they are kept; NaN in any makes all three NaN.
+struct RowStatistics {
+  double squared_norm, low, high;
+};
+
+// Parameter p of client k is data[(p / tile_length) * tile_stride + k * client_stride + (p % tile_length) *
+// stride].
+struct ClientMatrix {
+  Source source;  // data == nullptr: absent
+  int64_t tile_length = 0, tile_stride = 0, client_stride = 0, stride = 0;
+};
+
+// Where new parameters go: result[v] = global[v] + a sum, kept within [-limit, limit]; contiguous, float64 if
+// global is, else float32.
+struct NewParams {
+  Source global;
+  int64_t global_stride = 0;
+  double limit = 0;
+  void* result = nullptr;
+};
+
+// Scores, the mean, or both.
+struct AggregationProblem {
+  int64_t clients = 0, params = 0;
+  ClientMatrix updates, fishers;
+  const double* fisher_min = nullptr;  // [clients], null without fishers
+  const double* fisher_max = nullptr;
+  bool single = false;  // products in float instead of double; the caller knows that nothing overflows
+
+  // Scores of the updates, times their importance with `reweight`; alpha == nullptr for none. Each sum is
+  // added to what is there.
+  const double* alpha = nullptr;  // [clients]
+  bool reweight = false;
+  double* distance = nullptr;     // [clients] sum_v (u_v - u_{k,v})^2 with u = sum_k alpha_k u_k
+  double* norm = nullptr;         // [clients] sum_v update^2
+  double* mean_square = nullptr;  // sum_v u_v^2
+
+  // The sum of weights[k] * c * update, c = 1 + tanh(importance / 2) with `rescale`, else 1. weights ==
+  // nullptr for none.
+  const double* weights = nullptr;  // [clients]
+  bool rescale = false;
+  NewParams to;
+  // A client whose alpha and weight are both zero is not read.
+};
+
+// For every parameter the mean of `keep` of the rows' values: those in the middle, as many below as above, or
+// with `nearest` those nearest to the median, the smaller of two equally near ones.
+struct CentralMeanProblem {
+  int64_t params = 0;
+  ClientMatrix updates;           // finite
+  const int64_t* rows = nullptr;  // [row_count]: the clients
+  int64_t row_count = 0, keep = 0;
+  bool nearest = false;
+  NewParams to;
+};
+
+// Parameters [start, stop).
+struct ParamRange {
+  int64_t start, stop;
+};
+
+enum class GramTransform : int { kUpdate, kFisherUpdate, kReweightedUpdate, kFourthRootFisher };
+
+// The rows whose inner products are wanted: a transform of updates and Fishers, over some of the columns.
+struct GramView {
+  GramTransform transform;
+  const ParamRange* ranges;  // [count], ascending, disjoint, not beyond the parameters
+  int64_t count;
+};
+
+struct GramProblem {
+  int64_t params = 0;
+  ClientMatrix updates, fishers;       // fishers: null where no view reads them
+  const double* fisher_min = nullptr;  // [clients], null where no view reweights
+  const double* fisher_max = nullptr;
+  const int64_t* rows = nullptr;  // [row_count]: the clients
+  int64_t row_count = 0;
+  const GramView* views = nullptr;
+  int64_t view_count = 0;
+  bool float64 = false;  // computes in float64, else in float32 over short runs of columns
+};
+
+// A convolution of stride one with zero padding, then pooling and ReLU. A linear layer is the convolution
+// whose kernel is as large as its input.
+struct NetworkLayer {
+  int64_t in_channels = 0, out_channels = 0;
+  int64_t input[2] = {}, kernel[2] = {}, padding[2] = {};
+  bool pool = false, relu = false;  // the maximum of 2 by 2 pixels; what is left over at the end is dropped
+  int64_t weight = 0, bias = -1;    // where they start in the parameters; no bias: -1
+};
+
+// Layers one after the other, the last of which gives one pixel of as many channels as there are classes, and
+// the cross-entropy of its softmax.
+struct NetworkProblem {
+  const NetworkLayer* layers = nullptr;
+  int64_t layer_count = 0, params_count = 0;
+  const float* params = nullptr;
+  const float* images = nullptr;  // [image, channel, row, column]
+  int64_t image_stride[4] = {};
+  const int64_t* rows = nullptr;    // [samples]: their images
+  const int64_t* labels = nullptr;  // [samples]: their classes
+  int64_t samples = 0;
+  // Contiguous results; those that are null are not computed.
+  float* outputs = nullptr;  // [samples, classes]
+  float* grad =
+      nullptr;  // [params]: of the mean loss, or with `squared` the sum of the squares of the samples'
+  bool squared = false;
+  double* loss = nullptr;  // its mean, where grad is wanted
+};
+
+// velocity = momentum * velocity + grad + decay * params; params -= rate * velocity
+struct SgdProblem {
+  int64_t count = 0;
+  float* params = nullptr;
+  float* velocity = nullptr;
+  const float* grad = nullptr;
+  float rate = 0, momentum = 0, decay = 0;
+};
+
+}  // namespace fdcr
