@@ -49,3 +49,13 @@ def run(*command, **env):
     env = {**os.environ, "FDCR_FAST_BACKEND": "reference", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def sanitized(folder, sanitizers, runtimes):
+    """A library whose threads are those of the operating system, and what to preload for its sanitizers."""
+    library = build(folder, f"-fsanitize={sanitizers}")
+    paths = []
+    for name in (*runtimes, "stdc++"):
+        command = [COMPILER[-1], f"-print-file-name=lib{name}.so"]
+        paths.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    return library, " ".join(paths)

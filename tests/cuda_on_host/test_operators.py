@@ -1,4 +1,4 @@
-"""The sources of the CUDA kernels on the host: what they compute, and what they move."""
+"""The sources of the CUDA kernels on the host: what they compute, what they move, and whether they race."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_host import build, run
+from on_host import build, run, sanitized
 
 from fdcr_fast import _native
 from fdcr_fast.ops.backends import WITHOUT_CUDA
@@ -40,6 +40,26 @@ def test_small_awkward_calls_are_right_and_move_what_the_model_says(library):
     assert result.returncode == 0, result.stdout + result.stderr[-5000:]
     assert "values are right" in result.stdout
     assert "calls move what the model says" in result.stdout
+
+
+def test_threads_do_not_race(tmp_path):
+    library, preload = sanitized(tmp_path, "thread", ["tsan"])
+    env = {"LD_PRELOAD": preload, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
+    result = run(CHECK, library, "values", **env)
+    assert result.returncode == 0, result.stdout + result.stderr[-5000:]
+    assert "values are right" in result.stdout
+    result = run(CHECK, library, "race", **env)
+    assert result.returncode == 66, result.stderr[-3000:]
+    assert "data race" in result.stderr
+    assert "racing" in result.stderr
+
+
+def test_threads_stay_inside_their_memory(tmp_path):
+    library, preload = sanitized(tmp_path, "address,undefined", ["asan", "ubsan"])
+    env = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+    result = run(CHECK, library, "values", **env)
+    assert result.returncode == 0, result.stdout + result.stderr[-5000:]
+    assert "values are right" in result.stdout
 
 
 def test_every_operator_has_kernels_or_is_left_to_others(library):
