@@ -1,6 +1,7 @@
 """Checks every CUDA and Triton kernel on a GPU against the reference in float64, and times it.
 
     python benchmarks/gpu_check.py
+    python benchmarks/gpu_check.py --predict     # prints what the models say of an H100, and needs none
 
 Without a GPU that the kernels run on it says what it would do, and exits with code 3.
 """
@@ -74,7 +75,48 @@ def implementations() -> dict[str, tuple[Callable[[str], Any], Callable[..., Tra
     return found
 
 
+# Limited by memory, or by products of float32: what else may limit the others is not in the models.
+PREDICTED = (
+    "discrepancy_and_mean, tiles of 16",
+    "discrepancy_and_mean, tiles of 16, bfloat16",
+    "importance_range, [K, P]",
+    "gram, update",
+    "gram, fisher_update",
+    "linear, 128 positions",
+    "convolution 3x3",
+    "LayerNorm",
+    "GroupNorm, large groups",
+)
+
+
+def shapes(*args: Any) -> str:
+    return ", ".join(f"{str(x.dtype)[6:]} {list(x.shape)}" for x in args if isinstance(x, Tensor) and x.dim() > 1)
+
+
+def predictions() -> str:
+    """The table in docs/gpu.md: by the models alone, on tensors without data."""
+    lines = ["| call | operands | MB moved | Triton, ms | CUDA, ms |", "| --- | --- | --- | --- | --- |"]
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for case in CASES:
+        if case.name in PREDICTED:
+            args = case.arguments(make)
+            traffic, cuda = gpu_model.bytes_moved(case.operator, args), "-"
+            if case.operator not in WITHOUT_CUDA:
+                formed = cuda_model.bytes_moved(case.operator, args)
+                cuda = f"{1e3 * predicted_seconds(formed, as_formed=True):.3f}"
+            milliseconds = f"{1e3 * predicted_seconds(traffic):.3f}"
+            cells = case.name, shapes(*args[:3]), f"{traffic.moved / 1e6:.0f}", milliseconds, cuda
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
+    if sys.argv[1:] == ["--predict"]:
+        print(predictions(), end="")
+        return 0
     backends = implementations()
     if not backends:
         reasons = {name: status.reason for name, status in fdcr_fast.backends().items() if name in ("cuda", "triton")}

@@ -249,6 +249,19 @@ def test_what_a_fisher_leaves_undefined(implementation):
         assert torch.equal(got[transform], fine & fine[:, None])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_transform_of_every_type(implementation, dtype):
+    """Neither clients nor parameters fill blocks, and ranges begin and end anywhere."""
+    K, P = 19, 101
+    updates, fishers = (x.to(dtype) for x in plain(K, P)[:2])
+    low, high = ops.importance_range(fishers, P)
+    ranges = [whole(P), torch.tensor([[3, 36], [36, 37], [64, 101]]), torch.tensor([[16, 96]]), torch.tensor([[0, 33]])]
+    args = updates, fishers, low, high, everybody(K), TRANSFORMS, ranges, total(K, 4), P, False
+    for view, got in enumerate(implementation("gram")(*args)):
+        x = exact(TRANSFORMS[view], updates[0].double(), fishers[0].double(), selected(ranges[view], P))
+        assert_within_bound(got, x, dtype == torch.float64)
+
+
 def test_nobody_and_nothing(implementation):
     updates, fishers, low, high = plain(3, 10)
     nobody = torch.zeros(3, dtype=torch.bool)
