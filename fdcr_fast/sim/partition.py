@@ -93,8 +93,9 @@ class Drawn(Partition):
         """Drawn anew, always the same."""
         rng = numpy_generator(self.options.seed, "dirichlet mix", client)
         sizes = np.diff(self.starts)
-        mix = rng.dirichlet(np.full(len(sizes), self.options.beta))
-        label = rng.choice(len(sizes), self.options.samples_per_client, p=mix)
+        mix = rng.dirichlet(np.full(len(sizes), self.options.beta)).cumsum()
+        # What rng.choice(p=mix) does, without its checks, which take as long as all the rest.
+        label = (mix / mix[-1]).searchsorted(rng.random(self.options.samples_per_client), side="right")
         return np.sort(self.by_class[self.starts[label] + rng.integers(sizes[label])])
 
 
