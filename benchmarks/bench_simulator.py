@@ -28,14 +28,23 @@ FEDJAX = ("fedjax", "jax==0.4.25", "jaxlib==0.4.25", "dm-haiku<0.0.13", "numpy<2
 NOTES = """FedAvg of the paper's CNN on Fashion-MNIST: 200 clients of 50 images, one epoch, batches of 64, SGD with
 momentum. Measured is training and aggregation of all clients, without evaluation, starting and the first round.
 *clients/s* is the median over rounds and repeats, which take turns; *spread* the smallest and largest. *x* is the rate
-of our row of the same number of processes over that of the peer. Every process has one thread, but the naive ones have
-one per core, and FedJAX takes what it wants. Of pfl, as many processes run at once as there are cores, each with all
-clients, and their rates are added. FDCR's clients also compute and send a Fisher."""
+of our row over that of the peer: a peer of one process is compared with one process of ours, all others with one of
+ours per core. Every process has one thread, "threads" are those of one process, and FedJAX takes what it wants. Of pfl,
+as many processes run at once as there are cores, each with all clients, and their rates are added. FDCR's clients also
+compute and send a Fisher. Flower and naive FDCR, which are slow, run one timed round per repeat."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A script of ``simulators/`` with its arguments; how many run at once; the packages of its environment."""
+    """A script of ``simulators/`` with its arguments.
+
+    Attributes:
+        threads: Of one process, where the script heeds them.
+        copies: How many run at once.
+        packages: Of its own environment; none for a script that runs in this one.
+        shares_torch: Whether the environment sees the packages of this one.
+        most_rounds: Timed ones, for slow contenders.
+    """
 
     script: str
     threads: int
@@ -43,6 +52,7 @@ class Contender:
     copies: int = 1
     packages: tuple[str, ...] = ()
     shares_torch: bool = True
+    most_rounds: int = 1000
 
     def python(self, environments: Path) -> str:
         """Of its environment, which is made if there is none."""
@@ -57,13 +67,14 @@ class Contender:
                     [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
                 ).strip()
                 Path(site, "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *self.packages], check=True, timeout=900)
+            run([str(python), "-m", "pip", "install", "--quiet", *self.packages], timeout=1800)
             (folder / "complete").touch()
         return str(python)
 
     def measure(self, python: str, data: Path, rounds: int, timeout: float) -> tuple[str, list[float]]:
         """Its version, and clients per second of every round."""
-        command = [python, str(HERE / "simulators" / self.script), str(data), str(rounds), str(self.threads)]
+        command = [python, str(HERE / "simulators" / self.script), str(data)]
+        command += [str(min(rounds, self.most_rounds)), str(self.threads)]
         with ThreadPoolExecutor(self.copies) as pool:
             outputs = list(pool.map(lambda _: run([*command, *self.arguments], timeout), range(self.copies)))
         found = [json.loads(output.strip().splitlines()[-1]) for output in outputs]
@@ -99,9 +110,10 @@ def contenders(cores: int) -> dict[str, Contender]:
         for workers in dict.fromkeys((1, cores))
     }
     return ours | {
-        "naive, FedAvg": Contender("naive.py", cores),
-        "naive, FDCR": Contender("naive_fdcr.py", cores),
-        "Flower": Contender("flower.py", 1, packages=("flwr[simulation]>=1.40",)),
+        "naive, FedAvg, 1 process": Contender("naive.py", 1),
+        f"naive, FedAvg, {cores} threads": Contender("naive.py", cores),
+        f"naive, FDCR, {cores} threads": Contender("naive_fdcr.py", cores, most_rounds=1),
+        "Flower": Contender("flower.py", 1, packages=("flwr[simulation]>=1.40",), most_rounds=1),
         "pfl, 1 process": Contender("pfl_research.py", 1, packages=("pfl[pytorch]>=0.6",)),
         f"pfl, {cores} processes": Contender("pfl_research.py", 1, copies=cores, packages=("pfl[pytorch]>=0.6",)),
         "FedJAX": Contender("fedjax_peer.py", cores, packages=FEDJAX, shares_torch=False),
@@ -129,8 +141,9 @@ def main() -> None:
     for name, contender in chosen.items():
         try:
             pythons[name] = contender.python(options.environments)
-        except (subprocess.SubprocessError, OSError) as error:  # noqa: PERF203 (one environment each)
+        except (subprocess.SubprocessError, OSError, RuntimeError) as error:  # noqa: PERF203 (one environment each)
             versions[name] = f"not installed: {error}"
+            print(f"{name}: {versions[name]}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.npz"
         run([sys.executable, str(HERE / "simulators" / "ours.py"), str(data), "0", "1", "fedavg", "1"], options.timeout)
@@ -139,7 +152,7 @@ def main() -> None:
                 try:
                     versions[name], found = chosen[name].measure(python, data, options.rounds, options.timeout)
                     rates[name] += found
-                except RuntimeError as error:
+                except (RuntimeError, ValueError, LookupError) as error:  # whatever the peer prints
                     versions[name] = f"failed: {error}"
                     del pythons[name]
                 print(f"{name}: {', '.join(f'{rate:.0f}' for rate in rates[name])} ({versions[name]})", flush=True)
