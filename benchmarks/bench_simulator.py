@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=120, help="seconds of one process")
     parser.add_argument("--environments", type=Path, default=Path.home() / ".cache" / "fdcr_fast" / "simulators")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs ends with it
 
     cores = os.cpu_count() or 1
     chosen = {
