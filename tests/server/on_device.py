@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from gpu_cases import CASES
 
 import fdcr_fast
+from fdcr_fast import _native
 from fdcr_fast.server import cluster, pinned
 
 K, P = 12, 20_000
@@ -33,13 +34,19 @@ def there(tensor):
     return tensor.to(DEVICE, non_blocking=True)
 
 
+# Sums of PyTorch's own, which stand in for the kernels where these are not compiled, end in other bits in other memory.
+ROUNDING = 0 if _native.module is not None else 1e-12
+
+
 def same(result, expected):
     assert result.rejected == expected.rejected
     for name in ("weights", "discrepancy", "kept", "labels"):
         assert getattr(result, name).device.type == "cpu"
-        torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            getattr(result, name), getattr(expected, name), rtol=ROUNDING, atol=0, equal_nan=True
+        )
     assert result.params.device == DEVICE
-    assert torch.equal(result.params.local, expected.params)
+    torch.testing.assert_close(result.params.local, expected.params, rtol=1e5 * ROUNDING, atol=1e5 * ROUNDING)
 
 
 RULES = [
