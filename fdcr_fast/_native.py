@@ -12,21 +12,26 @@ if BACKEND not in ("auto", "cpu", "cuda", "triton", "reference"):
 # Triton's interpreter runs its kernels on CPU tensors, in the place of the compiled ones.
 INTERPRETED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
-module: ModuleType | None = None
-reason = "loaded"
 
+def _loaded(name: str, missing: str) -> tuple[ModuleType | None, str]:
+    """A compiled module, which registers its operators with the PyTorch dispatcher, or None and why there is none."""
+    try:
+        return importlib.import_module(f"fdcr_fast.{name}"), "loaded"
+    except ModuleNotFoundError:
+        return None, missing
+    except ImportError as error:
+        return None, f"the extension does not load: {error}"
+
+
+module: ModuleType | None = None
 if BACKEND == "reference":
     reason = "switched off by FDCR_FAST_BACKEND=reference"
 elif INTERPRETED:
     reason = "Triton's interpreter takes its place (TRITON_INTERPRET=1)"
 else:
-    try:
-        # Loading it registers the CPU operators with the PyTorch dispatcher.
-        module = importlib.import_module("fdcr_fast._C")
-    except ModuleNotFoundError:
-        reason = "the extension was not built: reinstall with a C++17 compiler and FDCR_FAST_BUILD=require to see why"
-    except ImportError as error:
-        reason = f"the extension does not load: {error}"
+    module, reason = _loaded(
+        "_C", "the extension was not built: reinstall with a C++17 compiler and FDCR_FAST_BUILD=require to see why"
+    )
     if module is None and BACKEND == "cpu":
         raise ImportError(f"FDCR_FAST_BACKEND=cpu: {reason}")
 
@@ -36,18 +41,12 @@ if module is not None:
     except ValueError as error:
         raise ImportError(f"FDCR_FAST_SIMD: {error}") from None
 
-cuda: ModuleType | None = None
-cuda_reason = "loaded"
-
+cuda: ModuleType | None = None  # looks for no GPU when it is loaded
 if BACKEND in ("reference", "triton"):
     cuda_reason = f"switched off by FDCR_FAST_BACKEND={BACKEND}"
 else:
-    try:
-        # Loading it registers its operators for CUDA tensors; it looks for no GPU.
-        cuda = importlib.import_module("fdcr_fast._cuda")
-    except ModuleNotFoundError:
-        cuda_reason = "not built: reinstall with a CUDA toolkit that fits torch's, and FORCE_CUDA=1 to see why"
-    except ImportError as error:
-        cuda_reason = f"the extension does not load: {error}"
+    cuda, cuda_reason = _loaded(
+        "_cuda", "not built: reinstall with a CUDA toolkit that fits torch's, and FORCE_CUDA=1 to see why"
+    )
     if cuda is None and BACKEND == "cuda":
         raise ImportError(f"FDCR_FAST_BACKEND=cuda: {cuda_reason}")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fdcr_fast import ops
 from fdcr_fast.server.blocks import cut, in_order
-from fdcr_fast.server.intake import ClientTiles, ClientUpdates, Shard, Span
+from fdcr_fast.server.intake import ClientUpdates, Shard, Span
+from fdcr_fast.server.tiles_view import TilesView
 
 _COPIED_ELEMENTS = 1 << 23  # of rows that are put in order at once
 
@@ -82,36 +83,10 @@ def _positions(clients: Iterable[Hashable], wanted: Sequence[Hashable]) -> Tenso
 
 
 @dataclass(frozen=True)
-class ChosenRows:
+class ChosenRows(TilesView):
     """Some of the rows of a round in another order, copied as they are read: where ranks accept in different orders."""
 
-    tiles: ClientTiles
     rows: Tensor
-
-    @property
-    def num_params(self) -> int:
-        """See :class:`ClientTiles`."""
-        return self.tiles.num_params
-
-    @property
-    def tile(self) -> int:
-        """See :class:`ClientTiles`."""
-        return self.tiles.tile
-
-    @property
-    def device(self) -> torch.device:
-        """See :class:`ClientTiles`."""
-        return self.tiles.device
-
-    @property
-    def with_fishers(self) -> bool:
-        """See :class:`ClientTiles`."""
-        return self.tiles.with_fishers
-
-    @property
-    def dtypes(self) -> frozenset[torch.dtype]:
-        """See :class:`ClientTiles`."""
-        return self.tiles.dtypes
 
     def spans(self) -> Iterator[Span]:
         """The spans in pieces of whole stretches, so that no copy grows with the model."""
@@ -120,13 +95,10 @@ class ChosenRows:
         for span in self.tiles.spans():
             stops = range(span.first, span.first + span.num_params, tiles * self.tile)
             for part in cut(span, stops):
-                yield self._chosen(part)
+                yield self.seen(part)
 
-    def window(self, first: int, num_params: int) -> Span:
-        """See :meth:`ClientTiles.window`."""
-        return self._chosen(self.tiles.window(first, num_params))
-
-    def _chosen(self, span: Span) -> Span:
+    def seen(self, span: Span) -> Span:
+        """Copied."""
         rows = self.rows.to(self.device)
         fishers = None if span.fishers is None else span.fishers[:, rows]
         return replace(span, updates=span.updates[:, rows], fishers=fishers)

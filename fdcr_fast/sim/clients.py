@@ -60,6 +60,10 @@ class ClientShares:
     def __getitem__(self, client: int) -> ClientData:
         return ClientData(self._images, self._labels, self._partition[client])
 
+    def num_samples(self, client: int) -> int:
+        """``n_k``."""
+        return self._partition.size(client)
+
 
 @dataclass(frozen=True, eq=False)
 class LocalWork:

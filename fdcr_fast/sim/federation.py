@@ -235,7 +235,7 @@ class Federation:
                     round=round,
                     client=client,
                     malicious=client in self.attackers.clients,
-                    num_samples=len(self.data[client].rows),
+                    num_samples=self.data.num_samples(client),
                     sent=client in drawn.epochs,
                     discrepancy=None if score != score else score,
                     weight=0.0 if index is None else weights[index],

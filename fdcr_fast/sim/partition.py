@@ -47,6 +47,10 @@ class Partition(Sequence[Tensor]):
         """Of one client."""
         raise NotImplementedError
 
+    def size(self, client: int) -> int:
+        """``n_k``, without looking at the images."""
+        raise NotImplementedError
+
 
 class Dealt(Partition):
     """Every image is one client's.
@@ -70,6 +74,10 @@ class Dealt(Partition):
     def rows(self, client: int) -> NDArray[np.int64]:
         """A view of the sorted images."""
         return self._images[self._starts[client] : self._starts[client + 1]]
+
+    def size(self, client: int) -> int:
+        """How many images it was dealt."""
+        return int(self._starts[client + 1] - self._starts[client])
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +105,11 @@ class Drawn(Partition):
         # What rng.choice(p=mix) does, without its checks, which take as long as all the rest.
         label = (mix / mix[-1]).searchsorted(rng.random(self.options.samples_per_client), side="right")
         return np.sort(self.by_class[self.starts[label] + rng.integers(sizes[label])])
+
+    def size(self, client: int) -> int:
+        """All have as many."""
+        assert self.options.samples_per_client is not None
+        return self.options.samples_per_client
 
 
 def dirichlet_mix(dataset: Dataset, options: PartitionOptions) -> Drawn:

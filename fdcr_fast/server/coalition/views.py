@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.coalition.search import Views
 from fdcr_fast.server.gram import GramView, grams
-from fdcr_fast.server.intake import ClientTiles, ClientUpdates, Span
+from fdcr_fast.server.intake import ClientUpdates, Span
+from fdcr_fast.server.tiles_view import TilesView
 
 _BLOCK = 1 << 20  # numbers of all clients that are looked at together
 _NO_DIRECTION = 1e-6  # squared length beside which a cosine is rounding
@@ -92,37 +93,14 @@ def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: flo
 
 
 @dataclass(frozen=True)
-class _SharedFisher:
+class _SharedFisher(TilesView):
     """The tiles of a round in which all clients have one Fisher ``[P]``; of rows it takes no memory."""
 
-    tiles: ClientTiles
     fisher: Tensor
 
     with_fishers = True
 
-    @property
-    def num_params(self) -> int:
-        return self.tiles.num_params
-
-    @property
-    def tile(self) -> int:
-        return self.tiles.tile
-
-    @property
-    def device(self) -> torch.device:
-        return self.tiles.device
-
-    @property
-    def dtypes(self) -> frozenset[torch.dtype]:
-        return self.tiles.dtypes
-
-    def spans(self) -> Iterator[Span]:
-        return map(self._shared, self.tiles.spans())
-
-    def window(self, first: int, num_params: int) -> Span:
-        return self._shared(self.tiles.window(first, num_params))
-
-    def _shared(self, span: Span) -> Span:
+    def seen(self, span: Span) -> Span:
         tiles, _, length = span.updates.shape
         own = self.fisher[span.first : span.first + span.num_params]
         padded = nn.functional.pad(own, (0, tiles * length - len(own)))
