@@ -72,10 +72,8 @@ def test_training_step(name, shape, seconds):
     start = worker.params()
 
     def ours() -> Tensor:
-        worker.load(start)
         generator = torch.Generator().manual_seed(0)
-        worker.train(last, labels, rows, epochs=1, batch_size=64, generator=generator, **OPTIONS)
-        return worker.params()
+        return worker.train(start, last, labels, rows, epochs=1, batch_size=64, generator=generator, **OPTIONS)
 
     steps = {
         "ours": ours,
@@ -87,7 +85,7 @@ def test_training_step(name, shape, seconds):
     for step in steps.values():
         assert (step() - start - expected).norm() < 1e-4 * expected.norm()
     fishers = {
-        "Fisher, ours": lambda: worker.fisher(last, labels, rows),
+        "Fisher, ours": lambda: worker.fisher(start, last, labels, rows),
         "Fisher": lambda: diagonal_fisher(model, (images[rows], labels[rows])),
     }
     times = interleave({**steps, **fishers}, seconds)

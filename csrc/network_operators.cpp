@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -147,23 +148,55 @@ Tensor sum_squared_network_grads(const Tensor& params, const Tensor& images, con
   return network.grad(true, &mean);
 }
 
-void sgd_step(Tensor params, Tensor velocity, const Tensor& grad, double lr, double momentum,
-              double weight_decay) {
+fdcr::SgdProblem sgd_problem(const Tensor& params, const Tensor& velocity, const Tensor& grad, double lr,
+                             double momentum, double weight_decay) {
   check_vector(params, ScalarType::Float, "params");
   check_vector(velocity, ScalarType::Float, "velocity");
-  const Tensor from = dense(grad);
-  check_vector(from, ScalarType::Float, "grad");
-  STD_TORCH_CHECK(params.size(0) == velocity.size(0) && params.size(0) == from.size(0),
+  check_vector(grad, ScalarType::Float, "grad");
+  STD_TORCH_CHECK(params.size(0) == velocity.size(0) && params.size(0) == grad.size(0),
                   "params, velocity and grad differ in length");
   fdcr::SgdProblem p;
   p.count = params.size(0);
   p.params = floats(params);
   p.velocity = floats(velocity);
-  p.grad = static_cast<const float*>(from.const_data_ptr());
+  p.grad = static_cast<const float*>(grad.const_data_ptr());
   p.rate = static_cast<float>(lr);
   p.momentum = static_cast<float>(momentum);
   p.decay = static_cast<float>(weight_decay);
-  fdcr::kernels().sgd_step(p, fdcr::torch_pool);
+  return p;
+}
+
+void sgd_step(Tensor params, Tensor velocity, const Tensor& grad, double lr, double momentum,
+              double weight_decay) {
+  const Tensor from = dense(grad);
+  fdcr::kernels().sgd_step(sgd_problem(params, velocity, from, lr, momentum, weight_decay), fdcr::torch_pool);
+}
+
+Tensor train_network(const Tensor& params, const Tensor& images, const Tensor& labels, const Tensor& order,
+                     std::vector<int64_t> layers, int64_t batch_size, double lr, double momentum,
+                     double weight_decay) {
+  STD_TORCH_CHECK(order.dim() == 2 && batch_size > 0, "order must be a matrix and batch_size positive");
+  Network network(torch::stable::clone(dense(params)), images, torch::stable::flatten(order), layers);
+  network.set_labels(labels);
+  const Tensor grad = torch::stable::empty_like(network.params);
+  const Tensor velocity = torch::stable::empty_like(network.params);
+  fdcr::SgdProblem step = sgd_problem(network.params, velocity, grad, lr, momentum, weight_decay);
+  step.first = true;
+  double loss = 0;
+  fdcr::NetworkProblem batch = network.problem;
+  batch.grad = floats(grad);
+  batch.loss = &loss;
+  for (int64_t epoch = 0; epoch < order.size(0); ++epoch)
+    for (int64_t at = 0; at < order.size(1); at += batch_size) {
+      const int64_t first = epoch * order.size(1) + at;
+      batch.rows = network.rows.data() + first;
+      batch.labels = network.labels.data() + first;
+      batch.samples = std::min(batch_size, order.size(1) - at);
+      fdcr::kernels().network(batch, fdcr::torch_pool);
+      fdcr::kernels().sgd_step(step, fdcr::torch_pool);
+      step.first = false;
+    }
+  return network.params;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
@@ -171,6 +204,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
   library.impl("network_grad", TORCH_BOX(&network_grad));
   library.impl("sum_squared_network_grads", TORCH_BOX(&sum_squared_network_grads));
   library.impl("sgd_step", TORCH_BOX(&sgd_step));
+  library.impl("train_network", TORCH_BOX(&train_network));
 }
 
 }  // namespace

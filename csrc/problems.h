@@ -197,6 +197,7 @@ struct SgdProblem {
   float* velocity = nullptr;
   const float* grad = nullptr;
   float rate = 0, momentum = 0, decay = 0;
+  bool first = false;  // velocity holds nothing yet and counts as zero
 };
 
 }  // namespace fdcr

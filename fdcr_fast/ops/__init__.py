@@ -12,6 +12,7 @@ from fdcr_fast.ops.network_schemas import (
     sgd_step,
     sized_layers,
     sum_squared_network_grads,
+    train_network,
 )
 from fdcr_fast.ops.schemas import (
     STRETCH,
@@ -49,4 +50,5 @@ __all__ = [
     "sum_squared_grads_linear",
     "sum_squared_grads_norm",
     "sum_squared_network_grads",
+    "train_network",
 ]

@@ -71,6 +71,26 @@ def sgd_step(params: Tensor, velocity: Tensor, grad: Tensor, lr: float, momentum
     params.sub_(velocity, alpha=lr)
 
 
+def train_network(
+    params: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    layers: Sequence[int],
+    batch_size: int,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> Tensor:
+    """Epochs of steps; see ``network_schemas``."""
+    params, velocity = params.clone(), torch.zeros_like(params)
+    for epoch in order:
+        for first in range(0, len(epoch), batch_size):
+            _, grad = network_grad(params, images, labels, epoch[first : first + batch_size], layers)
+            sgd_step(params, velocity, grad, lr, momentum, weight_decay)
+    return params
+
+
 def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).scatter_(1, labels[:, None], 1)
 

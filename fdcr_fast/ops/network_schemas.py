@@ -135,6 +135,37 @@ def sgd_step(params: Tensor, velocity: Tensor, grad: Tensor, lr: float, momentum
     torch.ops.fdcr_fast.sgd_step(params, velocity, grad, lr, momentum, weight_decay)
 
 
+def train_network(
+    params: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    layers: Sequence[int],
+    batch_size: int,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> Tensor:
+    """Parameters after local training: epochs of :func:`sgd_step` with :func:`network_grad` of batches of images.
+
+    Args:
+        params: ``[P]``, to begin with.
+        images: As in :func:`network_grad`, and so are ``labels`` and ``layers``.
+        order: int64 ``[E, n]``, the images of each of ``E`` epochs in their order.
+        batch_size: Of a step; the last one of an epoch takes what is left.
+        lr: As in :func:`sgd_step`, and so are ``momentum`` and ``weight_decay``.
+
+    Returns:
+        ``[P]``.
+    """
+    return cast(
+        Tensor,
+        torch.ops.fdcr_fast.train_network(
+            params, images, labels, order, layers, batch_size, lr, momentum, weight_decay
+        ),
+    )
+
+
 # --- what each operator accepts ---------------------------------------------------------------------------------------
 
 
@@ -174,6 +205,20 @@ def _check_sgd_step(params: Tensor, velocity: Tensor, grad: Tensor, *_: float) -
     torch._check(params.is_contiguous() and velocity.is_contiguous(), lambda: "params and velocity must be contiguous")
 
 
+def _check_training(
+    params: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    layers: Sequence[int],
+    batch_size: int,
+    *_: float,
+) -> None:
+    torch._check(order.dim() == 2, lambda: f"order must be [epochs, images], got {list(order.shape)}")
+    torch._check(batch_size > 0, lambda: f"batch_size must be positive, got {batch_size}")
+    _check_grad(params, images, labels, order.flatten(), layers)
+
+
 # --- fake kernels -----------------------------------------------------------------------------------------------------
 
 
@@ -183,10 +228,10 @@ def _fake_outputs(params: Tensor, images: Tensor, rows: Tensor, layers: Sequence
 
 
 def _fake_grad(params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return params.new_empty(()), _fake_squared_grads(params)
+    return params.new_empty(()), _fake_like_params(params)
 
 
-def _fake_squared_grads(params: Tensor, *_: Any) -> Tensor:
+def _fake_like_params(params: Tensor, *_: Any) -> Tensor:
     return params.new_empty(params.shape[0])
 
 
@@ -206,7 +251,13 @@ NETWORK_OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]
     "sum_squared_network_grads": (
         f"({_NETWORK}, Tensor labels, Tensor rows, int[] layers) -> Tensor",
         _check_grad,
-        _fake_squared_grads,
+        _fake_like_params,
+    ),
+    "train_network": (
+        f"({_NETWORK}, Tensor labels, Tensor order, int[] layers, int batch_size, float lr, float momentum, "
+        "float weight_decay) -> Tensor",
+        _check_training,
+        _fake_like_params,
     ),
     "sgd_step": (
         "(Tensor(a!) params, Tensor(b!) velocity, Tensor grad, float lr, float momentum, float weight_decay) -> ()",

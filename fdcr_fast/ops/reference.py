@@ -17,6 +17,7 @@ from fdcr_fast.ops.network_reference import network_grad as network_grad
 from fdcr_fast.ops.network_reference import network_outputs as network_outputs
 from fdcr_fast.ops.network_reference import sgd_step as sgd_step
 from fdcr_fast.ops.network_reference import sum_squared_network_grads as sum_squared_network_grads
+from fdcr_fast.ops.network_reference import train_network as train_network
 
 # Elements of the largest temporary: 64 MiB of float64.
 _BLOCK_ELEMENTS = 1 << 23

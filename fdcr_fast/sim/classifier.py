@@ -1,8 +1,9 @@
-"""How a model is evaluated and differentiated: by the library's operators of small networks, or by autograd."""
+"""How a model is evaluated, differentiated and trained: by operators of small networks, or by autograd."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,73 +11,114 @@ from torch import Tensor, nn
 
 from fdcr_fast import _native, diagonal_fisher, ops
 from fdcr_fast.ops import NetworkLayer
+from fdcr_fast.sim.attacks.training import LocalAttack
 
 BATCH = 1024  # images of one forward pass by autograd
 
 
+@dataclass(frozen=True)
+class SGD:
+    """How a client trains: mini-batch stochastic gradient descent with momentum and weight decay."""
+
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
 class Classifier(ABC):
-    """A model that tells classes apart, at the values that its parameters have when it is called."""
+    """A model that tells classes apart, with any parameters ``[P]``, which are given flat and never changed."""
 
     @abstractmethod
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, params: Tensor, images: Tensor) -> Tensor:
         """``[N, classes]`` of images ``[N, C, H, W]``."""
 
     @abstractmethod
-    def grad(self, images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def grad(self, params: Tensor, images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of the given rows, and its gradient ``[P]``."""
 
     @abstractmethod
-    def fisher(self, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    def fisher(self, params: Tensor, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """Diagonal empirical Fisher ``[P]`` (eq. 5) of the given rows."""
+
+    def train(
+        self, params: Tensor, images: Tensor, labels: Tensor, order: Tensor, sgd: SGD, attack: LocalAttack | None
+    ) -> Tensor:
+        """Parameters ``[P]`` after epochs over the rows ``order [E, n]``, each in its order."""
+        params, velocity = params.clone(), torch.zeros_like(params)
+        for epoch in order:
+            for first in range(0, len(epoch), sgd.batch_size):
+                loss, grad = self.grad(params, images, labels, epoch[first : first + sgd.batch_size])
+                if attack is not None:
+                    grad = attack.grad(loss, grad, params)
+                ops.sgd_step(params, velocity, grad, sgd.lr, sgd.momentum, sgd.weight_decay)
+                if attack is not None:
+                    params.copy_(attack.project(params))
+        return params
 
 
 class NetworkClassifier(Classifier):
     """By the operators of small networks: no autograd graph, nothing allocated per layer.
 
     Args:
-        params: The parameters, flat; whoever changes them changes the classifier.
         layers: See :class:`fdcr_fast.ops.NetworkLayer`.
     """
 
-    def __init__(self, params: Tensor, layers: list[int]) -> None:
-        self.params = params
+    def __init__(self, layers: list[int]) -> None:
         self.layers = layers
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, params: Tensor, images: Tensor) -> Tensor:
         """``[N, classes]``."""
-        return ops.network_outputs(self.params, images, torch.arange(len(images)), self.layers)
+        return ops.network_outputs(params, images, torch.arange(len(images)), self.layers)
 
-    def grad(self, images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def grad(self, params: Tensor, images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and gradient."""
-        return ops.network_grad(self.params, images, labels, rows, self.layers)
+        return ops.network_grad(params, images, labels, rows, self.layers)
 
-    def fisher(self, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    def fisher(self, params: Tensor, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """Diagonal Fisher."""
-        return ops.sum_squared_network_grads(self.params, images, labels, rows, self.layers) / len(rows)
+        return ops.sum_squared_network_grads(params, images, labels, rows, self.layers) / len(rows)
+
+    def train(
+        self, params: Tensor, images: Tensor, labels: Tensor, order: Tensor, sgd: SGD, attack: LocalAttack | None
+    ) -> Tensor:
+        """All steps in one operator, unless an attack looks at each."""
+        if attack is not None:
+            return super().train(params, images, labels, order, sgd, attack)
+        return ops.train_network(params, images, labels, order, self.layers, *astuple(sgd))
 
 
 class AutogradClassifier(Classifier):
-    """By autograd, for any model; channels-last, as convolutions and pooling are faster so on CPU."""
+    """By autograd, for any model; channels-last, as convolutions and pooling are faster so on CPU.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    Args:
+        model: Its parameters are overwritten by every call.
+        params: Its parameters, flat; what is written here is written there.
+    """
+
+    def __init__(self, model: nn.Module, params: Tensor) -> None:
+        self._model = model
+        self._params = params
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, params: Tensor, images: Tensor) -> Tensor:
         """``[N, classes]``."""
-        self.model.eval()
-        return torch.cat([self.model(_channels_last(batch)) for batch in images.split(BATCH)])
+        self._params.copy_(params)
+        self._model.eval()
+        return torch.cat([self._model(_channels_last(batch)) for batch in images.split(BATCH)])
 
-    def grad(self, images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def grad(self, params: Tensor, images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and gradient."""
-        self.model.train()
-        loss = F.cross_entropy(self.model(_channels_last(images[rows])), labels[rows])
-        grads = torch.autograd.grad(loss, list(self.model.parameters()), allow_unused=True, materialize_grads=True)
+        self._params.copy_(params)
+        self._model.train()
+        loss = F.cross_entropy(self._model(_channels_last(images[rows])), labels[rows])
+        grads = torch.autograd.grad(loss, list(self._model.parameters()), allow_unused=True, materialize_grads=True)
         return loss.detach(), torch.cat([g.reshape(-1) for g in grads])
 
-    def fisher(self, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    def fisher(self, params: Tensor, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """Diagonal Fisher."""
-        return diagonal_fisher(self.model, ((images[batch], labels[batch]) for batch in rows.split(256)))
+        self._params.copy_(params)
+        return diagonal_fisher(self._model, ((images[batch], labels[batch]) for batch in rows.split(256)))
 
 
 def _channels_last(images: Tensor) -> Tensor:
@@ -90,8 +132,8 @@ def classifier_of(model: nn.Module, params: Tensor) -> Classifier:
     """
     layers = network_layers(model)
     if layers is None or _native.module is None:
-        return AutogradClassifier(model)
-    return NetworkClassifier(params, layers)
+        return AutogradClassifier(model, params)
+    return NetworkClassifier(layers)
 
 
 def network_layers(model: nn.Module) -> list[int] | None:

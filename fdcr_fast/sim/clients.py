@@ -88,8 +88,8 @@ class LocalWork:
         """The client's model ``w_k [P]`` after local training, of as many epochs as configured or as given."""
         options = self.config.training() if epochs is None else {**self.config.training(), "epochs": epochs}
         with self.clock.phase("training"):
-            self.worker.load(self.params)
-            self.worker.train(
+            return self.worker.train(
+                self.params,
                 data.images,
                 data.labels,
                 data.rows,
@@ -97,7 +97,6 @@ class LocalWork:
                 attack=attack,
                 **options,
             )
-            return self.worker.params()
 
     def fisher(self, data: ClientData, params: Tensor) -> Tensor:
         """Diagonal Fisher ``[P]`` of the data at a model: of all, or of ``fisher_samples`` drawn by seed and round."""
@@ -107,5 +106,4 @@ class LocalWork:
                 rows = rows[
                     torch.randperm(len(rows), generator=torch_generator(self.config.seed, "fisher", self.round))
                 ]
-            self.worker.load(params)
-            return self.worker.fisher(data.images, data.labels, rows[:most])
+            return self.worker.fisher(params, data.images, data.labels, rows[:most])

@@ -217,11 +217,10 @@ class Federation:
 
     def _evaluate(self, params: Tensor) -> tuple[float, float | None]:
         """Accuracy, and success of the attack, if it has one."""
-        self.worker.load(params)
-        accuracy = match_rate(self.worker.predict(self.test_images), self.test_labels)
+        accuracy = match_rate(self.worker.predict(params, self.test_images), self.test_labels)
         if not len(self.victims):
             return accuracy, None
-        return accuracy, match_rate(self.worker.predict(self.victims), self.config.target)
+        return accuracy, match_rate(self.worker.predict(params, self.victims), self.config.target)
 
     def _client_records(self, round: int, drawn: Participants, result: AggregationResult) -> list[ClientRecord]:
         position = {client: index for index, client in enumerate(result.clients)}

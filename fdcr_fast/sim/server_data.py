@@ -20,7 +20,7 @@ class ServerData:
     """Images that no client has, and what can be done with them; nothing depends on earlier calls.
 
     Attributes:
-        worker: Whose model is used; what it holds is overwritten.
+        worker: Whose model is used.
         images: ``[N, C, H, W]``.
         labels: ``[N]``.
         training: Options of :meth:`Worker.train`, those of the clients.
@@ -35,11 +35,9 @@ class ServerData:
 
     def refine(self, params: Tensor) -> Tensor:
         """Parameters ``[P]`` after training from ``params`` on."""
-        self.worker.load(params)
         everything = torch.arange(len(self.labels))
         generator = round_generator(self.seed, "server data", params)
-        self.worker.train(self.images, self.labels, everything, generator=generator, **self.training)
-        return self.worker.params()
+        return self.worker.train(params, self.images, self.labels, everything, generator=generator, **self.training)
 
     def update(self, params: Tensor) -> Tensor:
         """What training changes."""
@@ -47,6 +45,5 @@ class ServerData:
 
     def evaluate(self, params: Tensor) -> ModelQuality:
         """Mean entropy and loss of the model with these parameters."""
-        self.worker.load(params)
-        log_p = self.worker.logits(self.images).double().log_softmax(1)
+        log_p = self.worker.logits(params, self.images).double().log_softmax(1)
         return ModelQuality(-(log_p.exp() * log_p).sum(1).mean().item(), F.nll_loss(log_p, self.labels).item())

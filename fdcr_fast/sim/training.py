@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fdcr_fast import ParamLayout, ops
+from fdcr_fast import ParamLayout
 from fdcr_fast.sim.attacks.training import LocalAttack
-from fdcr_fast.sim.classifier import classifier_of
+from fdcr_fast.sim.classifier import SGD, classifier_of
 
 
 class Worker:
-    """One model instance that stands in for every client in turn.
+    """One model instance that stands in for every client in turn, with the parameters ``[P]`` that it is given.
 
-    Parameters travel as flat vectors ``[P]`` in the order of ``layout``; the model's are views of one such vector.
+    Parameters travel as flat vectors in the order of ``layout``; the model's are views of one such vector.
 
     Args:
-        model: Its parameters are overwritten by every call.
+        model: Its parameters may be overwritten by every call.
 
     Raises:
         ValueError: the model has buffers, which a flat vector of parameters does not carry.
@@ -35,15 +35,16 @@ class Worker:
         self._classifier = classifier_of(model, self._params)
 
     def params(self) -> Tensor:
-        """The model's parameters ``[P]``."""
+        """The model's own parameters."""
         return self._params.clone()
 
     def load(self, params: Tensor) -> None:
-        """Set the model's parameters."""
+        """Set the model's own parameters."""
         self._params.copy_(params)
 
     def train(
         self,
+        params: Tensor,
         images: Tensor,
         labels: Tensor,
         rows: Tensor,
@@ -55,31 +56,26 @@ class Worker:
         weight_decay: float,
         generator: torch.Generator,
         attack: LocalAttack | None = None,
-    ) -> None:
-        """Train from the loaded parameters by SGD on the given rows, reshuffled in every epoch.
+    ) -> Tensor:
+        """Parameters after training from ``params`` by SGD on the given rows, reshuffled in every epoch.
 
         Args:
             attack: How an attacker deviates from that.
         """
-        velocity = torch.zeros_like(self._params)
-        for _ in range(epochs):
-            order = rows[torch.randperm(len(rows), generator=generator)]
-            for batch in order.split(batch_size):
-                loss, grad = self._classifier.grad(images, labels, batch)
-                if attack is not None:
-                    grad = attack.grad(loss, grad, self._params)
-                ops.sgd_step(self._params, velocity, grad, lr, momentum, weight_decay)
-                if attack is not None:
-                    self.load(attack.project(self._params))
+        order = rows.new_empty(epochs, len(rows))
+        for epoch in order:
+            epoch.copy_(rows[torch.randperm(len(rows), generator=generator)])
+        sgd = SGD(batch_size, lr, momentum, weight_decay)
+        return self._classifier.train(params, images, labels, order, sgd, attack)
 
-    def fisher(self, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-        """Diagonal empirical Fisher ``[P]`` at the current parameters (eq. 5) over the given rows."""
-        return self._classifier.fisher(images, labels, rows)
+    def fisher(self, params: Tensor, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        """Diagonal empirical Fisher ``[P]`` (eq. 5) over the given rows."""
+        return self._classifier.fisher(params, images, labels, rows)
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, params: Tensor, images: Tensor) -> Tensor:
         """The model's output ``[N, classes]`` for images ``[N, C, H, W]``."""
-        return self._classifier.logits(images)
+        return self._classifier.logits(params, images)
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, params: Tensor, images: Tensor) -> Tensor:
         """The most probable class of each image, int64 ``[N]``."""
-        return self.logits(images).argmax(1)
+        return self.logits(params, images).argmax(1)

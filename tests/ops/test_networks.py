@@ -166,6 +166,24 @@ def test_sgd(implementation, shape, lr, momentum, decay):
     torch.testing.assert_close(w.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@settings(max_examples=settings.default.max_examples // 4)
+@given(problem=problems(), data=st.data())
+def test_training_is_steps_after_steps(implementation, problem, data):
+    params, images, labels, rows, layers = problem
+    epochs, batch_size = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 100))
+    order = torch.stack([rows.roll(i) for i in range(epochs)], 1).T if epochs else rows.new_empty(0, 3)
+    kept = params.clone()
+    trained = implementation("train_network")(params, images, labels, order, flat(layers), batch_size, 0.01, 0.9, 1e-3)
+    assert torch.equal(params, kept)
+    velocity = torch.zeros_like(params)
+    for epoch in order:
+        for first in range(0, len(epoch), batch_size):
+            batch = epoch[first : first + batch_size]
+            grad = implementation("network_grad")(params, images, labels, batch, flat(layers))[1]
+            implementation("sgd_step")(params, velocity, grad, 0.01, 0.9, 1e-3)
+    assert torch.equal(trained, params)
+
+
 def test_what_does_not_fit_is_refused():
     params, images, labels, rows = cnn(8)
     for layers, message in [
@@ -190,5 +208,8 @@ def test_what_does_not_fit_is_refused():
     ]:
         with pytest.raises((RuntimeError, IndexError)):
             ops.network_grad(*args, flat(CNN))
+    for order, batch_size in [(rows, 4), (rows[None] + 1, 4), (rows[None], 0)]:
+        with pytest.raises((RuntimeError, IndexError)):
+            ops.train_network(params, images, labels, order, flat(CNN), batch_size, 0.1, 0.9, 0.0)
     with pytest.raises(RuntimeError):
         ops.sgd_step(params, params[1:], params, 0.1, 0.9, 0.0)

@@ -31,6 +31,7 @@ def samples():
         "network_outputs": [(params, images, rows, layers)],
         "network_grad": [(params, images, labels, rows, layers)],
         "sum_squared_network_grads": [(params, images, labels, rows, layers)],
+        "train_network": [(params, images, labels, rows[None], layers, 2, 0.1, 0.9, 1e-3)],
         "sgd_step": [(*torch.randn(3, 10), 0.1, 0.9, 1e-3)],
         "sum_squared_grads_linear": [
             (torch.randn(2, 3, 4), torch.randn(2, 3, 5)),

@@ -206,9 +206,8 @@ def test_which_fisher_is_uploaded(plain: Round, benign: Round) -> None:
     worker = plain.federation.worker
     for client in (1, 2):
         model = plain.work.params + torch.from_numpy(plain.updates[client]).float()
-        worker.load(model)
         own = plain.federation.data[client]
-        clean = worker.fisher(own.images, own.labels, own.rows).double().numpy()
+        clean = worker.fisher(model, own.images, own.labels, own.rows).double().numpy()
         mean = np.mean([plain.fishers[other] for other in (0, 3, 4)], axis=0)
         expected = {
             "honest": plain.fishers[client],
