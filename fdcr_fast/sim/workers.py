@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fdcr_fast import UpdateStore
 from fdcr_fast.server.row_writer import RowWriter
@@ -23,7 +24,8 @@ from fdcr_fast.sim.execution import Clients, Job, Outcome, describe
 from fdcr_fast.sim.metrics import Phase, Stopwatch
 from fdcr_fast.sim.training import Worker
 
-AHEAD = 2  # jobs that a worker is given at a time, so that it need not wait for the next one
+AHEAD = 2  # orders that a worker is given at a time, so that it need not wait for the next one
+SECONDS_OF_AN_ORDER = 0.02  # an order takes a tenth of a millisecond on its way to and fro
 
 # Processes are forked from one that has imported all that a run imports on its way (4 s), and has used none of it.
 IMPORTED_ONCE = ["fdcr_fast.sim.study.pool", "fdcr_fast.sim.figures", "sklearn.datasets", "torch._dynamo"]
@@ -31,21 +33,26 @@ IMPORTED_ONCE = ["fdcr_fast.sim.study.pool", "fdcr_fast.sim.figures", "sklearn.d
 
 @dataclass(frozen=True)
 class _Order:
-    """A job, and what else its worker must know: which round, and whether one came before."""
+    """Jobs, and what else their worker must know: which round, and whether one came before."""
 
-    job: Job
+    jobs: tuple[Job, ...]
     round: int
     has_last_update: bool
 
 
-@dataclass(frozen=True)
-class _Reply:
-    """What became of an order: the filled row, why its client is rejected, or why there is no upload."""
+class _Result(NamedTuple):
+    """What became of a job: the filled row, why its client is rejected, or why there is no upload."""
 
-    seconds: dict[Phase, float]
     accepted: Accepted | None = None
     rejected: str | None = None
     error: str | None = None
+
+
+class _Reply(NamedTuple):
+    """What became of an order's jobs."""
+
+    seconds: dict[Phase, float]
+    results: list[_Result]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +72,17 @@ class _Supplies:
 
 @dataclass(eq=False)
 class _Process:
+    """A worker as its pool sees it.
+
+    Attributes:
+        begun: Shared ``[1]``: how many jobs it has begun.
+        done: How many it has told the pool of.
+    """
+
     process: ForkServerProcess
     connection: Connection
+    begun: SharedTensor
+    done: int = 0
     ready: bool = False
     orders: deque[_Order] = field(default_factory=deque)
 
@@ -93,6 +109,7 @@ class WorkerPool:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(IMPORTED_ONCE)
         self._workers: list[_Process] = []
+        self._seconds_of_a_job = SECONDS_OF_AN_ORDER
 
     def run(self, work: LocalWork, jobs: Sequence[Job], store: UpdateStore) -> Iterator[Outcome]:
         """See :class:`fdcr_fast.sim.execution.Executor`."""
@@ -100,13 +117,13 @@ class WorkerPool:
         params.copy_(work.params)
         if work.last_update is not None:
             last_update.copy_(work.last_update)
-        waiting = deque(_Order(job, work.round, work.last_update is not None) for job in jobs)
+        waiting = deque(jobs)
         try:
             while waiting or any(worker.orders for worker in self._workers):
                 self._workers += [self._start() for _ in range(self._supplies.config.workers - len(self._workers))]
                 for worker in self._workers:
                     while worker.ready and waiting and len(worker.orders) < AHEAD:
-                        worker.orders.append(waiting.popleft())
+                        worker.orders.append(_Order(self._next(waiting), work.round, work.last_update is not None))
                         worker.connection.send(worker.orders[-1])
                 ready = wait([worker.connection for worker in self._workers])
                 for worker in [each for each in self._workers if each.connection in ready]:
@@ -116,7 +133,7 @@ class WorkerPool:
                         yield self._bury(worker, waiting)
                         continue
                     if worker.ready:
-                        yield _outcome(worker.orders.popleft().job, reply, work.clock, store)
+                        yield from self._outcomes(worker, reply, work.clock, store)
                     worker.ready = True
         finally:
             if any(worker.orders for worker in self._workers):  # nobody waits for their replies any more
@@ -133,35 +150,48 @@ class WorkerPool:
 
     def _start(self) -> _Process:
         here, there = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(self._supplies, there), daemon=True)
+        begun = SharedTensor((1,), torch.int64)
+        process = self._context.Process(target=_work, args=(self._supplies, begun, there), daemon=True)
         process.start()
         there.close()
-        return _Process(process, here)
+        return _Process(process, here, begun)
 
-    def _bury(self, worker: _Process, waiting: deque[_Order]) -> Outcome:
-        """Take a worker out that has died; what it had not begun is done by others."""
+    def _next(self, waiting: deque[Job]) -> tuple[Job, ...]:
+        """Jobs for an order: short, and towards the end few, so that all workers end together."""
+        share = len(waiting) // (2 * len(self._workers))
+        count = max(1, min(int(SECONDS_OF_AN_ORDER / self._seconds_of_a_job), share))
+        return tuple(waiting.popleft() for _ in range(count))
+
+    def _outcomes(self, worker: _Process, reply: _Reply, clock: Stopwatch, store: UpdateStore) -> Iterator[Outcome]:
+        order = worker.orders.popleft()
+        worker.done += len(order.jobs)
+        self._seconds_of_a_job = max(sum(reply.seconds.values()) / len(order.jobs), 1e-9)
+        for phase, seconds in reply.seconds.items():
+            clock.seconds[phase] += seconds
+        for job, result in zip(order.jobs, reply.results, strict=True):
+            if result.accepted is not None:
+                store.admit(result.accepted)
+            if result.rejected is not None:
+                store.reject(job.client, result.rejected)
+            yield Outcome(job, result.error)
+
+    def _bury(self, worker: _Process, waiting: deque[Job]) -> Outcome:
+        """Take a worker out that has died. Only the client that it was at is lost: others do what it had not begun, and
+        again what it had not told of.
+        """
         worker.process.join()
         worker.connection.close()
         self._workers.remove(worker)
         code = worker.process.exitcode
         if not worker.orders:
             raise RuntimeError(f"a worker process ended with exit code {code} before it had anything to do")
-        lost, *others = worker.orders
-        waiting.extendleft(reversed(others))
-        return Outcome(lost.job, f"failed: its worker process ended with exit code {code} (killed? out of memory?)")
+        jobs = [job for order in worker.orders for job in order.jobs]
+        lost = jobs.pop(max(int(worker.begun.tensor) - worker.done - 1, 0))
+        waiting.extendleft(reversed(jobs))
+        return Outcome(lost, f"failed: its worker process ended with exit code {code} (killed? out of memory?)")
 
 
-def _outcome(job: Job, reply: _Reply, clock: Stopwatch, store: UpdateStore) -> Outcome:
-    for phase, seconds in reply.seconds.items():
-        clock.seconds[phase] += seconds
-    if reply.accepted is not None:
-        store.admit(reply.accepted)
-    if reply.rejected is not None:
-        store.reject(job.client, reply.rejected)
-    return Outcome(job, reply.error)
-
-
-def _work(supplies: _Supplies, connection: Connection) -> None:
+def _work(supplies: _Supplies, begun: SharedTensor, connection: Connection) -> None:
     """What a process does until its pool closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the pool ends its processes itself
     torch.set_num_threads(supplies.config.threads)
@@ -171,21 +201,25 @@ def _work(supplies: _Supplies, connection: Connection) -> None:
         connection.send(None)
         while True:
             order = connection.recv()
-            connection.send(_perform(supplies, order, worker, params, last_update if order.has_last_update else None))
+            clock = Stopwatch()
+            given = last_update if order.has_last_update else None
+            work = LocalWork(supplies.config, worker, clock, order.round, params, given)
+            results = []
+            for job in order.jobs:
+                begun.tensor.add_(1)
+                results.append(_perform(supplies, work, job))
+            connection.send(_Reply(clock.seconds, results))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
 
 
-def _perform(supplies: _Supplies, order: _Order, worker: Worker, params: Tensor, last_update: Tensor | None) -> _Reply:
-    clock = Stopwatch()
-    job, work = order.job, LocalWork(supplies.config, worker, clock, order.round, params, last_update)
+def _perform(supplies: _Supplies, work: LocalWork, job: Job) -> _Result:
     try:
         upload = supplies.clients.perform(work, job)
     except Exception as error:
-        return _Reply(clock.seconds, error=describe(error))
+        return _Result(error=describe(error))
     try:
-        with clock.phase("aggregation"):
-            accepted = supplies.writer.fill(job.row, job.client, *upload)
+        with work.clock.phase("aggregation"):
+            return _Result(accepted=supplies.writer.fill(job.row, job.client, *upload))
     except ValueError as error:
-        return _Reply(clock.seconds, rejected=str(error))
-    return _Reply(clock.seconds, accepted=accepted)
+        return _Result(rejected=str(error))
