@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,7 @@ from fdcr_fast.sim.attacks.training import LocalAttack
 BATCH = 1024  # images of one forward pass by autograd
 
 
-@dataclass(frozen=True)
-class SGD:
+class SGD(NamedTuple):
     """How a client trains: mini-batch stochastic gradient descent with momentum and weight decay."""
 
     batch_size: int
@@ -85,7 +84,7 @@ class NetworkClassifier(Classifier):
         """All steps in one operator, unless an attack looks at each."""
         if attack is not None:
             return super().train(params, images, labels, order, sgd, attack)
-        return ops.train_network(params, images, labels, order, self.layers, *astuple(sgd))
+        return ops.train_network(params, images, labels, order, self.layers, *sgd)
 
 
 class AutogradClassifier(Classifier):

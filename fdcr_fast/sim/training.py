@@ -62,11 +62,11 @@ class Worker:
         Args:
             attack: How an attacker deviates from that.
         """
-        order = rows.new_empty(epochs, len(rows))
+        order = torch.empty(epochs, len(rows), dtype=torch.int64)
         for epoch in order:
-            epoch.copy_(rows[torch.randperm(len(rows), generator=generator)])
+            torch.randperm(len(rows), generator=generator, out=epoch)
         sgd = SGD(batch_size, lr, momentum, weight_decay)
-        return self._classifier.train(params, images, labels, order, sgd, attack)
+        return self._classifier.train(params, images, labels, rows[order], sgd, attack)
 
     def fisher(self, params: Tensor, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """Diagonal empirical Fisher ``[P]`` (eq. 5) over the given rows."""
