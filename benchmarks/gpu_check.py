@@ -1,4 +1,4 @@
-"""Checks every CUDA and Triton kernel on a GPU against the reference in float64, and times it.
+"""Checks every CUDA and Triton kernel on a GPU against the reference in float64, and times it; then local training.
 
     python benchmarks/gpu_check.py
     python benchmarks/gpu_check.py --predict     # prints what the models say of an H100, and needs none
@@ -24,6 +24,10 @@ from torch.utils._pytree import tree_map
 import fdcr_fast
 from fdcr_fast.ops import reference
 from fdcr_fast.ops.backends import WITHOUT_CUDA
+from fdcr_fast.sim import SimulationConfig
+from fdcr_fast.sim.clients import LocalWork
+from fdcr_fast.sim.federation import Federation
+from fdcr_fast.sim.metrics import Stopwatch
 
 NO_GPU = 3
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of results in these types; else float32 sums
@@ -113,6 +117,32 @@ def predictions() -> str:
     return "\n".join(lines) + "\n"
 
 
+def uploads(device: str, stack: int) -> tuple[Tensor, float]:
+    """Updates of 256 clients with 7 digits each, and how many train per second where they train together."""
+    config = SimulationConfig(
+        dataset="digits", clients=256, split="dirichlet-mix", samples_per_client=7, malicious=0, attack="none",
+        local_epochs=4, batch_size=4, device=device, stack=stack,
+    )  # fmt: skip
+    federation = Federation(config)
+    for _ in range(2):
+        work = LocalWork(config, federation.worker, Stopwatch(), 1, federation.initial_params, None)
+        federation.collect(work)
+    updates = torch.stack([sent.update for sent in federation.store])
+    return updates, config.clients / work.clock.seconds["training"]
+
+
+def training(device: str) -> float:
+    """Prints how fast clients train together there; the largest error against clients that train by themselves."""
+    expected, _ = uploads("cpu", 1)
+    print("\n| clients at a time | clients/s | error |\n| --- | --- | --- |")
+    errors = []
+    for stack in (1, 16, 256):
+        found, rate = uploads(device, stack)
+        errors.append(error(found, expected))
+        print(f"| {stack} | {rate:.0f} | {errors[-1]:.1e} |")
+    return max(errors)
+
+
 def main() -> int:
     if sys.argv[1:] == ["--predict"]:
         print(predictions(), end="")
@@ -139,6 +169,8 @@ def main() -> int:
             print(f"| {case.name} | {backend} | {1e3 * time:.3f} | {expected:.3f} | {rate:.0f} | {off:.1e} |")
             if not off < max((TOLERANCE.get(x.dtype, 1e-5) for x in args if isinstance(x, Tensor)), default=1e-2):
                 wrong.append(f"{case.name} ({backend})")
+    if not training("cuda") < 1e-3:
+        wrong.append("training")
     print(f"\nwrong: {', '.join(wrong) or 'none'}")
     return 1 if wrong else 0
 

@@ -37,14 +37,14 @@ class ClientShares:
 
     def __init__(self, images: Tensor, labels: Tensor, partition: Partition, shared: bool = False) -> None:
         self._partition = partition
-        self._images, self._labels = images, labels
+        self.images, self.labels = images, labels
         self._shared: tuple[SharedTensor, SharedTensor] | None = None
         if shared:
             self._share(SharedTensor.of(images), SharedTensor.of(labels))
 
     def _share(self, images: SharedTensor, labels: SharedTensor) -> None:
         self._shared = images, labels
-        self._images, self._labels = images.tensor, labels.tensor
+        self.images, self.labels = images.tensor, labels.tensor
 
     def __getstate__(self) -> tuple[Partition, tuple[SharedTensor, SharedTensor]]:
         assert self._shared is not None
@@ -58,7 +58,7 @@ class ClientShares:
         return len(self._partition)
 
     def __getitem__(self, client: int) -> ClientData:
-        return ClientData(self._images, self._labels, self._partition[client])
+        return ClientData(self.images, self.labels, self._partition[client])
 
     def num_samples(self, client: int) -> int:
         """``n_k``."""
@@ -93,17 +93,24 @@ class LocalWork:
                 data.images,
                 data.labels,
                 data.rows,
-                generator=torch_generator(self.config.seed, "shuffle", self.round, client),
+                generator=self.shuffle(client),
                 attack=attack,
                 **options,
             )
 
+    def shuffle(self, client: int) -> torch.Generator:
+        """Of the order in which a client takes its images."""
+        return torch_generator(self.config.seed, "shuffle", self.round, client)
+
+    def fisher_rows(self, rows: Tensor) -> Tensor:
+        """Those that a Fisher is taken over: all, or ``fisher_samples`` drawn by seed and round."""
+        most = self.config.fisher_samples
+        if most is None or most >= len(rows):
+            return rows
+        generator = torch_generator(self.config.seed, "fisher", self.round)
+        return rows[torch.randperm(len(rows), generator=generator)[:most]]
+
     def fisher(self, data: ClientData, params: Tensor) -> Tensor:
-        """Diagonal Fisher ``[P]`` of the data at a model: of all, or of ``fisher_samples`` drawn by seed and round."""
-        rows, most = data.rows, self.config.fisher_samples
+        """Diagonal Fisher ``[P]`` of the data at a model."""
         with self.clock.phase("fisher"):
-            if most is not None and most < len(rows):
-                rows = rows[
-                    torch.randperm(len(rows), generator=torch_generator(self.config.seed, "fisher", self.round))
-                ]
-            return self.worker.fisher(params, data.images, data.labels, rows[:most])
+            return self.worker.fisher(params, data.images, data.labels, self.fisher_rows(data.rows))

@@ -260,6 +260,23 @@ class SimulationConfig(BaseModel):
         default=1, description="Processes that train clients side by side; results do not depend on it."
     )
     threads: PositiveInt = Field(default=1, description="Threads per operator; 1 suits small models best.")
+    device: str = Field(
+        default="cpu", description="Where benign clients train, such as cuda; all else is done on the CPU."
+    )
+    stack: PositiveInt = Field(
+        default=1,
+        description="Benign clients that train at a time as one batched model, which a GPU needs to be busy; the "
+        "rounding of results depends on it.",
+    )
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        try:
+            torch.empty(0, device=value)
+        except (RuntimeError, AssertionError) as error:  # whatever this build of PyTorch makes of it
+            raise ValueError(f"no such device here: {str(error).partition(chr(10))[0]}") from None
+        return value
 
     @field_validator("participants")
     @classmethod
@@ -295,6 +312,8 @@ class SimulationConfig(BaseModel):
             raise ValueError(f"malicious: no clients {unknown}, the clients are 0..{self.clients - 1}")
         if (self.split in DRAWN) != (self.samples_per_client is not None):
             raise ValueError(f"samples_per_client: goes with the splits {', '.join(DRAWN)} and no other")
+        if self.stacked and self.workers > 1:
+            raise ValueError("workers: clients that train as one batched model do so in one process")
         if not 1 <= self.cohort() <= self.clients:
             raise ValueError(f"participants: {self.participants} of {self.clients} clients are {self.cohort()} clients")
         return self
@@ -324,6 +343,11 @@ class SimulationConfig(BaseModel):
             raise ValueError(f"server: {self.server} needs data of the server: set server_samples")
         assumed_byzantine(self.server, self.cohort(), self.num_byzantine)
         return self
+
+    @property
+    def stacked(self) -> bool:
+        """Whether benign clients train as one batched model."""
+        return self.stack > 1 or torch.device(self.device).type != "cpu"
 
     def cohort(self) -> int:
         """How many clients are drawn for a round."""

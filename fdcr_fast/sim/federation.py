@@ -40,6 +40,7 @@ from fdcr_fast.sim.partition import PartitionOptions, partition
 from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions, assumed_byzantine
+from fdcr_fast.sim.stacked import Stacked
 from fdcr_fast.sim.training import Worker
 from fdcr_fast.sim.workers import WorkerPool
 
@@ -154,6 +155,8 @@ class Federation:
         self.executor: Executor = InProcess(self.clients)
         if several:
             self.executor = WorkerPool(config, self.clients, self.build, whole)
+        elif config.stacked:
+            self.executor = Stacked(self.clients, self.build(), config.device, config.stack)
         if self.ranks is not None:
             self.executor = AcrossRanks(self.ranks, self.executor, whole)
 

@@ -10,6 +10,14 @@ from fdcr_fast.sim.attacks.training import LocalAttack
 from fdcr_fast.sim.classifier import SGD, classifier_of
 
 
+def shuffled(rows: Tensor, epochs: int, generator: torch.Generator) -> Tensor:
+    """The given rows once per epoch, each time in another order, ``[epochs, n]``."""
+    order = torch.empty(epochs, len(rows), dtype=torch.int64)
+    for epoch in order:
+        torch.randperm(len(rows), generator=generator, out=epoch)
+    return rows[order]
+
+
 class Worker:
     """One model instance that stands in for every client in turn, with the parameters ``[P]`` that it is given.
 
@@ -62,11 +70,8 @@ class Worker:
         Args:
             attack: How an attacker deviates from that.
         """
-        order = torch.empty(epochs, len(rows), dtype=torch.int64)
-        for epoch in order:
-            torch.randperm(len(rows), generator=generator, out=epoch)
         sgd = SGD(batch_size, lr, momentum, weight_decay)
-        return self._classifier.train(params, images, labels, rows[order], sgd, attack)
+        return self._classifier.train(params, images, labels, shuffled(rows, epochs, generator), sgd, attack)
 
     def fisher(self, params: Tensor, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """Diagonal empirical Fisher ``[P]`` (eq. 5) over the given rows."""
