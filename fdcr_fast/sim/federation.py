@@ -148,7 +148,8 @@ class Federation:
             self.store = whole = UpdateStore(num_params, config.cohort(), with_fishers=fishers, shared=several)
         elif self.rule.sharded:
             self.store = UpdateStore(len(self.ranks), config.cohort(), with_fishers=fishers)
-            whole = UpdateStore(num_params, _AT_A_TIME * config.workers, with_fishers=fishers, shared=several)
+            at_a_time = max(_AT_A_TIME * config.workers, config.stack)
+            whole = UpdateStore(num_params, at_a_time, with_fishers=fishers, shared=several)
         else:
             raise ValueError(f"server {config.server} needs all parameters in one process: it runs on no ranks")
         self.clients = Clients(self.data, self.attackers, fishers)
