@@ -3,6 +3,12 @@ import os
 from contextlib import contextmanager
 
 import pytest
+
+# Test processes run side by side: several threads in each would spend their time waiting for each other. Tests of
+# threads ask for them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from hypothesis import settings
 from ranks import started
