@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fdcr_fast import _native
 from fdcr_fast.server import file_format, file_rows, file_tiles
 from fdcr_fast.server.file_format import DamagedStoreError
 from fdcr_fast.server.file_rows import FileRows
@@ -126,7 +127,7 @@ def test_a_file_opens_again_and_goes_on(path):
 def test_other_processes_read_while_one_writes(path):
     with fill(UpdateStore(50, 4, path=path), [0, 1]) as store:
         code = (
-            "import sys; from fdcr_fast import UpdateStore\n"
+            "import sys; from fdcr_fast import _native, UpdateStore\n"
             "with UpdateStore.open(sys.argv[1], verify=True) as store:\n"
             "    print(store.clients, *(round(kept.update.double().square().sum().item(), 6) for kept in store))\n"
             "try: UpdateStore.open(sys.argv[1], 'r+')\n"
@@ -184,14 +185,17 @@ def test_what_a_store_refuses(path):
 
 def test_resident_memory_is_bounded(path):
     status = Path("/proc/self/status")
-    P, K, resident = 400_000, 24, 1 << 23
+    P, K, resident = 400_000, 60, 1 << 23
+    beside = 16  # parameters, and a client's vectors
+    if _native.module is None:
+        beside += 64  # temporaries of plain PyTorch
 
     def megabytes(name):
         return int(re.search(rf"{name}:\s+(\d+) kB", status.read_text())[1]) / 1024
 
     rule, w = FDCR(), torch.zeros(P)
     with UpdateStore(P, K, path=path, max_resident=resident, sync=False) as store:
-        assert store.nbytes > 9 * resident
+        assert store.nbytes / 2**20 > 2 * (resident / 2**20 + beside)
         fill(store, [0, 1, 2])
         rule.aggregate(w, store)
         try:
@@ -202,7 +206,7 @@ def test_resident_memory_is_bounded(path):
         for client in range(3, K):
             fill(store, [client])
         rule.aggregate(w, store)
-        assert megabytes("VmHWM") - before < resident / 2**20 + 16  # and parameters, and a client's vectors
+        assert megabytes("VmHWM") - before < resident / 2**20 + beside
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
