@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fdcr_fast import ParamLayout, UpdateStore
 from fdcr_fast.sim.classifier import SGD
 from fdcr_fast.sim.clients import LocalWork
-from fdcr_fast.sim.execution import Clients, Executor, InProcess, Job, Outcome
+from fdcr_fast.sim.execution import Clients, Executor, InProcess, Job, Outcome, describe
 from fdcr_fast.sim.training import shuffled
 
 NO_ROWS = torch.empty(0, dtype=torch.int64)
@@ -81,7 +82,7 @@ class Stacked:
     """An :class:`fdcr_fast.sim.execution.Executor` that trains benign clients together, so many at a time.
 
     Bits depend on how many. Attackers, who may train in any way, are done one by one on the CPU, and so is a group in
-    whose work there was an error: it is then that of one client.
+    whose work there was an error, with a warning: it is then that of one client.
 
     Args:
         clients: Whose data are copied to the device.
@@ -108,7 +109,8 @@ class Stacked:
         try:
             rows = [self._clients.data[job.client].rows for job in jobs]
             updates, fishers = self._uploads(work, jobs, rows)
-        except Exception:
+        except Exception as error:
+            warnings.warn(f"{len(jobs)} clients train one by one: together they {describe(error)}", stacklevel=2)
             yield from self._one_by_one.run(work, jobs, store)
             return
         for k, job in enumerate(jobs):
