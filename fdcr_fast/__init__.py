@@ -28,8 +28,10 @@ from fdcr_fast.server.defenses import (
     Sageflow,
     TrimmedMean,
 )
+from fdcr_fast.server.fdcr import FDCR
+from fdcr_fast.server.fedavg import FedAvg
 from fdcr_fast.server.gram import GramEstimate, GramView, estimate_gram, gram, grams
-from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule, FedAvg, Selection
+from fdcr_fast.server.rules import AggregationResult, AggregationRule, Selection
 from fdcr_fast.server.sharded import ParamShard
 from fdcr_fast.server.state_dicts import aggregate_state_dicts
 from fdcr_fast.server.state_store import StateStore

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fdcr_fast.integrations.npy import npy_tensor
 from fdcr_fast.layout import ParamLayout
-from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule
+from fdcr_fast.server.fdcr import FDCR
+from fdcr_fast.server.rules import AggregationResult, AggregationRule
 from fdcr_fast.server.state_store import StateStore
 from fdcr_fast.server.vectors import shown
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fdcr_fast import ops
-from fdcr_fast.server.intake import Span
+from fdcr_fast.server.tiles import Span
 
 _BLOCKS = 256  # at most; P up to this times STRETCH is summed in the order of a single process
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fdcr_fast.server.intake import ClientUpdates, Span
+from fdcr_fast.server.intake import ClientUpdates
+from fdcr_fast.server.tiles import Span
 from fdcr_fast.server.transfer import sent
 
 _BLOCK = 1 << 20  # numbers of all clients that are looked at together

@@ -19,7 +19,6 @@ from fdcr_fast import ops
 from fdcr_fast.server import file_format as form
 from fdcr_fast.server.file_format import PAGE, DamagedStoreError
 from fdcr_fast.server.file_tiles import BUFFERS, FileTiles, Pieces, check_epoch, read, whole_stretches
-from fdcr_fast.server.intake import ClientTiles
 from fdcr_fast.server.rows import (
     NO_STATISTICS,
     Accepted,
@@ -28,6 +27,7 @@ from fdcr_fast.server.rows import (
     Vectors,
     giga,
 )
+from fdcr_fast.server.tiles import ClientTiles
 
 _RESIDENT = 1 << 28
 _CHUNK_BYTES = 1 << 22  # of one client that are converted before they are written

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fdcr_fast import ops
 from fdcr_fast.server import file_format as form
-from fdcr_fast.server.intake import Span
 from fdcr_fast.server.rows import FISHER, UPDATE, StoreShape
+from fdcr_fast.server.tiles import Span
 
 BUFFERS = 3  # one in use, two being read: the disk is busy also while a thread waits for its turn
 _SPAN_BYTES = 1 << 23  # long enough to read at full speed, short enough for the third-level cache

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fdcr_fast import ops
 from fdcr_fast.server.blocks import cut, in_order
-from fdcr_fast.server.intake import ClientUpdates, Shard, Span
+from fdcr_fast.server.intake import ClientUpdates
+from fdcr_fast.server.tiles import Shard, Span
 from fdcr_fast.server.tiles_view import TilesView
 
 _COPIED_ELEMENTS = 1 << 23  # of rows that are put in order at once

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import ops
-from fdcr_fast.server.intake import ClientTiles, ClientUpdates, MatrixTiles, Span
+from fdcr_fast.server.intake import ClientUpdates
+from fdcr_fast.server.tiles import ClientTiles, MatrixTiles, Span
 from fdcr_fast.server.transfer import sent
 
 Importances = tuple[Tensor | None, Tensor | None, Tensor | None]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.server.file_tiles import StoreTiles, whole_stretches
-from fdcr_fast.server.intake import Span
 from fdcr_fast.server.rows import MemoryRows, Statistics, StoreShape, Vectors
+from fdcr_fast.server.tiles import Span
 
 _SPAN_BYTES = 1 << 26  # of each of two buffers on the device: a millisecond of copying
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import ops
-from fdcr_fast.server.intake import ClientTiles, MatrixTiles
 from fdcr_fast.server.shared_memory import SharedTensor
+from fdcr_fast.server.tiles import ClientTiles, MatrixTiles
 
 UPDATE, FISHER = -1, 0  # positions of a row's matrices; a store without Fishers has the updates alone
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fdcr_fast.server.blocks import BlockSums, block_bounds, cut, first_block, in_order, shard_range
-from fdcr_fast.server.intake import ClientUpdates, Shard, Span
+from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.joined import RoundPart, joined
+from fdcr_fast.server.tiles import Shard, Span
 from fdcr_fast.server.vectors import shown
 
 _SUMS_BYTES = 64 << 20  # of blocks' sums that are kept apart; beyond, neighbours are added first

@@ -11,8 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout
+from fdcr_fast.server.fdcr import FDCR
 from fdcr_fast.server.intake import OnInvalid
-from fdcr_fast.server.rules import FDCR, AggregationResult, AggregationRule
+from fdcr_fast.server.rules import AggregationResult, AggregationRule
 from fdcr_fast.server.state_store import State, StateStore, floating_layout, parameter_layout
 
 PerClient: TypeAlias = Sequence[Any] | Mapping[Hashable, Any]

@@ -15,10 +15,11 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.file_rows import FileRows
-from fdcr_fast.server.intake import ClientUpdates, MatrixTiles, OnInvalid, refuse
+from fdcr_fast.server.intake import ClientUpdates, OnInvalid, refuse
 from fdcr_fast.server.pinned import PinnedRows
 from fdcr_fast.server.row_writer import RowWriter
 from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, FreeRows, MemoryRows, StoreShape
+from fdcr_fast.server.tiles import MatrixTiles
 
 _MEMORY_TILE = 32  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fdcr_fast.server.intake import ClientTiles, Span
+from fdcr_fast.server.tiles import ClientTiles, Span
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fdcr_fast import ParamGroups, ParamShard, UpdateStore
-from fdcr_fast.server.intake import WHOLE, ClientUpdates, Shard
+from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
+from fdcr_fast.server.tiles import WHOLE, Shard
 from fdcr_fast.sim.across_ranks import AcrossRanks, on_first_rank
 from fdcr_fast.sim.attackers import Attackers
 from fdcr_fast.sim.checkpoint import RunFolder, RunState, write_atomically

@@ -13,7 +13,8 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from torch import Tensor
 
-from fdcr_fast.server.intake import ClientUpdates, Span
+from fdcr_fast.server.intake import ClientUpdates
+from fdcr_fast.server.tiles import Span
 
 Phase = Literal["training", "fisher", "aggregation", "evaluation"]
 PHASES: tuple[Phase, ...] = get_args(Phase)

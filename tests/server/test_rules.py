@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdcr_fast.server.cluster import CLUSTERINGS
-from fdcr_fast.server.rules import FDCR, AggregationRule, FedAvg, Selection
+from fdcr_fast.server.fdcr import FDCR
+from fdcr_fast.server.fedavg import FedAvg
+from fdcr_fast.server.rules import AggregationRule, Selection
 from fdcr_fast.server.scores import SCORES
 from fdcr_fast.server.store import UpdateStore
 

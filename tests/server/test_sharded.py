@@ -42,7 +42,7 @@ from fdcr_fast import (
 )
 from fdcr_fast.server import sharded
 from fdcr_fast.server.blocks import BlockSums, cut, in_order
-from fdcr_fast.server.intake import Span
+from fdcr_fast.server.tiles import Span
 
 # Plain PyTorch sums in another order, and takes minutes.
 pytestmark = pytest.mark.skipif(not fdcr_fast.backends()["cpu"].usable, reason="bits are those of the kernels")

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fdcr_fast.layout import ParamLayout
-from fdcr_fast.server.rules import FDCR, FedAvg
+from fdcr_fast.server.fdcr import FDCR
+from fdcr_fast.server.fedavg import FedAvg
 from fdcr_fast.server.state_dicts import aggregate_state_dicts
 
 K = 6

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from fdcr_fast import _native
 from fdcr_fast.server import file_format, file_rows, file_tiles
+from fdcr_fast.server.fdcr import FDCR
+from fdcr_fast.server.fedavg import FedAvg
 from fdcr_fast.server.file_format import DamagedStoreError
 from fdcr_fast.server.file_rows import FileRows
 from fdcr_fast.server.rows import StoreShape
-from fdcr_fast.server.rules import FDCR, FedAvg
 from fdcr_fast.server.store import UpdateStore
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.coalition.search import Views
 from fdcr_fast.server.gram import GramView, grams
-from fdcr_fast.server.intake import ClientUpdates, Span
+from fdcr_fast.server.intake import ClientUpdates
+from fdcr_fast.server.tiles import Span
 from fdcr_fast.server.tiles_view import TilesView
 
 _BLOCK = 1 << 20  # numbers of all clients that are looked at together

@@ -14,9 +14,10 @@ from torch import Tensor
 from fdcr_fast.server.columns import column_blocks
 from fdcr_fast.server.defenses.comparison import cosines, of_all, valid_ids
 from fdcr_fast.server.gram import gram
-from fdcr_fast.server.intake import ClientUpdates, MatrixTiles
+from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.rules import AggregationRule, Selection
 from fdcr_fast.server.shares import limited_shares
+from fdcr_fast.server.tiles import MatrixTiles
 
 _FORMAT = "fdcr_fast.FoolsGoldState 1"
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.server.columns import squared_length
-from fdcr_fast.server.intake import ClientUpdates, Shard
+from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.randomness import round_generator
 from fdcr_fast.server.rules import AggregationRule
+from fdcr_fast.server.tiles import Shard
 
 
 def with_noise(params: Tensor, deviation: float, generator: torch.Generator, shard: Shard) -> Tensor:
