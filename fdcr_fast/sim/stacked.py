@@ -89,13 +89,19 @@ class Stacked:
         model: The architecture; not used by anybody else.
         device: Where to train.
         most: Clients at a time.
+
+    Raises:
+        ValueError: the device cannot be used here.
     """
 
     def __init__(self, clients: Clients, model: nn.Module, device: torch.device | str, most: int) -> None:
         self._clients = clients
         self._one_by_one: Executor = InProcess(clients)
-        self._model = StackedModel(model.to(device))
-        self._images, self._labels = clients.data.images.to(device), clients.data.labels.to(device)
+        try:
+            self._model = StackedModel(model.to(device))
+            self._images, self._labels = clients.data.images.to(device), clients.data.labels.to(device)
+        except (RuntimeError, AssertionError) as error:  # whatever this build of PyTorch makes of it
+            raise ValueError(f"device: no such device here: {str(error).partition(chr(10))[0]}") from None
         self._most = most
 
     def run(self, work: LocalWork, jobs: Sequence[Job], store: UpdateStore) -> Iterator[Outcome]:

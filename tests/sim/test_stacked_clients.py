@@ -122,5 +122,8 @@ def test_everything_goes_to_the_device() -> None:
 def test_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="workers: clients that train as one batched model"):
         tiny_config(stack=2, workers=2)
-    with pytest.raises(ValueError, match="no such device here"):
+    with pytest.raises(ValueError, match="no such device: "):
         tiny_config(device="abacus")
+    elsewhere = tiny_config(device="xpu" if torch.cuda.is_available() else "cuda")
+    with pytest.raises(ValueError, match="device: no such device here"):
+        Federation(elsewhere)
