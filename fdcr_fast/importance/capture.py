@@ -1,93 +1,103 @@
-"""Records, in one forward pass, what the layer rules need, and finds out where a rule may be used."""
+"""Records, in one forward pass, what the layer rules need."""
 
 from __future__ import annotations
 
-from copy import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.utils._pytree import tree_leaves
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fdcr_fast.importance.graph import reaches
-from fdcr_fast.importance.rules import RULES
+from fdcr_fast.importance.provenance import Axis
+from fdcr_fast.importance.rules import RULES, Rule
 
 
 @dataclass(frozen=True)
 class Call:
     """One call of a layer: its input, and the place in the autograd graph where its output's gradient arrives.
 
-    ``of_data`` says that the input is known to come from the model's inputs, not from its parameters alone.
+    Attributes:
+        params: The tensors that stood for the layer's parameters.
+        versions: What the layer read, its input and buffers, with their versions then.
     """
 
     module: nn.Module
+    rule: Rule
+    params: Mapping[str, Tensor | None]
     input: Tensor
-    version: int
-    output_shape: torch.Size
-    edge: GradientEdge | None
-    of_data: bool
+    edge: GradientEdge
+    training: bool
+    versions: tuple[tuple[Tensor, int], ...]
 
     @property
     def intact(self) -> bool:
-        """Whether the input still holds what the layer saw."""
-        return self.input._version == self.version
+        """Whether the layer and what it read are still as they were in the call."""
+        return self.module.training == self.training and all(x._version == version for x, version in self.versions)
+
+    def takes_samples_along(self, axis: Axis, n: int) -> bool:
+        """Whether the layer's rule can be given samples that lie so in the first dimensions."""
+        leading = self.rule.leading_dims(self.module, self.input)
+        if leading == 0:
+            return n == 1
+        if self.rule.own_dims is None:
+            return axis == (0, 1) and len(self.input) == n
+        return axis.dim < leading
+
+    def samples_first(self, x: Tensor, axis: Axis, n: int) -> Tensor:
+        """The input, or a gradient at the output, with samples that lie along ``axis`` in dimension 0."""
+        if self.rule.leading_dims(self.module, self.input) == 0:
+            return x.unsqueeze(0)
+        if axis == (0, 1) and len(x) == n:
+            return x
+        apart: Tensor = x.unflatten(axis.dim, (-1, n, axis.inner))
+        return apart.movedim(axis.dim + 1, 0)
 
 
 class Capture:
     """Context manager: while it is open, calls of the layers that have a rule are recorded by module name.
 
-    ``inputs`` are what the model is about to be called with.
+    The layers' own forward pass is recorded, inside of all hooks, which may change what goes in and comes out. A call
+    that no gradient leads to, or that a transformation of ``torch.func`` makes, is None.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self.calls: dict[str, list[Call]] = {}
-        self._data = {_storage(x) for x in tree_leaves(inputs) if isinstance(x, Tensor)}
-        self._of_data: set[Node] = set()
-        self._modules = [(name, m) for name, m in model.named_modules() if _has_rule(m)]
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: dict[str, list[Call | None]] = {}
+        self._layers = [
+            (name, module, rule)
+            for name, module in model.named_modules()
+            if (rule := RULES.get(type(module))) is not None and rule.holds_for(module)
+        ]
 
     def __enter__(self) -> Capture:
-        for name, module in self._modules:
-            # Before the user's hooks: one that changes the output must not hide the layer's own.
-            handle = module.register_forward_hook(self._record(name), with_kwargs=True, prepend=True)
-            self._handles.append(handle)
+        for name, module, rule in self._layers:
+            vars(module)["forward"] = partial(self._forward, name, module, rule, module.forward)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        for _, module, _ in self._layers:
+            vars(module).pop("forward", None)
 
-    def _record(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            input = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            edge = get_gradient_edge(output) if output.requires_grad else None
-            of_data = _storage(input) in self._data or reaches(input.grad_fn, self._of_data, set())
-            if of_data and edge is not None:
-                self._of_data.add(edge.node)
-            call = Call(_as_called(module), input.detach(), input._version, output.shape, edge, of_data)
-            self.calls.setdefault(name, []).append(call)
-
-        return hook
-
-
-def _as_called(module: nn.Module) -> nn.Module:
-    """The module with the buffers that it has now: ``functional_call`` exchanges them only while it runs."""
-    if not module._buffers:
-        return module
-    called = copy(module)
-    called._buffers = dict(module._buffers)
-    return called
-
-
-def _has_rule(module: nn.Module) -> bool:
-    """Exactly a known type, with exactly its own parameters (a parametrisation adds or replaces some)."""
-    return type(module) in RULES and set(module._parameters) <= {"weight", "bias"} and "weight" in module._parameters
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    def _forward(
+        self, name: str, module: nn.Module, rule: Rule, forward: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        output = forward(*args, **kwargs)
+        calls = self.calls.setdefault(name, [])
+        if not output.requires_grad or is_functorch_wrapped_tensor(output):
+            calls.append(None)
+            return output
+        if output._is_view():
+            # A change in place of a view would move it to another node of the graph, past the one recorded here.
+            output = torch.ops.aten._unsafe_view.default(output, output.shape)
+        input = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).detach()
+        read = [input, *(buffer for buffer in module._buffers.values() if buffer is not None)]
+        versions = tuple((x, x._version) for x in read)
+        edge = get_gradient_edge(output)
+        calls.append(Call(module, rule, dict(module._parameters), input, edge, module.training, versions))
+        return output

@@ -1,42 +1,143 @@
-"""The forms in which data may come."""
+"""The forms in which data may come, and batches of samples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from numbers import Number
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.data import DataLoader, Dataset
 
-from fdcr_fast.importance.losses import num_samples
+from fdcr_fast.layout import as_tensor
+
+_SHARED = (type(None), Number, str, Enum, torch.dtype, torch.device)
 
 
-def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
-    """``(inputs, targets)`` of at most ``batch_size`` samples each."""
-    one_batch = isinstance(data, Mapping) or (
-        isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
-    )
-    for batch in [data] if one_batch else data:
-        inputs, targets = _pair(batch)
-        for start in range(0, num_samples(targets), batch_size):
-            samples = slice(start, start + batch_size)
-            yield tree_map(lambda x, s=samples: x[s], inputs), tree_map(lambda x, s=samples: x[s], targets)
+class Batch:
+    """Inputs and targets of some samples.
+
+    Tensors have the samples in dimension 0. Tensors without dimensions, flags, None and the like go with every sample.
+    """
+
+    def __init__(self, leaves: Sequence[Any], structure: TreeSpec, samples: int) -> None:
+        self._leaves = leaves
+        self._structure = structure
+        self.samples = samples
+
+    @classmethod
+    def of(cls, inputs: Any, targets: Any) -> Batch:
+        """A batch of any nested tuples, lists and mappings of tensors and arrays.
+
+        Raises:
+            ValueError: Inputs and targets have not the same number of samples, or hold something else.
+        """
+        inputs, targets = _as_tensors(inputs, "inputs"), _as_tensors(_as_list_of_numbers(targets), "targets")
+        rows = [[len(x) for x in tree_flatten(tree)[0] if _has_samples(x)] for tree in (inputs, targets)]
+        if not rows[1]:
+            raise ValueError("expected targets with the samples in dimension 0, got none: a batch, not a single sample")
+        if len({*rows[0], *rows[1]}) > 1:
+            raise ValueError(
+                f"all tensors must have the samples in dimension 0, got {rows[0]} inputs, {rows[1]} targets"
+            )
+        return cls(*tree_flatten((inputs, targets)), rows[1][0])
+
+    def part(self, samples: slice) -> Batch:
+        """Some of the samples, not copied."""
+        if samples.start == 0 and samples.stop >= self.samples:
+            return self
+        return self.with_tensors([x[samples] for x in self.tensors])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that have the samples in dimension 0."""
+        return [x for x in self._leaves if _has_samples(x)]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Batch:
+        """The same, but for other tensors with the samples in dimension 0."""
+        given = iter(tensors)
+        leaves = [next(given) if _has_samples(x) else x for x in self._leaves]
+        return Batch(leaves, self._structure, next(len(x) for x in leaves if _has_samples(x)))
+
+    def tree(self) -> tuple[Any, Any]:
+        """``(inputs, targets)``."""
+        inputs, targets = tree_unflatten(self._leaves, self._structure)
+        return inputs, targets
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        leaves = [x.to(device) if isinstance(x, Tensor) else x for x in self._leaves]
+        return Batch(leaves, self._structure, self.samples)
+
+    def private(self, *, channels_last: bool = False) -> Batch:
+        """A copy, which a model may write to, of images perhaps with the channels last in memory."""
+        leaves = [_copied(x, channels_last) if isinstance(x, Tensor) else x for x in self._leaves]
+        return Batch(leaves, self._structure, self.samples)
+
+
+def _copied(x: Tensor, channels_last: bool) -> Tensor:
+    if channels_last and x.dim() == 4 and x.is_floating_point():
+        copy = x.contiguous(memory_format=torch.channels_last)
+        if copy.data_ptr() != x.data_ptr():
+            return copy.detach()
+    return x.detach().clone()
+
+
+def _has_samples(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0
+
+
+def _as_tensors(tree: Any, what: str) -> Any:
+    if isinstance(tree, Tensor) or (isinstance(tree, _SHARED) and not isinstance(tree, np.generic)):
+        return tree
+    if isinstance(tree, np.ndarray | np.generic):
+        return as_tensor(np.asarray(tree))
+    if isinstance(tree, Mapping):
+        return {key: _as_tensors(x, what) for key, x in tree.items()}
+    if isinstance(tree, tuple | list):
+        entries = [_as_tensors(x, what) for x in tree]
+        return type(tree)(*entries) if hasattr(tree, "_fields") else type(tree)(entries)
+    raise ValueError(f"expected {what} of tensors, arrays, tuples, lists and mappings, got {type(tree).__name__}")
+
+
+def _as_list_of_numbers(targets: Any) -> Any:
+    numbers = isinstance(targets, list | tuple) and targets and all(isinstance(x, Number) for x in targets)
+    return torch.tensor(targets) if numbers else targets
+
+
+def batches(data: Any, batch_size: int) -> Iterator[Batch]:
+    """The data in batches of at most ``batch_size`` samples each."""
+    if isinstance(data, Dataset) or hasattr(data, "set_format"):  # Hugging Face data sets are none of PyTorch's
+        data = DataLoader(data, batch_size)
+    for inputs, targets in map(_pair, [data] if _is_one_batch(data) else _iterated(data)):
+        batch = Batch.of(inputs, targets)
+        for start in range(0, batch.samples, batch_size):
+            yield batch.part(slice(start, start + batch_size))
+
+
+def _is_one_batch(data: Any) -> bool:
+    if isinstance(data, tuple | list) and len(data) == 2:
+        return isinstance(_as_list_of_numbers(data[1]), Tensor | np.ndarray)
+    return isinstance(data, Mapping)
+
+
+def _iterated(data: Any) -> Iterable[Any]:
+    if isinstance(data, Tensor | np.ndarray) or not isinstance(data, Iterable):
+        raise ValueError(f"expected (inputs, targets), or an iterable of such batches, got {type(data).__name__}")
+    return data
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping) and "labels" in batch:
         return {name: x for name, x in batch.items() if name != "labels"}, batch["labels"]
     if isinstance(batch, tuple | list) and len(batch) == 2:
-        inputs, targets = batch
-        return dict(inputs) if isinstance(inputs, Mapping) else inputs, targets
+        return batch[0], batch[1]
     got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-    raise ValueError(f"expected batches (inputs, targets), or mappings with labels, got {got}")
-
-
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs as the model is called with them: positional and keyword arguments."""
-    if isinstance(inputs, dict):
-        return (), inputs
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    return (inputs,), {}
+    raise ValueError(
+        f"expected batches (inputs, targets), or mappings with labels, got {got}; "
+        "several inputs are a tuple: ((first, second), targets)"
+    )

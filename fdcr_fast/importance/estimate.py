@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_map
 
 from fdcr_fast.importance.capture import Call, Capture
-from fdcr_fast.importance.data import arguments
-from fdcr_fast.importance.graph import uses_in_graph, visit_gradients
+from fdcr_fast.importance.data import Batch
+from fdcr_fast.importance.graph import Graph, RowsOfSamples, visit_gradients
 from fdcr_fast.importance.kinds import Kind, Pass
-from fdcr_fast.importance.losses import Loss, num_samples
-from fdcr_fast.importance.per_sample import PerSampleGradients
-from fdcr_fast.importance.rules import RULES
+from fdcr_fast.importance.losses import losses_of
+from fdcr_fast.importance.per_sample import PerSampleGradients, hides_parameters, plain_gradients
+from fdcr_fast.importance.provenance import Axis
+from fdcr_fast.importance.stateless import Stateless
 
 _log = logging.getLogger("fdcr_fast")
 
@@ -35,183 +34,226 @@ _GPU_SAMPLES = 256
 class _Forward:
     """What a forward pass leaves behind: the layers' calls, the passes back that are wanted, the first one's losses."""
 
-    calls: dict[str, list[Call]]
+    calls: dict[str, list[Call | None]]
     output: Any
     passes: list[Pass]
     losses: Tensor
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A call whose rule is to be used.
+
+    Attributes:
+        params: Names of the parameters that are wanted of it, by the layer's own names.
+        axis: Where the samples lie in its output.
+        samples: How many there are.
+        proven: Whether the graph tells so; else the gradients that arrive must show it.
+    """
+
+    call: Call
+    params: Mapping[str, str]
+    axis: Axis
+    samples: int
+    proven: bool
+
+    def sum_squares(self, grad: Tensor) -> dict[str, Tensor]:
+        """By names of parameters, given the gradient of the summed losses at the output."""
+        if grad.numel() == 0:
+            return {}
+        call = self.call
+        input, grad = (call.samples_first(x, self.axis, self.samples) for x in (call.input, grad))
+        squares = call.rule.sum_squares(call.module, input, grad)
+        return {param: squares[leaf] for leaf, param in self.params.items()}
+
+
 class Estimate:
     """Mean over samples of squared gradients for the parameters ``names``.
 
-    ``state`` holds the values of the model's parameters, and of those buffers that are not the model's own.
+    ``fallback`` is for what no layer rule can do.
     """
 
-    def __init__(self, model: nn.Module, state: Mapping[str, Tensor], names: Sequence[str], kind: Kind) -> None:
+    def __init__(self, model: Stateless, names: Sequence[str], kind: Kind, fallback: PerSampleGradients) -> None:
         self._model = model
         self._kind = kind
-        # Detached views: the model's own parameters are neither asked for gradients nor changed.
-        self._values = {name: x.detach() for name, x in state.items()}
-        self._leaves = {name: self._values[name].detach().requires_grad_() for name in names}
+        self._fallback = fallback
+        self._leaves = {name: model.params[name].detach().requires_grad_() for name in names}
+        self._names = {id(leaf): name for name, leaf in self._leaves.items()}
         parts = list(self._leaves.values())
         double = any(p.dtype == torch.float64 for p in parts)
         self._vector = torch.zeros(
             sum(p.numel() for p in parts), dtype=torch.float64 if double else torch.float32, device=parts[0].device
         )
         views = self._vector.split([p.numel() for p in parts])
-        self._sums = {name: v.view(p.shape) for (name, p), v in zip(self._leaves.items(), views, strict=True)}
-        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        self._fallback = PerSampleGradients(recurrent)
-        self._not_sample_first: set[str] | None = None
+        # The sums of squares by name, views of the vector.
+        self.sums = {name: v.view(p.shape) for (name, p), v in zip(self._leaves.items(), views, strict=True)}
+        self._reached: set[str] = set()  # parameters that some losses depend on
+        self._mixed: set[str] = set()  # layers that were once seen to have no row for every sample
+        self._plain: set[str] = set()  # parameters for plain autograd
+        self._hidden: bool | None = None  # whether checkpoints keep parameters out of graphs
         cpu = self._vector.device.type == "cpu"
         # How many samples the caller should add at a time.
-        self.batch_size = _cpu_batch_size(sum(x.numel() for x in self._values.values())) if cpu else _GPU_SAMPLES
+        self.batch_size = _cpu_batch_size(sum(x.numel() for x in model.params.values())) if cpu else _GPU_SAMPLES
         # Pools and convolutions of several channels are faster so on CPUs.
-        self._channels_last = cpu and any(type(m) is nn.Conv2d for m in model.modules())
+        self._channels_last = cpu and any(type(m) is nn.Conv2d for m in model.module.modules())
         self.samples = 0
         self._weight = 0
 
-    def add(self, inputs: Any, targets: Any) -> None:
+    def add(self, batch: Batch) -> None:
         """Squared per-sample gradients of a batch: one forward pass, and one backward pass per pass of the kind."""
-        if (n := num_samples(targets)) == 0:
+        if batch.samples == 0:
             return
-        inputs, targets = self._on_device(inputs, targets)
-        forward = self._forward_captured(inputs, targets)
-        losses: Tensor | None = forward.losses
-        layers = self._layers(forward.calls, self._uses(forward.losses), inputs, n)
-        covered = {param for name in layers for param in self._own(name)}
-        rest = {name: p.detach() for name, p in self._leaves.items() if name not in covered}
-        edges = {name: call.edge for name, call in layers.items() if call.edge is not None}
-        forward.calls.clear()
-        for i, each in enumerate(forward.passes, 1):
-            last = i == len(forward.passes)
-            losses = each.loss(forward.output, each.targets) if losses is None else losses
-            visit_gradients(losses, edges, partial(self._add_layer, layers, each.share, last), keep_graph=not last)
-            losses = None
-            if rest:
-                sample_loss = partial(self._sample_loss, each.loss)
-                for name, squares in self._fallback.sum_squares(sample_loss, rest, inputs, each.targets).items():
-                    self._sums[name].add_(squares, alpha=each.share)
-        self.samples += n
-        self._weight += n
+        batch = batch.to(self._vector.device)
+        with self._model.at(self._leaves) as call:
+            forward = self._forward_captured(call, batch)
+            apart = not self._model.joins_samples()
+            graph = Graph(forward.losses)
+            uses = {name for name, leaf in self._leaves.items() if graph.uses[id(leaf)]}
+            if graph.reentrant or (len(uses) < len(self._leaves) and self._hides_parameters(forward.passes[0], batch)):
+                self.one_by_one(self._leaves)
+                uses = set(self._leaves)
+            else:
+                self._reached |= uses
+            layers = self._layers(forward.calls, graph, batch.samples) if apart else {}
+            rest = [(each, uses - covered) for each, covered in self._add_layers(forward, graph, layers)]
+        inputs, _ = batch.tree()
+        for each, uncovered in rest:
+            names = [name for name in self._leaves if name in uncovered]
+            squares = self._fallback.sum_squares(each.loss, names, Batch.of(inputs, each.targets)) if names else {}
+            for name, s in squares.items():
+                self.sums[name].add_(s, alpha=each.share)
+            self._reached.update(squares)
+        self._count(batch.samples, batch.samples)
 
-    def add_batch_gradient(self, inputs: Any, targets: Any) -> None:
+    def add_batch_gradient(self, batch: Batch) -> None:
         """The squared gradient of the batch's mean loss, which is not a Fisher; every batch counts alike."""
-        if (n := num_samples(targets)) == 0:
+        if batch.samples == 0:
             return
-        inputs, targets = self._on_device(inputs, targets)
-        output = self._forward(self._leaves, inputs)
-        (batch,) = self._kind(output, targets)
-        losses = batch.loss(output, batch.targets)
-        self._uses(losses)
-        for total, g in zip(
-            self._sums.values(), torch.autograd.grad(losses.mean(), list(self._leaves.values())), strict=True
-        ):
-            total += g.to_dense().to(total.dtype).square_()
-        self.samples += n
-        self._weight += 1
+
+        def shares(output: Any, targets: Any) -> Tensor:
+            (each,) = self._kind(output, targets)
+            return losses_of(each.loss, output, each.targets) / batch.samples
+
+        grads = plain_gradients(self._model, shares, self._leaves, batch.to(self._vector.device))
+        for name, g in grads.items():
+            self.sums[name] += g.to(self._vector.dtype).square()
+        self._reached.update(grads)
+        self._count(batch.samples, 1)
+
+    def one_by_one(self, names: Iterable[str]) -> None:
+        """From now on these parameters are left to plain autograd."""
+        self._plain.update(names)
+        self._fallback.one_by_one()
 
     def mean(self) -> Tensor:
-        """The result, float32 or float64 ``[P]``; the sums are used up."""
+        """The result, float32 or float64 ``[P]``; the sums are used up.
+
+        Raises:
+            ValueError: No samples, or a parameter that no losses depend on.
+        """
         if self.samples == 0:
             raise ValueError("no samples: the mean over no data is undefined")
+        if unreached := self._unreached():
+            raise ValueError(
+                f"the losses do not depend on {', '.join(unreached)}: their Fisher is unknown, not zero; "
+                "use these parameters, or name the others with params="
+            )
         return self._vector.div_(self._weight)
 
-    def _on_device(self, inputs: Any, targets: Any) -> Any:
-        device = self._vector.device
-        return tree_map(lambda x: x.to(device), (inputs, targets))
+    def _count(self, samples: int, weight: int) -> None:
+        if self.samples == 0 and (unreached := self._unreached()):
+            # No error yet: other samples may take another way through the model.
+            _log.warning("the losses of the first %d samples do not depend on %s", samples, ", ".join(unreached))
+        self.samples += samples
+        self._weight += weight
 
-    def _forward(self, params: Mapping[str, Tensor], inputs: Any) -> Any:
-        args, kwargs = arguments(inputs)
-        return functional_call(self._model, {**self._values, **params}, args, kwargs)
+    def _unreached(self) -> list[str]:
+        return [name for name in self._leaves if name not in self._reached]
 
-    def _forward_captured(self, inputs: Any, targets: Any) -> _Forward:
+    def _hides_parameters(self, first: Pass, batch: Batch) -> bool:
+        """Whether the graph lacks parameters because of checkpoints; looked at once, where it lacks some."""
+        if self._hidden is None:
+            inputs, _ = batch.tree()
+            sample = Batch.of(inputs, first.targets).part(slice(0, 1))
+            self._hidden = hides_parameters(self._model, first.loss, sample)
+        return self._hidden
+
+    def _forward_captured(self, call: Callable[[Any], Any], batch: Batch) -> _Forward:
         if self._channels_last:
             try:
-                return self._forward_as_given(tree_map(_channels_last, inputs), targets)
+                return self._forward_as_given(call, batch.private(channels_last=True))
             except RuntimeError as error:  # such as a model's own view() of what is not contiguous
                 _log.info("the model does not take images with channels last: %s", error)
                 self._channels_last = False
-        return self._forward_as_given(inputs, targets)
+        return self._forward_as_given(call, batch.private())
 
-    def _forward_as_given(self, inputs: Any, targets: Any) -> _Forward:
-        with Capture(self._model, inputs) as capture:
-            output = self._forward(self._leaves, inputs)
+    def _forward_as_given(self, call: Callable[[Any], Any], batch: Batch) -> _Forward:
+        inputs, targets = batch.tree()
+        with Capture(self._model.module) as capture:
+            output = call(inputs)
         passes = list(self._kind(output, targets))
-        return _Forward(capture.calls, output, passes, passes[0].loss(output, passes[0].targets))
+        return _Forward(capture.calls, output, passes, losses_of(passes[0].loss, output, passes[0].targets))
 
-    def _sample_loss(self, loss: Loss, params: Mapping[str, Tensor], inputs: Any, target: Any) -> Tensor:
-        inputs, target = tree_map(lambda x: x.unsqueeze(0), (inputs, target))
-        return loss(self._forward(params, inputs), target).squeeze(0)
+    def _layers(self, calls: Mapping[str, Sequence[Call | None]], graph: Graph, n: int) -> dict[str, _Layer]:
+        """The layers whose rule may be used: called once, on samples apart, with the only uses of their parameters."""
+        called: dict[str, tuple[Call, dict[str, str]]] = {}
+        for name, (call, *more) in calls.items():
+            if call is None or more:
+                continue
+            params = {leaf: self._names[id(p)] for leaf, p in call.params.items() if id(p) in self._names}
+            alone = all(graph.uses[id(self._leaves[param])] == 1 for param in params.values())
+            plain = name in self._mixed or not self._plain.isdisjoint(params.values())
+            if params and alone and not plain and call.edge in graph and call.intact:
+                called[name] = call, params
+        edges = {name: call.edge for name, (call, _) in called.items()}
+        axes = graph.axes(edges) if n > 1 else dict.fromkeys(edges, Axis(0))
+        layers = {}
+        for name, (call, params) in called.items():
+            axis, proven = axes.get(name, Axis(0)), name in axes
+            if call.takes_samples_along(axis, n) and (proven or len(call.input) == n):
+                layers[name] = _Layer(call, params, axis, n, proven)
+        return layers
 
-    def _add_layer(self, layers: dict[str, Call], share: float, last: bool, name: str, grad: Tensor) -> None:
+    def _add_layers(
+        self, forward: _Forward, graph: Graph, layers: dict[str, _Layer]
+    ) -> Iterator[tuple[Pass, set[str]]]:
+        """Adds what the rules of layers give; yields every pass with the parameters that it was given for."""
+        params = {name: layer.params.values() for name, layer in layers.items()}
+        edges = {name: layer.call.edge for name, layer in layers.items()}
+        unproven = {name: edges[name] for name, layer in layers.items() if not layer.proven}
+        rows = RowsOfSamples(forward.losses, unproven, graph.lowest(unproven)) if unproven else None
+        lowest = graph.lowest(edges)
+        losses: Tensor | None = forward.losses
+        for i, each in enumerate(forward.passes, 1):
+            last = i == len(forward.passes)
+            losses = losses_of(each.loss, forward.output, each.targets) if losses is None else losses
+            added: list[str] = []
+            visit = partial(self._add_layer, layers, rows, each.share, last, added)
+            visit_gradients(losses, edges, lowest, visit, keep_graph=not last)
+            losses = rows = None
+            yield each, {param for name in added for param in params[name]}
+
+    def _add_layer(
+        self,
+        layers: dict[str, _Layer],
+        rows: RowsOfSamples | None,
+        share: float,
+        last: bool,
+        added: list[str],
+        name: str,
+        grad: Tensor,
+    ) -> None:
         """The last use of a layer's input lets go of it, so that memory shrinks while the backward pass runs."""
-        call = layers.pop(name) if last else layers[name]
-        squares = RULES[type(call.module)].sum_squares(call.module, call.input, grad)
-        for param in self._own(name):
-            self._sums[param].add_(squares[param.rpartition(".")[2]], alpha=share)
-
-    def _uses(self, losses: Tensor) -> Mapping[str, int]:
-        uses = uses_in_graph(losses, self._leaves)
-        if unused := [name for name in self._leaves if not uses[name]]:
-            raise ValueError(
-                f"the losses do not depend on {', '.join(unused)}: their Fisher is unknown, not zero; "
-                "use these parameters, or name the others with params="
-            )
-        return uses
-
-    def _layers(
-        self, calls: Mapping[str, Sequence[Call]], uses: Mapping[str, int], inputs: Any, n: int
-    ) -> dict[str, Call]:
-        """The layers whose rule gives the squared gradients of all parameters that they hold."""
-        return {
-            name: layer[0]
-            for name, layer in calls.items()
-            if len(layer) == 1
-            and self._usable(layer[0], n, [uses[p] for p in self._own(name)])
-            and self._sample_first(name, layer[0], inputs)
-        }
-
-    def _own(self, module_name: str) -> list[str]:
-        """The wanted parameters that a layer holds itself."""
-        prefix = f"{module_name}." if module_name else ""
-        return [name for leaf in ("weight", "bias") if (name := prefix + leaf) in self._leaves]
-
-    @staticmethod
-    def _usable(call: Call, n: int, uses: list[int]) -> bool:
-        """Whether the layer's call was the only use of its parameters, on an input as long as there are samples."""
-        return (
-            bool(uses)
-            and all(count == 1 for count in uses)
-            and call.intact
-            and call.input.shape[:1] == call.output_shape[:1] == (n,)
-        )
-
-    def _sample_first(self, name: str, call: Call, inputs: Any) -> bool:
-        """Whether dimension 0 holds the samples, and not something else that happens to be as long.
-
-        Where the samples could be among the positions, or nowhere (a layer applied to a parameter), one forward pass
-        with a single sample tells.
-        """
-        n = call.input.shape[0]
-        positions = RULES[type(call.module)].positions(call.module, call.input.shape)
-        if n == 1 or (call.of_data and positions.numel() % n != 0):
-            return True
-        if self._not_sample_first is None:
-            inputs = tree_map(lambda x: x[:1], inputs)
-            with Capture(self._model, inputs) as probe:
-                self._forward(self._leaves, inputs)
-            self._not_sample_first = {
-                layer for layer, calls in probe.calls.items() if any(c.input.shape[:1] != (1,) for c in calls)
-            }
-        return name not in self._not_sample_first
+        layer = layers.pop(name) if last else layers[name]
+        if rows is not None and not layer.proven and not rows.are_in(name, grad):
+            self._mixed.add(name)
+        if name in self._mixed:
+            return
+        for param, squares in layer.sum_squares(grad).items():
+            self.sums[param].add_(squares, alpha=share)
+        added.append(name)
 
 
 def _cpu_batch_size(params: int) -> int:
     fitting = (samples for most, samples in _CPU_SAMPLES.items() if params <= most)
     return next(fitting, _CPU_SAMPLES_OF_LARGE_MODELS)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    images = x.dim() == 4 and x.is_floating_point()
-    return x.contiguous(memory_format=torch.channels_last) if images else x

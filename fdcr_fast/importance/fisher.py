@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fdcr_fast.importance import workarounds
+from fdcr_fast.importance.check import Check
 from fdcr_fast.importance.data import batches
 from fdcr_fast.importance.estimate import Estimate
 from fdcr_fast.importance.kinds import BATCH_GRADIENT, resolve_kind
 from fdcr_fast.importance.losses import Loss, resolve_loss
+from fdcr_fast.importance.model import Names, unwrapped, values_of
+from fdcr_fast.importance.per_sample import PerSampleGradients
+from fdcr_fast.importance.stateless import Stateless
 
 
 def diagonal_fisher(
@@ -30,6 +35,7 @@ def diagonal_fisher(
     params: Iterable[str] | None = None,
     batch_size: int | None = None,
     eval_mode: bool = True,
+    check: str = "first",
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     r"""Diagonal Fisher information (paper eq. 5), squared per sample before the mean.
@@ -79,21 +85,28 @@ def diagonal_fisher(
         ValueError: No samples; unknown loss, kind, option, parameter or entry of ``state``; a parameter that the losses
             do not depend on; layers that couple the samples of a batch (batch normalisation with batch statistics).
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper: the names are those of the module
+    module = unwrapped(model)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    options = {} if loss_options is None else loss_options
-    labels = resolve_kind(kind, loss, resolve_loss(loss, options), options, num_samples, generator)
-    with _evaluation(model, eval_mode):
-        estimate = Estimate(model, _values(model, state), _select(model, params), labels)
+    resolved = resolve_loss(loss, {} if loss_options is None else loss_options)
+    labels = resolve_kind(kind, resolved, num_samples, generator)
+    names = _select(module, params)
+    with _evaluation(module, eval_mode), Stateless(module, values_of(module, state)) as stateless:
+        fallback = PerSampleGradients(stateless)
+        estimate = Estimate(stateless, names, labels, fallback)
+        label = kind, loss if isinstance(loss, str) else "callable"
+        compare = Check(check, stateless, names, labels, fallback, label, generator)
         whole = kind == BATCH_GRADIENT  # what a batch is matters
-        add = estimate.add_batch_gradient if whole else estimate.add
         most = sys.maxsize if whole and batch_size is None else batch_size
-        for inputs, targets in batches(data, most or estimate.batch_size):
-            add(inputs, targets)
+        for batch in batches(data, most or estimate.batch_size):
+            if whole:
+                estimate.add_batch_gradient(batch)
+            else:
+                compare(estimate, batch)
+                estimate.add(batch)
             if progress is not None:
                 progress(estimate.samples)
-    return estimate.mean()
+        return estimate.mean()
 
 
 def diagonal_fisher_stacked(
@@ -141,52 +154,36 @@ def diagonal_fisher_stacked(
     return rows
 
 
-def _values(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The model's parameters, and what ``state`` has instead of them and of buffers."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    own = dict(named)
-    first: dict[int, str] = {}  # the name that a tensor with several names goes by
-    for name, x in named:
-        first.setdefault(id(x), name)
-    values: dict[str, Tensor] = {}
-    for name, x in (state or {}).items():
-        if name not in own or own[name].shape != x.shape:
-            expected = f"{list(own[name].shape)}" if name in own else "no such entry"
-            raise ValueError(f"the model has {expected} for {name} of state, got {list(x.shape)}")
-        tied = first[id(own[name])]
-        if not torch.equal(values.setdefault(tied, x), x):
-            raise ValueError(f"{tied} and {name} are one tensor in the model, but two in state")
-    return {**dict(model.named_parameters()), **values}
-
-
 def _select(model: nn.Module, params: Iterable[str] | None) -> list[str]:
-    known = [name for name, _ in model.named_parameters()]
-    wanted = set(known if params is None else [params] if isinstance(params, str) else params)
-    if unknown := wanted - set(known):
-        raise ValueError(f"the model has no parameter {', '.join(sorted(unknown))}; it has {', '.join(known)}")
-    if not wanted:
+    names = Names(model)
+    parameters = dict(model.named_parameters())
+    asked = list(parameters if params is None else [params] if isinstance(params, str) else params)
+    found = {name: names.find(name) for name in asked}
+    if unknown := [name for name, own in found.items() if own not in parameters]:
+        raise ValueError(f"the model has no parameter {', '.join(unknown)}; it has {', '.join(parameters)}")
+    if not found:
         raise ValueError("no parameters: the model has none, or params= names none")
-    return [name for name in known if name in wanted]
+    wanted = [name for name in parameters if name in found.values()]
+    if unreal := [f"{name} ({parameters[name].dtype})" for name in wanted if not parameters[name].is_floating_point()]:
+        raise ValueError(
+            f"no Fisher of parameters that are not real numbers, {', '.join(unreal)}: name the others with params="
+        )
+    return wanted
 
 
 @contextmanager
 def _evaluation(model: nn.Module, eval_mode: bool) -> Iterator[None]:
-    """Gradients on, whatever the caller's context, compiled parts run eagerly, and the modes put back at the end."""
+    """The modes wanted, put back at the end."""
     before = {module: module.training for module in model.modules()}
     try:
         if eval_mode:
             model.eval()
         _refuse_batch_statistics(model)
-        with torch.inference_mode(False), torch.enable_grad(), _eager():
+        with workarounds.evaluation():
             yield
     finally:
         for module, training in before.items():
             module.training = training
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled graphs have no place for hooks. Without the compiler, slow to import, nothing can be compiled."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

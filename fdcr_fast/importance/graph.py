@@ -1,71 +1,120 @@
-"""Questions to the autograd graph of the losses, and its backward pass to the outputs of layers."""
+"""The autograd graph of the losses: what enters it, whose the entries on the way are, and its backward pass."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from fdcr_fast.importance.provenance import Axis, Flow, source_axis
 
-def uses_in_graph(losses: Tensor, params: Mapping[str, Tensor]) -> Counter[str]:
-    """How often each parameter enters the graph of the losses."""
-    names = {id(param): name for name, param in params.items()}
-    uses: Counter[str] = Counter()
-    seen = set()
-    stack = [losses.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for following, _ in node.next_functions:
-            variable = getattr(following, "variable", None)
-            if variable is None:
-                stack.append(following)
-            elif id(variable) in names:
-                uses[names[id(variable)]] += 1
-    return uses
+_LEAF: type = torch._C._functions.AccumulateGrad
 
 
-def reaches(start: Node | None, goals: Collection[Node], barren: set[Node]) -> bool:
-    """Whether the graph that leads to ``start`` contains one of the goals.
+class Graph:
+    """The graph of per-sample losses ``[N]``, walked once.
 
-    ``barren`` holds nodes known to lead to no goal and grows by those found on the way.
+    Attributes:
+        uses: How often each tensor that requires gradients enters it, by ``id``.
+        reentrant: Whether some of it is only built in the backward pass (``torch.utils.checkpoint`` with
+            ``use_reentrant=True``), so that ``uses`` may lack some.
     """
-    seen = set()
-    stack = [start]
-    while stack:
-        node = stack.pop()
-        if node in goals:
-            return True
-        if node is not None and node not in seen and node not in barren:
-            seen.add(node)
-            stack.extend(before for before, _ in node.next_functions)
-    barren |= seen
-    return False
+
+    def __init__(self, losses: Tensor) -> None:
+        self.uses: Counter[int] = Counter()
+        self.reentrant = False
+        self._samples = len(losses)
+        self._root_output = losses.output_nr
+        self._following: dict[Node, Any] = {}
+        self._order: list[Node] = []  # every node after all that were computed from it
+        if losses.grad_fn is not None:
+            self._walk(losses.grad_fn)
+
+    def _walk(self, root: Node) -> None:
+        waiting_for = Counter([root])
+        stack = [root]
+        while stack:
+            node = stack.pop()
+            self._following[node] = following = node.next_functions
+            for source, _ in following:
+                if source is None:
+                    continue
+                if type(source) is _LEAF:
+                    self.uses[id(source.variable)] += 1  # type: ignore[attr-defined]
+                else:
+                    if source not in waiting_for:
+                        stack.append(source)
+                    waiting_for[source] += 1
+            self.reentrant |= node.name() == "CheckpointFunctionBackward"
+        ready = [root]
+        while ready:
+            node = ready.pop()
+            self._order.append(node)
+            for source, _ in self._following[node]:
+                if source in self._following:
+                    waiting_for[source] -= 1
+                    if waiting_for[source] == 0:
+                        ready.append(source)
+
+    def __contains__(self, edge: GradientEdge) -> bool:
+        return edge.node in self._following
+
+    def axes(self, edges: Mapping[str, GradientEdge]) -> dict[str, Axis]:
+        """Where the samples lie in the tensors at these edges, for those of which the graph proves it."""
+        wanted = {(edge.node, edge.output_nr): name for name, edge in edges.items()}
+        arrived: dict[Node, dict[int, Axis | None]] = {node: {} for node in self._order}
+        found: dict[str, Axis] = {}
+        if self._order:
+            arrived[self._order[0]] = {self._root_output: Axis(0)}
+        for node in self._order:
+            for output, axis in arrived.pop(node).items():
+                if axis is not None and (node, output) in wanted:
+                    found[wanted[node, output]] = axis
+                result = node._input_metadata[output].shape
+                for argument, (source, source_output) in enumerate(self._following[node]):
+                    if source not in arrived:
+                        continue
+                    shape = source._input_metadata[source_output].shape
+                    flow = Flow(node, argument, output, result, shape, self._samples)
+                    reached = None if axis is None else source_axis(flow, axis)
+                    known = arrived[source].setdefault(source_output, reached)
+                    if known != reached:  # an entry of one sample here is one of another sample there
+                        arrived[source][source_output] = None
+        return found
+
+    def lowest(self, edges: Mapping[str, GradientEdge]) -> list[str]:
+        """Those of the edges below which there is no other: a backward pass to them goes through all of them."""
+        names = {edge.node: name for name, edge in edges.items()}
+        leading_to_edges: set[Node] = set()
+        lowest = []
+        for node in reversed(self._order):
+            above = any(source in leading_to_edges for source, _ in self._following[node])
+            if node in names and not above:
+                lowest.append(names[node])
+            if node in names or above:
+                leading_to_edges.add(node)
+        return lowest
 
 
 def visit_gradients(
-    losses: Tensor, edges: Mapping[str, GradientEdge], visit: Callable[[str, Tensor], None], *, keep_graph: bool
+    losses: Tensor,
+    edges: Mapping[str, GradientEdge],
+    lowest: Sequence[str],
+    visit: Callable[[str, Tensor], None],
+    *,
+    keep_graph: bool,
 ) -> None:
     """Gradients of the summed losses at the edges, each visited and dropped as soon as it is complete.
 
-    Only gradients at the edges that no other edge comes before are asked for: on the way to them the pass goes
-    through all the others. No weight gradient is computed.
+    Only gradients at the ``lowest`` edges are asked for. No weight gradient is computed. An edge that no gradient
+    reaches is not visited.
     """
     if not edges:
         return
-    nodes = {edge.node for edge in edges.values()}
-    barren: set[Node] = set()
-    first = [
-        name
-        for name, edge in edges.items()
-        if not any(reaches(before, nodes, barren) for before, _ in edge.node.next_functions)
-    ]
 
     def visitor(name: str, output: int) -> Callable[..., None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
@@ -75,12 +124,54 @@ def visit_gradients(
         return hook
 
     handles: list[Any] = [
-        edge.node.register_prehook(visitor(name, edge.output_nr)) for name, edge in edges.items() if name not in first
+        edge.node.register_prehook(visitor(name, edge.output_nr)) for name, edge in edges.items() if name not in lowest
     ]
     try:
-        grads = list(torch.autograd.grad(losses.sum(), [edges[name] for name in first], retain_graph=keep_graph))
+        ends = [edges[name] for name in lowest]
+        grads = list(torch.autograd.grad(losses.sum(), ends, retain_graph=keep_graph, allow_unused=True))
     finally:
         for handle in handles:
             handle.remove()
-    for name in reversed(first):
-        visit(name, grads.pop())
+    for name in reversed(lowest):
+        if (grad := grads.pop()) is not None:
+            visit(name, grad)
+        del grad
+
+
+class RowsOfSamples:
+    """Shows by gradients whether each row, the entries at one place of dimension 0, is of one sample's loss, in order.
+
+    The losses are weighted in backward passes of their own, by powers of two: a row of one sample alone is then that
+    sample's weight times what it is for the sum of the losses, to the bit. The exponents of all samples differ in the
+    first pass or, of more than ``_EXPONENTS`` samples, in another one: they are the digits of the sample's number.
+    """
+
+    def __init__(self, losses: Tensor, edges: Mapping[str, GradientEdge], lowest: Sequence[str]) -> None:
+        self._weights: list[Tensor] = []
+        self._weighted: dict[str, list[Tensor]] = {name: [] for name in edges}
+        numbers = torch.arange(len(losses), device=losses.device)
+        while not self._weights or bool((numbers > 0).any()):
+            weights = torch.exp2((numbers % _EXPONENTS - _EXPONENTS // 2).double())
+            self._weights.append(weights)
+            visit_gradients(losses * weights.to(losses.dtype), edges, lowest, self._note, keep_graph=True)
+            numbers = numbers // _EXPONENTS
+
+    def _note(self, name: str, grad: Tensor) -> None:
+        self._weighted[name].append(_projected_rows(grad))
+
+    def are_in(self, name: str, grad: Tensor) -> bool:
+        """Whether the rows of a gradient of the summed losses are those of the samples."""
+        rows = _projected_rows(grad)
+        expected = [rows * weights for weights in self._weights]
+        found = self._weighted[name]
+        return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+# From one half of which to the other, gradients stay far from the limits of float32 and bfloat16.
+_EXPONENTS = 64
+
+
+def _projected_rows(grad: Tensor) -> Tensor:
+    """The product of every row with some vector, ``[N]`` in float64."""
+    rows = grad.flatten(1).double()
+    return rows @ torch.arange(1, rows.shape[1] + 1, device=grad.device).double().cos()

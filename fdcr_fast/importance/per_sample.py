@@ -3,78 +3,107 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
-from fdcr_fast.importance.losses import num_samples
+from fdcr_fast.importance.data import Batch
+from fdcr_fast.importance.graph import Graph
+from fdcr_fast.importance.losses import Loss, losses_of
+from fdcr_fast.importance.stateless import Stateless
+from fdcr_fast.importance.workarounds import vectorisation
 
 _log = logging.getLogger("fdcr_fast")
 
 # Per-sample gradients alive at one time.
 _MAX_BYTES = 64 << 20
 
-# The loss of one sample, given some of the parameters: (parameters, inputs, target), without the sample dimension.
-SampleLoss = Callable[[Mapping[str, Tensor], Any, Any], Tensor]
+
+def plain_gradients(model: Stateless, loss: Loss, names: Collection[str], batch: Batch) -> dict[str, Tensor]:
+    """Gradients of the summed losses by plain autograd, of those of the parameters ``names`` that they depend on."""
+    inputs, targets = batch.private().tree()
+    with _all_differentiable(model) as (leaves, call):
+        losses = losses_of(loss, call(inputs), targets)
+        wanted = [leaves[name] for name in names]
+        grads: Iterable[Tensor | None] = ()
+        if Graph(losses).reentrant:  # such checkpoints support a backward pass to all parameters only
+            losses.sum().backward()
+            grads = [leaf.grad for leaf in wanted]
+        elif losses.requires_grad:
+            grads = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
+    return {name: g.to_dense() for name, g in zip(names, grads, strict=False) if g is not None}
+
+
+def hides_parameters(model: Stateless, loss: Loss, sample: Batch) -> bool:
+    """Whether parts of the model are in the graph of the loss only if their inputs, too, need gradients."""
+    inputs, targets = sample.private().tree()
+    with _all_differentiable(model) as (_, call):
+        return Graph(losses_of(loss, call(inputs), targets)).reentrant
+
+
+@contextmanager
+def _all_differentiable(model: Stateless) -> Iterator[tuple[dict[str, Tensor], Callable[[Any], Any]]]:
+    leaves = {name: p.detach().requires_grad_() for name, p in model.params.items() if p.is_floating_point()}
+    with model.at(leaves) as call:
+        yield leaves, call
 
 
 class PerSampleGradients:
-    """Sums squared gradients of the losses of samples, without storing more than a chunk of them.
+    """Sums squared gradients of the losses of samples, without storing more than a chunk of them."""
 
-    ``recurrent`` says that the model has recurrent layers: under ``vmap`` oneDNN's give wrong bias gradients (seen
-    with torch 2.14), so PyTorch's own are used for them.
-    """
-
-    def __init__(self, recurrent: bool) -> None:
-        self._recurrent = recurrent
+    def __init__(self, model: Stateless) -> None:
+        self._model = model
         self._vectorised = True
 
-    def sum_squares(
-        self, sample_loss: SampleLoss, params: dict[str, Tensor], inputs: Any, targets: Any
-    ) -> dict[str, Tensor]:
-        """``sum_n grad_n^2`` for each of ``params``, in at least float32."""
-        sums = {name: torch.zeros_like(p, dtype=_wide(p.dtype)) for name, p in params.items()}
+    def one_by_one(self) -> None:
+        """From now on by plain autograd."""
+        self._vectorised = False
+
+    def sum_squares(self, loss: Loss, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+        """``sum_n grad_n^2`` in at least float32 for those parameters ``names`` that the loss of some sample needs."""
+        sums: dict[str, Tensor] = {}
+        params = {name: self._model.params[name] for name in names}
         bytes_per_sample = sum(p.numel() * p.element_size() for p in params.values())
         step = max(1, _MAX_BYTES // max(1, bytes_per_sample))
-        for start in range(0, num_samples(targets), step):
-            samples = slice(start, start + step)
-            grads = self._of_samples(sample_loss, params, *tree_map(lambda x, s=samples: x[s], (inputs, targets)))
-            for name, g in grads.items():
-                sums[name] += g.to(sums[name].dtype).square_().sum(0)
+        for start in range(0, batch.samples, step):
+            part = batch.part(slice(start, start + step))
+            grads = self._vectorised_gradients(loss, params, part)
+            if grads is not None:
+                _add_squares(sums, grads)
+                continue
+            for i in range(part.samples):
+                of_one = plain_gradients(self._model, loss, names, part.part(slice(i, i + 1)))
+                _add_squares(sums, {name: g.unsqueeze(0) for name, g in of_one.items()})
         return sums
 
-    def _of_samples(
-        self, sample_loss: SampleLoss, params: dict[str, Tensor], inputs: Any, targets: Any
-    ) -> dict[str, Tensor]:
-        if self._vectorised:
-            try:
-                onednn = torch.backends.mkldnn.flags(enabled=False) if self._recurrent else nullcontext()
-                with onednn, sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
-                    per_sample = vmap(grad(sample_loss), in_dims=(None, 0, 0), randomness="different")
-                    grads: dict[str, Tensor] = per_sample(params, inputs, targets)
-                return grads
-            except Exception as error:  # what vmap cannot do, it says in many ways; the loop finds real errors
-                _log.info("vmap failed, one sample at a time instead: %s", error)
-                self._vectorised = False
-        one_by_one = [
-            _of_one(sample_loss, params, *tree_map(lambda x, i=i: x[i], (inputs, targets)))
-            for i in range(num_samples(targets))
-        ]
-        return {name: torch.stack([g[name] for g in one_by_one]) for name in params}
+    def _vectorised_gradients(self, loss: Loss, params: dict[str, Tensor], batch: Batch) -> dict[str, Tensor] | None:
+        """Gradients of all samples ``[n, *shape]``, or None where ``vmap`` cannot do it."""
+        if not self._vectorised:
+            return None
+        private = batch.private()
+
+        def sample_loss(params: Mapping[str, Tensor], tensors: list[Tensor]) -> Tensor:
+            inputs, targets = private.with_tensors(x.unsqueeze(0) for x in tensors).tree()
+            with self._model.at(params) as call:
+                return losses_of(loss, call(inputs), targets).squeeze(0)
+
+        try:
+            with vectorisation(self._model.module):
+                per_sample = vmap(grad(sample_loss), in_dims=(None, 0), randomness="different")
+                grads: dict[str, Tensor] = per_sample(params, private.tensors)
+            return grads
+        except Exception as error:  # what vmap cannot do, it says in many ways; the loop finds real errors
+            _log.info("vmap failed, one sample at a time instead: %s", error)
+            self._vectorised = False
+            return None
 
 
-def _of_one(sample_loss: SampleLoss, params: dict[str, Tensor], inputs: Any, target: Any) -> dict[str, Tensor]:
-    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    loss = sample_loss(leaves, inputs, target)
-    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    return dict(zip(leaves, grads, strict=True))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _add_squares(sums: dict[str, Tensor], grads: Mapping[str, Tensor]) -> None:
+    """Gradients are squared out of place: autograd may have given several parameters views of one tensor."""
+    for name, g in grads.items():
+        squares = g.to(torch.promote_types(g.dtype, torch.float32)).square().sum(0)
+        sums[name] = sums[name].add_(squares) if name in sums else squares

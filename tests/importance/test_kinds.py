@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from one_by_one import fisher_one_by_one
+from test_losses import OPTIONS_OF_TOKENS
 from torch import nn
 
 from fdcr_fast import diagonal_fisher
@@ -178,7 +179,7 @@ def test_loss_options(loss, options):
 
 
 def test_every_loss_option_has_a_case():
-    tried = {(loss, option) for loss, options in LOSS_OPTIONS for option in options}
+    tried = {(loss, option) for loss, options in [*LOSS_OPTIONS, *OPTIONS_OF_TOKENS] for option in options}
     assert tried == {(name, option) for name, loss in LOSSES.items() for option in loss.options}
 
 
@@ -226,8 +227,11 @@ def test_squared_batch_gradient_of_sparse_embeddings():
         ({"kind": "sampled", "num_samples": 0}, "num_samples must be positive"),
         ({"kind": "sampled", "loss": lambda o, t: o.sum(1)}, "does not say how labels are distributed"),
         ({"kind": "exact", "loss": "bce_with_logits", "loss_options": {"weight": torch.ones(1)}}, "no loss options"),
-        ({"loss_options": {"reduction": "mean"}}, "no option reduction; it has ignore_index, label_smoothing, weight"),
-        ({"loss": "mse", "loss_options": {"weight": 1}}, "no option weight; it has none"),
+        (
+            {"loss_options": {"reduction": "mean"}},
+            "no option reduction; it has class_dim, ignore_index, label_smoothing, per_sample, shift, weight",
+        ),
+        ({"loss": "mse", "loss_options": {"weight": 1}}, "no option weight; it has per_sample"),
         ({"loss": lambda o, t: o.sum(1), "loss_options": {"weight": 1}}, "a callable has its own"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -15,25 +14,16 @@ from fdcr_fast.ops.reference import accumulation_dtype
 _FEW_CHANNELS = 8
 
 
-def _disjoint_windows(module: nn.Module, shape: torch.Size) -> torch.Size:
-    """The spatial dimensions, unless windows overlap and so join their positions."""
+def _batched(module: nn.Module, input: Tensor) -> bool:
     assert isinstance(module, _ConvNd)
-    geometry = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-    disjoint = any(d * (k - 1) < s for k, s, d in geometry)
-    return shape[2:] if disjoint else torch.Size()
+    return input.dim() == len(module.kernel_size) + 2
 
 
-def _spatial(x: Tensor, dims: int) -> Tensor:
-    """``[N, C, *spatial]``; a single sample's only channel may have come without its dimension."""
-    return x.reshape(len(x), -1, *x.shape[-dims:])
-
-
-@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, positions=_disjoint_windows)
+@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, batched=_batched)
 def convolution(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """Padding that is not the same number of zeros on both sides is applied to the input first."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     dims = len(module.kernel_size)
-    input, grad_output = _spatial(input, dims), _spatial(grad_output, dims)
     padding = module.padding
     if isinstance(padding, str) or module.padding_mode != "zeros":
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -47,13 +37,12 @@ def convolution(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[s
     return {"weight": weight, "bias": bias}
 
 
-@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, positions=_disjoint_windows)
+@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, batched=_batched)
 def transposed_convolution(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """The convolution that leads back: its input is this layer's output gradient, and the other way round."""
     assert isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     assert isinstance(module.padding, tuple)
     dims = len(module.kernel_size)
-    input, grad_output = _spatial(input, dims), _spatial(grad_output, dims)
     bias = grad_output.flatten(2).sum(2, dtype=accumulation_dtype(grad_output)).square_().sum(0)
     # What the windows cover, without the output padding: that may be as long as a stride, and then a window too many.
     covered = [

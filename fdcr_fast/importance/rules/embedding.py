@@ -9,7 +9,7 @@ from fdcr_fast import ops
 from fdcr_fast.importance.rules.table import rule
 
 
-@rule(nn.Embedding, positions=lambda module, shape: shape[1:])
+@rule(nn.Embedding, own_dims=lambda module: 0)
 def embedding(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """Only the rows that were looked up: the result is sparse, so that the work grows with the tokens.
 

@@ -8,7 +8,7 @@ from fdcr_fast import ops
 from fdcr_fast.importance.rules.table import rule
 
 
-@rule(nn.Linear, positions=lambda module, shape: shape[1:-1])
+@rule(nn.Linear, own_dims=lambda module: 1)
 def linear(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """All dimensions between the first and the last are positions."""
     weight, bias = ops.sum_squared_grads_linear(

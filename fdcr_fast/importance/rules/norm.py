@@ -13,19 +13,19 @@ _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def _leading(module: nn.Module, shape: torch.Size) -> torch.Size:
+def _normalised_dims(module: nn.Module) -> int:
     assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
-    return shape[1 : len(shape) - len(module.normalized_shape)]
+    return len(module.normalized_shape)
 
 
-@rule(nn.LayerNorm, positions=_leading)
+@rule(nn.LayerNorm, own_dims=_normalised_dims)
 def layer_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """Statistics over the last dimensions, those of the parameters; all before them but the first are positions."""
     assert isinstance(module, nn.LayerNorm)
     return _over_last(module.normalized_shape, input, grad_output, None, module.eps)
 
 
-@rule(nn.RMSNorm, positions=_leading)
+@rule(nn.RMSNorm, own_dims=_normalised_dims)
 def rms_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """The mean square is the variance around zero."""
     assert isinstance(module, nn.RMSNorm)
@@ -36,7 +36,7 @@ def rms_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str,
     return _over_last(module.normalized_shape, input, grad_output, zero, eps)
 
 
-@rule(nn.GroupNorm, positions=lambda module, shape: torch.Size())
+@rule(nn.GroupNorm)
 def group_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """Statistics over a group of channels and all pixels, parameters per channel."""
     assert isinstance(module, nn.GroupNorm)
@@ -44,12 +44,12 @@ def group_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[st
     return _per_channel(input, grad_output, (groups, channels), None, None, module.eps)
 
 
-def _pixels_of_running_statistics(module: nn.Module, shape: torch.Size) -> torch.Size:
-    assert isinstance(module, _NormBase)
-    return shape[2:] if _uses_running_statistics(module) else torch.Size()
+def _batched(module: nn.Module, input: Tensor) -> bool:
+    """Instance normalisation also takes one sample ``[C, *pixels]``."""
+    return not any(isinstance(module, t) and input.dim() == dims for dims, t in enumerate(_INSTANCE_NORMS, 2))
 
 
-@rule(*_INSTANCE_NORMS, *_BATCH_NORMS, positions=_pixels_of_running_statistics)
+@rule(*_INSTANCE_NORMS, *_BATCH_NORMS, batched=_batched)
 def channel_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """Statistics per channel: running ones, or (instance normalisation) over the pixels of the sample."""
     assert isinstance(module, _NormBase)
