@@ -90,6 +90,7 @@ class Estimate:
         self._reached: set[str] = set()  # parameters that some losses depend on
         self._mixed: set[str] = set()  # layers that were once seen to have no row for every sample
         self._plain: set[str] = set()  # parameters for plain autograd
+        self._warned = False
         self._hidden: bool | None = None  # whether checkpoints keep parameters out of graphs
         cpu = self._vector.device.type == "cpu"
         # How many samples the caller should add at a time.
@@ -103,6 +104,10 @@ class Estimate:
         """Squared per-sample gradients of a batch: one forward pass, and one backward pass per pass of the kind."""
         if batch.samples == 0:
             return
+        if self.samples and not self._warned and (unreached := self._unreached()):
+            # No error yet: other samples may take another way through the model.
+            _log.warning("the losses of the first %d samples do not depend on %s", self.samples, ", ".join(unreached))
+            self._warned = True
         batch = batch.to(self._vector.device)
         with self._model.at(self._leaves) as call:
             forward = self._forward_captured(call, batch)
@@ -123,7 +128,8 @@ class Estimate:
             for name, s in squares.items():
                 self.sums[name].add_(s, alpha=each.share)
             self._reached.update(squares)
-        self._count(batch.samples, batch.samples)
+        self.samples += batch.samples
+        self._weight += batch.samples
 
     def add_batch_gradient(self, batch: Batch) -> None:
         """The squared gradient of the batch's mean loss, which is not a Fisher; every batch counts alike."""
@@ -138,7 +144,8 @@ class Estimate:
         for name, g in grads.items():
             self.sums[name] += g.to(self._vector.dtype).square()
         self._reached.update(grads)
-        self._count(batch.samples, 1)
+        self.samples += batch.samples
+        self._weight += 1
 
     def one_by_one(self, names: Iterable[str]) -> None:
         """From now on these parameters are left to plain autograd."""
@@ -159,13 +166,6 @@ class Estimate:
                 "use these parameters, or name the others with params="
             )
         return self._vector.div_(self._weight)
-
-    def _count(self, samples: int, weight: int) -> None:
-        if self.samples == 0 and (unreached := self._unreached()):
-            # No error yet: other samples may take another way through the model.
-            _log.warning("the losses of the first %d samples do not depend on %s", samples, ", ".join(unreached))
-        self.samples += samples
-        self._weight += weight
 
     def _unreached(self) -> list[str]:
         return [name for name in self._leaves if name not in self._reached]

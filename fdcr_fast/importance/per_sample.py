@@ -100,6 +100,8 @@ class PerSampleGradients:
             _log.info("vmap failed, one sample at a time instead: %s", error)
             self._vectorised = False
             return None
+        finally:
+            self._model.restore()
 
 
 def _add_squares(sums: dict[str, Tensor], grads: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fdcr_fast.importance import workarounds
 from fdcr_fast.importance.model import Names
+from fdcr_fast.importance.values import Values
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # registries of parameters, buffers, modules and hooks
 
@@ -23,10 +24,10 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # registries of parameters, buf
 class Stateless:
     """Context manager: the model as a function of its parameters.
 
-    Every forward pass finds the model with the buffers that are given here, and with the attributes that its modules
-    had when the context was entered. What a pass writes to either, it writes for itself: running statistics, counters,
-    tensors stored on modules, entries of their lists and dictionaries. What such objects hold deeper inside is not
-    looked at.
+    Every forward pass finds the model with the parameters and buffers that are given here, and with the attributes that
+    its modules had when the context was entered. What a pass writes to them, it writes for itself: running statistics,
+    counters, clipped weights, tensors stored on modules, entries of their lists and dictionaries. What such objects
+    hold deeper inside is not looked at.
 
     Args:
         model: The model, in the modes in which it is to be called.
@@ -39,6 +40,8 @@ class Stateless:
 
     def __init__(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
         self.module = model
+        self._values = Values(model, values)
+        self.params = self._values.params
         first = Names(model).first
         self._slots = [
             (registry, leaf, first[f"{prefix}.{leaf}" if prefix else leaf])
@@ -47,34 +50,17 @@ class Stateless:
             for leaf, x in registry.items()
             if x is not None
         ]
-        parameters = {name for name, _ in model.named_parameters()}
-        # Embeddings with max_norm shorten rows in place whenever they look them up.
-        shortened = [
-            first[f"{prefix}.weight" if prefix else "weight"]
-            for prefix, module in model.named_modules()
-            if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        ]
-        places = [name for _, _, name in self._slots]
-        self._tied_and_shortened = any(places.count(name) > 1 for name in shortened)
-        self.params = {
-            # Tensors from inference mode can be neither changed nor differentiated by.
-            name: x.detach().clone() if name in shortened or x.is_inference() else x.detach()
-            for name, x in values.items()
-            if name in parameters
-        }
-        self._read_only = [(name, x, x._version) for name, x in self.params.items() if name not in shortened]
-        self._buffers = {name: _Private(x) for name, x in values.items() if name not in parameters}
         self._attributes: list[_Contents] = []
         self._internals: list[_Contents] = []
 
     def __enter__(self) -> Stateless:
-        known = {id(x) for registry, leaf, _ in self._slots for x in [registry[leaf]]}
+        own = {id(registry[leaf]) for registry, leaf, _ in self._slots}
         for module in self.module.modules():
             attributes = vars(module)
-            self._attributes.append(_Contents(attributes, known))
+            self._attributes.append(_Contents(attributes, own))
             for name, x in attributes.items():
                 if isinstance(x, dict | list | set | deque):
-                    (self._internals if name in _OF_EVERY_MODULE else self._attributes).append(_Contents(x, known))
+                    (self._internals if name in _OF_EVERY_MODULE else self._attributes).append(_Contents(x, own))
         workarounds.lay_out_gradients_of_batch_norms(self.module)
         return self
 
@@ -88,64 +74,54 @@ class Stateless:
     def at(self, params: Mapping[str, Tensor]) -> Iterator[Callable[[Any], Any]]:
         """The model at ``params`` instead of some of its parameters: a function of its inputs.
 
-        It stays so until the end of the context, for whatever a backward pass computes again.
+        It stays so until the end of the context, for whatever a backward pass computes again. Inside of
+        transformations of ``torch.func``, what is written to tensors is only forgotten by :meth:`restore`, after them.
         """
-        wrapped = any(map(is_functorch_wrapped_tensor, params.values()))
-        values = {**self.params, **{name: x.fresh() for name, x in self._buffers.items()}, **params}
+        transformed = any(map(is_functorch_wrapped_tensor, params.values()))
+        values = {**self._values.params, **self._values.buffers, **params}
         own = [registry[leaf] for registry, leaf, _ in self._slots]
         for registry, leaf, name in self._slots:
             registry[leaf] = values[name]
-        if wrapped:
+        if transformed:
             for module in self.module.modules():
                 vars(module)["_apply"] = workarounds.refuse_conversion
+
+        def call(inputs: Any) -> Any:
+            output = _called_with(self.module, inputs)
+            if not transformed:
+                self._values.look()
+            return output
+
         try:
-            yield self._call
+            yield call
         finally:
             for (registry, leaf, _), x in zip(self._slots, own, strict=True):
                 registry[leaf] = x
             for contents in self._attributes:
                 contents.restore()
-        for name, x, version in self._read_only:
-            if x._version != version:
-                raise ValueError(f"the forward pass changes the parameter {name} in place, so it has no Fisher there")
+            if not transformed:
+                self.restore()
 
-    def _call(self, inputs: Any) -> Any:
-        if isinstance(inputs, dict):
-            return self.module(**inputs)
-        return self.module(*inputs) if isinstance(inputs, tuple | list) else self.module(inputs)
+    def restore(self) -> None:
+        """Forgets what forward passes wrote to parameters and buffers."""
+        self._values.restore()
 
     def joins_samples(self) -> bool:
         """Whether the forward pass, inside :meth:`at`, wrote what samples behind it in the batch may have read.
 
         One sample alone would then have been computed with something else.
         """
-        written = any(
-            registry.get(leaf) is not self._buffers[name].tensor or self._buffers[name].changed
-            for registry, leaf, name in self._slots
-            if name in self._buffers and self._buffers[name].tensor.is_floating_point()
+        buffers = {name: x for name, x in self._values.buffers.items() if x.is_floating_point()}
+        exchanged = any(
+            name in buffers and registry.get(leaf) is not buffers[name] for registry, leaf, name in self._slots
         )
-        return written or self._tied_and_shortened
+        return exchanged or self._values.join_samples()
 
 
-class _Private:
-    """A copy of a tensor, made again where it was written to."""
-
-    def __init__(self, source: Tensor) -> None:
-        self._source = source
-        self._copy()
-
-    def _copy(self) -> None:
-        self.tensor = self._source.detach().clone()
-        self._version = self.tensor._version
-
-    @property
-    def changed(self) -> bool:
-        return self.tensor._version != self._version
-
-    def fresh(self) -> Tensor:
-        if self.changed:
-            self._copy()
-        return self.tensor
+def _called_with(module: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple | list) else module(inputs)
 
 
 class _Contents:

@@ -1,0 +1,120 @@
+"""The tensors that stand for a model's parameters and buffers while it is called, whatever it does to them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from fdcr_fast.importance.model import Names
+
+# Models whose forward passes were seen to leave their parameters alone, so that they need no copies of these, and to
+# write to buffers, if at all, by operations that count as versions.
+_reading: WeakSet[nn.Module] = WeakSet()
+
+
+class Values:
+    """Parameters and buffers that forward passes may write to, and that are then put back to what they were.
+
+    Buffers are copies. Parameters, which may be large, are copies until a forward pass has shown that it only reads
+    them, and where they cannot be used as they are.
+
+    Args:
+        model: Whose they are.
+        values: Their values by their first names.
+
+    Attributes:
+        params: The parameters by name.
+        buffers: The buffers by name.
+    """
+
+    def __init__(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+        self._model = model
+        names = {name for name, _ in model.named_parameters()}
+        shortened, self._shortened_for_others = _shortened(model)
+        self._seen = model in _reading
+        self._copies = {
+            name: _Copy(x)
+            for name, x in values.items()
+            if name not in names or not self._seen or name in shortened or x.is_inference()
+        }
+        tensors = {
+            name: self._copies[name].tensor if name in self._copies else x.detach() for name, x in values.items()
+        }
+        self.params = {name: x for name, x in tensors.items() if name in names}
+        self.buffers = {name: x for name, x in tensors.items() if name not in names}
+        # What passes may not write to without consequences, with the versions that say whether they did.
+        self._read = {name: x._version for name, x in self.params.items() if name not in shortened}
+        self._writes = False
+
+    def look(self) -> None:
+        """To be called after a forward pass: the first one shows what the model does to its parameters."""
+        if self._seen:
+            return
+        self._seen = True
+        written = [name for name, copy in self._copies.items() if copy.differs()]
+        silently = [name for name in written if name in self.buffers and not self._copies[name].changed]
+        self._writes = bool(silently) or not self._read.keys().isdisjoint(written)
+        if not self._writes:
+            _reading.add(self._model)
+
+    def join_samples(self) -> bool:
+        """Whether a forward pass wrote what samples behind it in the batch may have read."""
+        buffers = (self._copies[name] for name, x in self.buffers.items() if x.is_floating_point())
+        return self._writes or self._shortened_for_others or any(copy.changed for copy in buffers)
+
+    def restore(self) -> None:
+        """Puts back what was written.
+
+        Raises:
+            ValueError: To parameters that were thought to be only read, so that there are no copies.
+        """
+        written = [name for name, version in self._read.items() if self.params[name]._version != version]
+        for copy in self._copies.values():
+            copy.restore(always=self._writes)
+        for name in written:
+            self._read[name] = self.params[name]._version
+        if written and self._seen and not self._writes:
+            self._writes = True
+            _reading.discard(self._model)
+            if lost := [name for name in written if name not in self._copies]:
+                raise ValueError(f"the forward pass has written to {', '.join(lost)}, and never before: call again")
+
+
+class _Copy:
+    """A copy of a tensor that can be made again."""
+
+    def __init__(self, source: Tensor) -> None:
+        self._source = source
+        self.tensor = source.detach().clone()
+        self._version = self.tensor._version
+
+    @property
+    def changed(self) -> bool:
+        return self.tensor._version != self._version
+
+    def differs(self) -> bool:
+        """Whether it was changed, also by ways that do not count as versions, such as ``x.data.clamp_()``."""
+        a, b = self.tensor, self._source
+        return self.changed or not (torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+
+    def restore(self, *, always: bool) -> None:
+        if always or self.changed:
+            with torch.no_grad():
+                self.tensor.copy_(self._source)
+            self._version = self.tensor._version
+
+
+def _shortened(model: nn.Module) -> tuple[set[str], bool]:
+    """Weights of embeddings with ``max_norm``, whose rows are shortened when looked up; whether others share them."""
+    first = Names(model).first
+    owners = Counter(name for own, name in first.items())
+    weights = {
+        first[f"{prefix}.weight" if prefix else "weight"]
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    }
+    return weights, any(owners[name] > 1 for name in weights)
