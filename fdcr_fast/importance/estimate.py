@@ -113,7 +113,7 @@ class Estimate:
             forward = self._forward_captured(call, batch)
             apart = not self._model.joins_samples()
             graph = Graph(forward.losses)
-            uses = {name for name, leaf in self._leaves.items() if graph.uses[id(leaf)]}
+            uses = {name for name, leaf in self._leaves.items() if graph.uses(leaf)}
             if graph.reentrant or (len(uses) < len(self._leaves) and self._hides_parameters(forward.passes[0], batch)):
                 self.one_by_one(self._leaves)
                 uses = set(self._leaves)
@@ -201,9 +201,9 @@ class Estimate:
             if call is None or more:
                 continue
             params = {leaf: self._names[id(p)] for leaf, p in call.params.items() if id(p) in self._names}
-            alone = all(graph.uses[id(self._leaves[param])] == 1 for param in params.values())
+            alone = all(graph.uses_only_through(self._leaves[param], call.edge) for param in params.values())
             plain = name in self._mixed or not self._plain.isdisjoint(params.values())
-            if params and alone and not plain and call.edge in graph and call.intact:
+            if params and alone and not plain and call.intact:
                 called[name] = call, params
         edges = {name: call.edge for name, (call, _) in called.items()}
         axes = graph.axes(edges) if n > 1 else dict.fromkeys(edges, Axis(0))

@@ -19,23 +19,24 @@ class Graph:
     """The graph of per-sample losses ``[N]``, walked once.
 
     Attributes:
-        uses: How often each tensor that requires gradients enters it, by ``id``.
         reentrant: Whether some of it is only built in the backward pass (``torch.utils.checkpoint`` with
-            ``use_reentrant=True``), so that ``uses`` may lack some.
+            ``use_reentrant=True``), so that parameters may be missing.
     """
 
     def __init__(self, losses: Tensor) -> None:
-        self.uses: Counter[int] = Counter()
         self.reentrant = False
         self._samples = len(losses)
         self._root_output = losses.output_nr
         self._following: dict[Node, Any] = {}
         self._order: list[Node] = []  # every node after all that were computed from it
+        # What a node, or a tensor by its id, was used by; None where that are several uses.
+        self._only_use: dict[Node | int, Node | None] = {}
         if losses.grad_fn is not None:
             self._walk(losses.grad_fn)
 
     def _walk(self, root: Node) -> None:
-        waiting_for = Counter([root])
+        waiting_for: Counter[Node] = Counter()
+        self._following[root] = ()
         stack = [root]
         while stack:
             node = stack.pop()
@@ -43,12 +44,13 @@ class Graph:
             for source, _ in following:
                 if source is None:
                     continue
-                if type(source) is _LEAF:
-                    self.uses[id(source.variable)] += 1  # type: ignore[attr-defined]
-                else:
-                    if source not in waiting_for:
-                        stack.append(source)
+                used: Node | int = id(source.variable) if type(source) is _LEAF else source  # type: ignore[attr-defined]
+                self._only_use[used] = None if used in self._only_use else node
+                if used is source:
                     waiting_for[source] += 1
+                    if source not in self._following:
+                        self._following[source] = ()
+                        stack.append(source)
             self.reentrant |= node.name() == "CheckpointFunctionBackward"
         ready = [root]
         while ready:
@@ -60,8 +62,16 @@ class Graph:
                     if waiting_for[source] == 0:
                         ready.append(source)
 
-    def __contains__(self, edge: GradientEdge) -> bool:
-        return edge.node in self._following
+    def uses(self, tensor: Tensor) -> bool:
+        """Whether the losses depend on a tensor that requires gradients."""
+        return id(tensor) in self._only_use
+
+    def uses_only_through(self, tensor: Tensor, edge: GradientEdge) -> bool:
+        """Whether all that the losses depend on of a tensor is what was computed from it on one way to an edge."""
+        node = self._only_use.get(id(tensor))
+        while node is not None and node is not edge.node:
+            node = self._only_use.get(node)
+        return node is not None
 
     def axes(self, edges: Mapping[str, GradientEdge]) -> dict[str, Axis]:
         """Where the samples lie in the tensors at these edges, for those of which the graph proves it."""
