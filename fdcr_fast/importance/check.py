@@ -6,8 +6,8 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fdcr_fast.importance.data import Batch
 from fdcr_fast.importance.estimate import Estimate
 from fdcr_fast.importance.kinds import Kind, Pass
-from fdcr_fast.importance.losses import losses_of
 from fdcr_fast.importance.per_sample import PerSampleGradients, plain_gradients
 from fdcr_fast.importance.stateless import Stateless
 
@@ -23,25 +22,21 @@ _log = logging.getLogger("fdcr_fast")
 
 CHECKS = ("first", "all", "off")
 
-# One sample is checked as part of so many: few cost little, and faults that need more than one show.
-_SAMPLES = 3
-
 # Relative difference of a parameter's gradient, in norm: rounding may put the input of a ReLU on the other side of
 # zero, which moves gradients by per cents; the faults that the check is for, by a half and more.
 _TOLERANCE = 0.05
 # Gradients that are nothing but rounding, such as those of key biases in attention, relative to all others.
 _NOISE = 1e-5
 
-# What has passed of each model, so that many clients' Fishers are not all checked.
-_passed: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+# What has passed, so that the Fishers of many clients are not all checked.
+_passed: set[int] = set()
 
 
 class Check:
     """Compares the way of an estimate with plain autograd, on samples chosen by a generator of a fixed seed.
 
     Args:
-        how: ``"first"``: the first batch, unless one alike has passed with this model. ``"all"``: every batch.
-            ``"off"``: none.
+        how: ``"first"``: the first batch, unless one alike has passed before. ``"all"``: every batch. ``"off"``: none.
         model: The arguments of :class:`Estimate`, as are the next ones.
         label: What else there is to a batch that is alike.
         generator: Where the kind takes its random numbers from.
@@ -77,16 +72,16 @@ class Check:
         """
         if self._how == "off" or batch.samples == 0 or (self._how == "first" and estimate.samples > 0):
             return
-        passed, alike = _passed.setdefault(self._model.module, set()), self._alike(batch)
-        if self._how == "first" and alike in passed:
+        alike = self._alike(batch)
+        if self._how == "first" and alike in _passed:
             return
         try:
             differing = sorted(self._differing(batch) - self._distrusted)
-        except Exception as error:  # the batch itself will say so, unless the model takes no few samples
+        except Exception as error:  # the batch itself will say so
             _log.info("not checked: %s", error)
             return
         if not differing:
-            passed.add(alike)
+            _passed.add(alike)
             return
         message = f"per-sample gradients of {', '.join(differing)} are not those of plain autograd"
         if estimate.samples > 0:
@@ -103,31 +98,22 @@ class Check:
         estimate.one_by_one(differing)
 
     def _differing(self, batch: Batch) -> set[str]:
-        """The parameters whose squared gradients differ for one sample, among few."""
-        chosen = torch.randperm(batch.samples, generator=self._samples)[:_SAMPLES]
-        few = batch.with_tensors(x[chosen.to(x.device)] for x in batch.tensors).to(self._device)
+        """The parameters whose squared gradients differ for one sample of the batch."""
+        chosen = int(torch.randint(batch.samples, (1,), generator=self._samples))
+        batch = batch.to(self._device)
         passes: list[Pass] = []
 
-        def first_alone(output: Any, targets: Any) -> Iterator[Pass]:
-            each = next(self._kind(output, targets))
-            passes.append(each)
-            alone = torch.zeros(few.samples, device=self._device)
-            alone[0] = 1
-
-            def loss(output: Any, targets: Any) -> Tensor:
-                targets, alone = targets
-                losses: Tensor = losses_of(each.loss, output, targets) * alone
-                return losses
-
-            yield Pass((each.targets, alone), loss)
+        def noted(output: Any, targets: Any) -> Iterator[Pass]:
+            passes[:] = self._kind(output, targets)
+            yield passes[0]
 
         with self._random_numbers_kept():
-            fast = Estimate(self._model, list(self._params), first_alone, self._fallback)
-            fast.add(few)
-            inputs, _ = few.tree()
-            sample = Batch.of(inputs, passes[-1].targets).part(slice(0, 1))
+            fast = Estimate(self._model, list(self._params), noted, self._fallback, chosen)
+            fast.add(batch)
+            inputs, _ = batch.tree()
+            sample = Batch.of(inputs, passes[0].targets).part(slice(chosen, chosen + 1))
             before = self._random_state()
-            plain = plain_gradients(self._model, passes[-1].loss, list(self._params), sample)
+            plain = plain_gradients(self._model, passes[0].loss, list(self._params), sample)
             if not torch.equal(before, self._random_state()):
                 _log.info("not checked: the forward pass draws random numbers")
                 return set()
@@ -154,14 +140,12 @@ class Check:
     def _device(self) -> torch.device:
         return next(iter(self._params.values())).device
 
-    def _alike(self, batch: Batch) -> Any:
-        structure = tuple(
-            (type(m), m.training, "forward" in vars(m), len(m._forward_hooks), len(m._forward_pre_hooks))
-            for m in self._model.module.modules()
-        )
+    def _alike(self, batch: Batch) -> int:
+        """The same for batches, also of other models, that go the same way, as far as can be seen without calling."""
+        model = tuple((type(m), *_settings(m)) for m in self._model.module.modules())
         data = tuple((x.shape[1:], x.dtype) for x in batch.tensors)
-        params = tuple((name, p.dtype) for name, p in self._params.items())
-        return self._label, structure, data, params, torch.is_autocast_enabled(self._device.type)
+        params = tuple((name, p.shape, p.dtype) for name, p in self._params.items())
+        return hash((model, data, params, torch.is_autocast_enabled(self._device.type), self._label))
 
     def _random_state(self) -> Tensor:
         return torch.get_rng_state() if self._device.type == "cpu" else torch.cuda.get_rng_state(self._device)
@@ -173,3 +157,16 @@ class Check:
             yield
         if self._generator is not None and state is not None:
             self._generator.set_state(state)
+
+
+def _settings(module: nn.Module) -> Iterator[Any]:
+    """What a module was made with, and which hooks it has."""
+    for name, value in vars(module).items():
+        if name in _HOOKS:
+            yield len(value)
+        elif isinstance(value, _SETTINGS):
+            yield name, repr(value) if isinstance(value, tuple) else value
+
+
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("hooks"))
+_SETTINGS = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType, MethodType, type)

@@ -70,11 +70,20 @@ class _Layer:
 class Estimate:
     """Mean over samples of squared gradients for the parameters ``names``.
 
-    ``fallback`` is for what no layer rule can do.
+    ``fallback`` is for what no layer rule can do. With ``only``, the sample of that number alone counts in a batch, and
+    the first pass of the kind.
     """
 
-    def __init__(self, model: Stateless, names: Sequence[str], kind: Kind, fallback: PerSampleGradients) -> None:
+    def __init__(
+        self,
+        model: Stateless,
+        names: Sequence[str],
+        kind: Kind,
+        fallback: PerSampleGradients,
+        only: int | None = None,
+    ) -> None:
         self._model = model
+        self._only = only
         self._kind = kind
         self._fallback = fallback
         self._leaves = {name: model.params[name].detach().requires_grad_() for name in names}
@@ -124,7 +133,10 @@ class Estimate:
         inputs, _ = batch.tree()
         for each, uncovered in rest:
             names = [name for name in self._leaves if name in uncovered]
-            squares = self._fallback.sum_squares(each.loss, names, Batch.of(inputs, each.targets)) if names else {}
+            samples = Batch.of(inputs, each.targets)
+            if self._only is not None:
+                samples = samples.part(slice(self._only, self._only + 1))
+            squares = self._fallback.sum_squares(each.loss, names, samples) if names else {}
             for name, s in squares.items():
                 self.sums[name].add_(s, alpha=each.share)
             self._reached.update(squares)
@@ -192,7 +204,17 @@ class Estimate:
         with Capture(self._model.module) as capture:
             output = call(inputs)
         passes = list(self._kind(output, targets))
-        return _Forward(capture.calls, output, passes, losses_of(passes[0].loss, output, passes[0].targets))
+        if self._only is not None:
+            passes = [Pass(passes[0].targets, passes[0].loss)]
+        return _Forward(capture.calls, output, passes, self._losses(passes[0], output))
+
+    def _losses(self, each: Pass, output: Any) -> Tensor:
+        losses = losses_of(each.loss, output, each.targets)
+        if self._only is None:
+            return losses
+        alone = torch.zeros_like(losses)
+        alone[self._only] = 1
+        return losses * alone
 
     def _layers(self, calls: Mapping[str, Sequence[Call | None]], graph: Graph, n: int) -> dict[str, _Layer]:
         """The layers whose rule may be used: called once, on samples apart, with the only uses of their parameters."""
@@ -226,7 +248,7 @@ class Estimate:
         losses: Tensor | None = forward.losses
         for i, each in enumerate(forward.passes, 1):
             last = i == len(forward.passes)
-            losses = losses_of(each.loss, forward.output, each.targets) if losses is None else losses
+            losses = self._losses(each, forward.output) if losses is None else losses
             added: list[str] = []
             visit = partial(self._add_layer, layers, rows, each.share, last, added)
             visit_gradients(losses, edges, lowest, visit, keep_graph=not last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ class Names:
 
 
 def _without_wrappers(name: str) -> str:
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    return re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
 
 
 def values_of(model: nn.Module, state: Mapping[str, Any] | None) -> dict[str, Tensor]:
