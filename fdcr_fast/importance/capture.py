@@ -48,8 +48,18 @@ class Call:
             return axis == (0, 1) and len(self.input) == n
         return axis.dim < leading
 
-    def samples_first(self, x: Tensor, axis: Axis, n: int) -> Tensor:
-        """The input, or a gradient at the output, with samples that lie along ``axis`` in dimension 0."""
+    def has_rows(self, n: int) -> bool:
+        """Whether the samples may be the rows of the input."""
+        return len(self.input) == n
+
+    def sum_squares(self, grad: Tensor, axis: Axis, n: int) -> dict[str, Tensor]:
+        """By the layer's own names of parameters, given the gradient of the summed losses at the output."""
+        if grad.numel() == 0:
+            return {}
+        input, grad = (self._samples_first(x, axis, n) for x in (self.input, grad))
+        return self.rule.sum_squares(self.module, input, grad)
+
+    def _samples_first(self, x: Tensor, axis: Axis, n: int) -> Tensor:
         if self.rule.leading_dims(self.module, self.input) == 0:
             return x.unsqueeze(0)
         if axis == (0, 1) and len(x) == n:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fdcr_fast.importance.capture import Call, Capture
 from fdcr_fast.importance.data import Batch
+from fdcr_fast.importance.entries import Entry, entries
 from fdcr_fast.importance.graph import Graph, RowsOfSamples, visit_gradients
 from fdcr_fast.importance.kinds import Kind, Pass
 from fdcr_fast.importance.losses import losses_of
@@ -40,31 +41,30 @@ class _Forward:
     losses: Tensor
 
 
+_Source = Call | Entry
+
+
 @dataclass(frozen=True)
-class _Layer:
-    """A call whose rule is to be used.
+class _Part:
+    """Where the squared gradients of some parameters come from: the call of a layer, or an entry.
 
     Attributes:
-        params: Names of the parameters that are wanted of it, by the layer's own names.
-        axis: Where the samples lie in its output.
+        params: Names of the parameters that are wanted, by those that the source has for them.
+        axis: Where the samples lie at its edge.
         samples: How many there are.
         proven: Whether the graph tells so; else the gradients that arrive must show it.
     """
 
-    call: Call
+    source: _Source
     params: Mapping[str, str]
     axis: Axis
     samples: int
     proven: bool
 
     def sum_squares(self, grad: Tensor) -> dict[str, Tensor]:
-        """By names of parameters, given the gradient of the summed losses at the output."""
-        if grad.numel() == 0:
-            return {}
-        call = self.call
-        input, grad = (call.samples_first(x, self.axis, self.samples) for x in (call.input, grad))
-        squares = call.rule.sum_squares(call.module, input, grad)
-        return {param: squares[leaf] for leaf, param in self.params.items()}
+        """By names of parameters."""
+        squares = self.source.sum_squares(grad, self.axis, self.samples)
+        return {param: squares[name] for name, param in self.params.items() if name in squares}
 
 
 class Estimate:
@@ -97,7 +97,7 @@ class Estimate:
         # The sums of squares by name, views of the vector.
         self.sums = {name: v.view(p.shape) for (name, p), v in zip(self._leaves.items(), views, strict=True)}
         self._reached: set[str] = set()  # parameters that some losses depend on
-        self._mixed: set[str] = set()  # layers that were once seen to have no row for every sample
+        self._mixed: set[str] = set()  # parts that were once seen to have no row for every sample
         self._plain: set[str] = set()  # parameters for plain autograd
         self._warned = False
         self._hidden: bool | None = None  # whether checkpoints keep parameters out of graphs
@@ -128,8 +128,9 @@ class Estimate:
                 uses = set(self._leaves)
             else:
                 self._reached |= uses
-            layers = self._layers(forward.calls, graph, batch.samples) if apart else {}
-            rest = [(each, uses - covered) for each, covered in self._add_layers(forward, graph, layers)]
+            parts = self._parts(forward.calls, graph, batch.samples) if apart else {}
+            forward.calls.clear()
+            rest = [(each, uses - covered) for each, covered in self._add_parts(forward, graph, parts)]
         inputs, _ = batch.tree()
         for each, uncovered in rest:
             names = [name for name in self._leaves if name in uncovered]
@@ -216,33 +217,53 @@ class Estimate:
         alone[self._only] = 1
         return losses * alone
 
-    def _layers(self, calls: Mapping[str, Sequence[Call | None]], graph: Graph, n: int) -> dict[str, _Layer]:
-        """The layers whose rule may be used: called once, on samples apart, with the only uses of their parameters."""
-        called: dict[str, tuple[Call, dict[str, str]]] = {}
-        for name, (call, *more) in calls.items():
-            if call is None or more:
-                continue
-            params = {leaf: self._names[id(p)] for leaf, p in call.params.items() if id(p) in self._names}
-            alone = all(graph.uses_only_through(self._leaves[param], call.edge) for param in params.values())
-            plain = name in self._mixed or not self._plain.isdisjoint(params.values())
-            if params and alone and not plain and call.intact:
-                called[name] = call, params
-        edges = {name: call.edge for name, (call, _) in called.items()}
-        axes = graph.axes(edges) if n > 1 else dict.fromkeys(edges, Axis(0))
-        layers = {}
-        for name, (call, params) in called.items():
-            axis, proven = axes.get(name, Axis(0)), name in axes
-            if call.takes_samples_along(axis, n) and (proven or len(call.input) == n):
-                layers[name] = _Layer(call, params, axis, n, proven)
-        return layers
+    def _parts(self, calls: Mapping[str, Sequence[Call | None]], graph: Graph, n: int) -> dict[str, _Part]:
+        """What gives squared gradients without those of every sample: layers, and entries of what they leave over.
 
-    def _add_layers(
-        self, forward: _Forward, graph: Graph, layers: dict[str, _Layer]
-    ) -> Iterator[tuple[Pass, set[str]]]:
-        """Adds what the rules of layers give; yields every pass with the parameters that it was given for."""
-        params = {name: layer.params.values() for name, layer in layers.items()}
-        edges = {name: layer.call.edge for name, layer in layers.items()}
-        unproven = {name: edges[name] for name, layer in layers.items() if not layer.proven}
+        By unique names. Layers are called once, on samples apart, with the only uses of their parameters.
+        """
+        layers: dict[str, tuple[_Source, dict[str, str]]] = {}
+        for name, (call, *more) in calls.items():
+            if call is None or more or not call.intact:
+                continue
+            params = {own: self._names[id(p)] for own, p in call.params.items() if id(p) in self._names}
+            if all(graph.uses_only_through(self._leaves[param], call.edge) for param in params.values()):
+                layers[name] = call, params
+        parts = self._arranged(layers, graph, n)
+        covered = {param for part in parts.values() for param in part.params.values()}
+        others = {name: x for name, x in self._leaves.items() if name not in covered and graph.uses(x)}
+        found = {next(iter(entry.params)): entry for entry in entries(graph, others)}
+        named: dict[str, tuple[_Source, dict[str, str]]] = {
+            name: (entry, {param: param for param in entry.params}) for name, entry in found.items()
+        }
+        return parts | self._arranged(named, graph, n)
+
+    def _arranged(
+        self,
+        sources: Mapping[str, tuple[_Source, dict[str, str]]],
+        graph: Graph,
+        n: int,
+    ) -> dict[str, _Part]:
+        """Those sources of which it is clear where the samples lie, or will be by their gradients."""
+        edges = {
+            name: source.edge
+            for name, (source, params) in sources.items()
+            if params and name not in self._mixed and self._plain.isdisjoint(params.values())
+        }
+        axes = graph.axes(edges) if n > 1 and edges else dict.fromkeys(edges, Axis(0))
+        parts = {}
+        for name in edges:
+            source, params = sources[name]
+            axis, proven = axes.get(name, Axis(0)), name in axes
+            if source.takes_samples_along(axis, n) and (proven or source.has_rows(n)):
+                parts[name] = _Part(source, params, axis, n, proven)
+        return parts
+
+    def _add_parts(self, forward: _Forward, graph: Graph, parts: dict[str, _Part]) -> Iterator[tuple[Pass, set[str]]]:
+        """Adds what the parts give; yields every pass with the parameters that it was given for."""
+        params = {name: part.params.values() for name, part in parts.items()}
+        edges = {name: part.source.edge for name, part in parts.items()}
+        unproven = {name: edges[name] for name, part in parts.items() if not part.proven}
         rows = RowsOfSamples(forward.losses, unproven, graph.lowest(unproven)) if unproven else None
         lowest = graph.lowest(edges)
         losses: Tensor | None = forward.losses
@@ -250,14 +271,14 @@ class Estimate:
             last = i == len(forward.passes)
             losses = self._losses(each, forward.output) if losses is None else losses
             added: list[str] = []
-            visit = partial(self._add_layer, layers, rows, each.share, last, added)
+            visit = partial(self._add_part, parts, rows, each.share, last, added)
             visit_gradients(losses, edges, lowest, visit, keep_graph=not last)
             losses = rows = None
             yield each, {param for name in added for param in params[name]}
 
-    def _add_layer(
+    def _add_part(
         self,
-        layers: dict[str, _Layer],
+        parts: dict[str, _Part],
         rows: RowsOfSamples | None,
         share: float,
         last: bool,
@@ -266,12 +287,12 @@ class Estimate:
         grad: Tensor,
     ) -> None:
         """The last use of a layer's input lets go of it, so that memory shrinks while the backward pass runs."""
-        layer = layers.pop(name) if last else layers[name]
-        if rows is not None and not layer.proven and not rows.are_in(name, grad):
+        part = parts.pop(name) if last else parts[name]
+        if rows is not None and not part.proven and not rows.are_in(name, grad):
             self._mixed.add(name)
         if name in self._mixed:
             return
-        for param, squares in layer.sum_squares(grad).items():
+        for param, squares in part.sum_squares(grad).items():
             self.sums[param].add_(squares, alpha=share)
         added.append(name)
 

@@ -68,10 +68,14 @@ class Graph:
 
     def uses_only_through(self, tensor: Tensor, edge: GradientEdge) -> bool:
         """Whether all that the losses depend on of a tensor is what was computed from it on one way to an edge."""
-        node = self._only_use.get(id(tensor))
+        node = self.only_use(tensor)
         while node is not None and node is not edge.node:
-            node = self._only_use.get(node)
+            node = self.only_use(node)
         return node is not None
+
+    def only_use(self, used: Tensor | Node) -> Node | None:
+        """The function that alone takes a tensor that requires gradients, or the result of another function."""
+        return self._only_use.get(id(used) if isinstance(used, Tensor) else used)
 
     def axes(self, edges: Mapping[str, GradientEdge]) -> dict[str, Axis]:
         """Where the samples lie in the tensors at these edges, for those of which the graph proves it."""

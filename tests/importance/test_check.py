@@ -24,8 +24,19 @@ def _seed(monkeypatch):
     monkeypatch.setattr("fdcr_fast.importance.check._passed", set())
 
 
+class Scaled(nn.Module):
+    """A parameter that only the fallback can do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6))
+
+    def forward(self, x):
+        return x * self.weight.exp()
+
+
 def network():
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.PReLU(6), nn.Linear(6, 3))
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), Scaled(), nn.Linear(6, 3))
 
 
 def data(n=N):
@@ -34,22 +45,22 @@ def data(n=N):
 
 def wrong_rule(patch):
     """Half of a layer's gradients."""
-    original = Estimate._add_layer
+    original = Estimate._add_part
 
-    def add_layer(self, layers, rows, share, last, added, name, grad):
-        original(self, layers, rows, share, last, added, name, grad / 2 if name == "2" else grad)
+    def add_part(self, parts, rows, share, last, added, name, grad):
+        original(self, parts, rows, share, last, added, name, grad / 2 if name == "2" else grad)
 
-    patch.setattr(Estimate, "_add_layer", add_layer)
+    patch.setattr(Estimate, "_add_part", add_part)
 
 
 def layer_forgotten(patch):
     """As where a layer's gradient does not arrive where it was recorded."""
-    original = Estimate._add_layer
+    original = Estimate._add_part
 
-    def add_layer(self, layers, rows, share, last, added, name, grad):
-        original(self, layers, rows, share, last, added, name, grad * 0 if name == "0" else grad)
+    def add_part(self, parts, rows, share, last, added, name, grad):
+        original(self, parts, rows, share, last, added, name, grad * 0 if name == "0" else grad)
 
-    patch.setattr(Estimate, "_add_layer", add_layer)
+    patch.setattr(Estimate, "_add_part", add_part)
 
 
 def squared_twice(patch):
@@ -107,14 +118,14 @@ def test_rows_that_are_not_samples(monkeypatch):
 
 
 def test_faults_that_begin_later(monkeypatch):
-    original = Estimate._add_layer
+    original = Estimate._add_part
     calls = []
 
-    def add_layer(self, layers, rows, share, last, added, name, grad):
+    def add_part(self, parts, rows, share, last, added, name, grad):
         calls.append(name)
-        original(self, layers, rows, share, last, added, name, grad * 2 if len(calls) > 12 else grad)
+        original(self, parts, rows, share, last, added, name, grad * 2 if len(calls) > 12 else grad)
 
-    monkeypatch.setattr(Estimate, "_add_layer", add_layer)
+    monkeypatch.setattr(Estimate, "_add_part", add_part)
     with pytest.raises(RuntimeError, match=r"not those of plain autograd after the first 6 samples.*batch_size=1"):
         diagonal_fisher(network(), data(), batch_size=3, check="all")
 

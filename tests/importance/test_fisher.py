@@ -125,7 +125,7 @@ class WithControlFlow(nn.Module):
         self.out = nn.Linear(6, 5)
 
     def forward(self, x):
-        h = x * self.scale if x.sum().item() > 0 else x / self.scale
+        h = x * self.scale.exp() if x.sum().item() > 0 else x / self.scale
         return self.out(h)
 
 
@@ -438,16 +438,16 @@ def test_inputs_and_gradients_are_dropped_while_the_backward_pass_runs(monkeypat
     alive = []
     visited = []
 
-    def add_layer(self, layers, rows, share, last, added, name, grad):
+    def add_part(self, parts, rows, share, last, added, name, grad):
         assert [ref for ref in alive if ref() is not None] == []
-        original(self, layers, rows, share, last, added, name, grad)
+        original(self, parts, rows, share, last, added, name, grad)
         alive.append(weakref.ref(grad))
         if last:
-            assert name not in layers
+            assert name not in parts
         visited.append(name)
 
-    original = Estimate._add_layer
-    monkeypatch.setattr(Estimate, "_add_layer", add_layer)
+    original = Estimate._add_part
+    monkeypatch.setattr(Estimate, "_add_part", add_part)
     data = torch.randn(5, 6), torch.randint(0, 6, (5,))
     diagonal_fisher(model, data, kind="sampled", num_samples=passes, check="off")
     assert visited == ["3", "2", "1", "0"] * passes
