@@ -17,7 +17,7 @@ from fdcr_fast.importance.data import batches
 from fdcr_fast.importance.estimate import Estimate
 from fdcr_fast.importance.kinds import BATCH_GRADIENT, resolve_kind
 from fdcr_fast.importance.losses import Loss, resolve_loss
-from fdcr_fast.importance.model import Names, unwrapped, values_of
+from fdcr_fast.importance.model import Inventory, selected, unwrapped, values_of
 from fdcr_fast.importance.per_sample import PerSampleGradients
 from fdcr_fast.importance.stateless import Stateless
 
@@ -85,13 +85,13 @@ def diagonal_fisher(
         ValueError: No samples; unknown loss, kind, option, parameter or entry of ``state``; a parameter that the losses
             do not depend on; layers that couple the samples of a batch (batch normalisation with batch statistics).
     """
-    module = unwrapped(model)
+    inventory = Inventory(unwrapped(model))
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     resolved = resolve_loss(loss, {} if loss_options is None else loss_options)
     labels = resolve_kind(kind, resolved, num_samples, generator)
-    names = _select(module, params)
-    with _evaluation(module, eval_mode), Stateless(module, values_of(module, state)) as stateless:
+    names = selected(inventory, params)
+    with _evaluation(inventory, eval_mode), Stateless(inventory, values_of(inventory, state)) as stateless:
         fallback = PerSampleGradients(stateless)
         estimate = Estimate(stateless, names, labels, fallback)
         label = kind, loss if isinstance(loss, str) else "callable"
@@ -154,31 +154,14 @@ def diagonal_fisher_stacked(
     return rows
 
 
-def _select(model: nn.Module, params: Iterable[str] | None) -> list[str]:
-    names = Names(model)
-    parameters = dict(model.named_parameters())
-    asked = list(parameters if params is None else [params] if isinstance(params, str) else params)
-    found = {name: names.find(name) for name in asked}
-    if unknown := [name for name, own in found.items() if own not in parameters]:
-        raise ValueError(f"the model has no parameter {', '.join(unknown)}; it has {', '.join(parameters)}")
-    if not found:
-        raise ValueError("no parameters: the model has none, or params= names none")
-    wanted = [name for name in parameters if name in found.values()]
-    if unreal := [f"{name} ({parameters[name].dtype})" for name in wanted if not parameters[name].is_floating_point()]:
-        raise ValueError(
-            f"no Fisher of parameters that are not real numbers, {', '.join(unreal)}: name the others with params="
-        )
-    return wanted
-
-
 @contextmanager
-def _evaluation(model: nn.Module, eval_mode: bool) -> Iterator[None]:
+def _evaluation(inventory: Inventory, eval_mode: bool) -> Iterator[None]:
     """The modes wanted, put back at the end."""
-    before = {module: module.training for module in model.modules()}
+    before = {module: module.training for module in inventory.modules.values()}
     try:
         if eval_mode:
-            model.eval()
-        _refuse_batch_statistics(model)
+            inventory.model.eval()
+        _refuse_batch_statistics(inventory)
         with workarounds.evaluation():
             yield
     finally:
@@ -186,8 +169,8 @@ def _evaluation(model: nn.Module, eval_mode: bool) -> Iterator[None]:
             module.training = training
 
 
-def _refuse_batch_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def _refuse_batch_statistics(inventory: Inventory) -> None:
+    for name, module in inventory.modules.items():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"{name} normalises with the statistics of the batch, so no sample has a gradient of its own: "

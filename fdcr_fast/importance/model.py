@@ -1,9 +1,10 @@
-"""Which values a model is called with: its own, or those of a state dict by whatever names its tensors go by."""
+"""What a model consists of, by whatever names that goes; the values and the parameters that a caller means."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,47 +45,90 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-class Names:
-    """Parameters and buffers of a model by any of their names, with or without what wrappers add to these.
+class Inventory:
+    """A model's modules, parameters and buffers by name.
 
     Attributes:
-        tensors: The tensors by all names in the model, several for a tied one.
-        first: The name that a tensor goes by, by all names: the first one.
+        model: The model.
+        modules: Its modules, each once.
+        slots: Where tensors are: a module's registry, the name there, and the tensor's name.
+        parameters: The parameters, each by its first name, in the order of ``named_parameters()``.
+        buffers: The buffers, likewise.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.tensors: dict[str, Tensor] = dict(
-            [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        )
+        self.model = model
+        self.modules: dict[str, nn.Module] = {}
+        self.slots: list[tuple[dict[str, Any], str, str]] = []
+        self.parameters: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+        self._first: dict[str, str] = {}  # the first name of a tensor, by all its names
         names: dict[int, str] = {}
-        self.first = {name: names.setdefault(id(x), name) for name, x in self.tensors.items()}
-        self._without_wrappers = {_without_wrappers(name): name for name in self.tensors}
+        known = set()
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            if new := module not in known:
+                known.add(module)
+                self.modules[prefix] = module
+            for registry, found in ((module._parameters, self.parameters), (module._buffers, self.buffers)):
+                for leaf, x in registry.items():
+                    if x is None:
+                        continue
+                    name = f"{prefix}.{leaf}" if prefix else leaf
+                    first = self._first[name] = names.setdefault(id(x), name)
+                    found[first] = x
+                    if new:
+                        self.slots.append((registry, leaf, first))
+        self._without_wrappers = {_without_wrappers(name): first for name, first in self._first.items()}
 
     def find(self, name: str) -> str | None:
-        """The first name of the tensor that is meant, or None."""
-        own = name if name in self.first else self._without_wrappers.get(_without_wrappers(name))
-        return None if own is None else self.first[own]
+        """The first name of the tensor that is meant, whatever wrappers add to its names, or None."""
+        return self._first.get(name) or self._without_wrappers.get(_without_wrappers(name))
+
+    @property
+    def shared(self) -> set[str]:
+        """Names of tensors that are in several places."""
+        return {name for name, count in Counter(first for _, _, first in self.slots).items() if count > 1}
 
 
 def _without_wrappers(name: str) -> str:
     return re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
 
 
-def values_of(model: nn.Module, state: Mapping[str, Any] | None) -> dict[str, Tensor]:
+def values_of(inventory: Inventory, state: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """The model's parameters and buffers by their first names, with the entries of ``state`` in place of its own.
 
     Raises:
         ValueError: An entry that the model has not, or has in another shape, or two that differ for one tied tensor.
     """
-    names = Names(model)
+    own = {**inventory.parameters, **inventory.buffers}
     given: dict[str, tuple[str, Tensor]] = {}
     for entry, value in (state or {}).items():
-        name, x = names.find(entry), as_tensor(value)
-        if name is None or names.tensors[name].shape != x.shape:
-            expected = "no such entry" if name is None else f"{list(names.tensors[name].shape)}"
+        name, x = inventory.find(entry), as_tensor(value)
+        if name is None or own[name].shape != x.shape:
+            expected = "no such entry" if name is None else f"{list(own[name].shape)}"
             raise ValueError(f"the model has {expected} for {entry} of state, got {list(x.shape)}")
         other, known = given.setdefault(name, (entry, x))
         if known is not x and not torch.equal(known, x):
             raise ValueError(f"{other} and {entry} are one tensor in the model, but two in state")
-    own = {name: names.tensors[name] for name in names.first.values()}
     return {name: given[name][1].to(x.device) if name in given else x.detach() for name, x in own.items()}
+
+
+def selected(inventory: Inventory, params: Iterable[str] | None) -> list[str]:
+    """The names of the parameters wanted, in the model's order.
+
+    Raises:
+        ValueError: A name that no parameter has, no name at all, or parameters that are not real numbers.
+    """
+    parameters = inventory.parameters
+    asked = list(parameters if params is None else [params] if isinstance(params, str) else params)
+    found = {inventory.find(name): name for name in asked}
+    if unknown := [name for own, name in found.items() if own not in parameters]:
+        raise ValueError(f"the model has no parameter {', '.join(unknown)}; it has {', '.join(parameters)}")
+    if not found:
+        raise ValueError("no parameters: the model has none, or params= names none")
+    wanted = [name for name in parameters if name in found]
+    if unreal := [f"{name} ({parameters[name].dtype})" for name in wanted if not parameters[name].is_floating_point()]:
+        raise ValueError(
+            f"no Fisher of parameters that are not real numbers, {', '.join(unreal)}: name the others with params="
+        )
+    return wanted

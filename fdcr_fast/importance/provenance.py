@@ -70,6 +70,17 @@ def _same_elements(flow: Flow, axis: Axis) -> Axis | None:
     return None
 
 
+def _restrided(flow: Flow, axis: Axis) -> Axis | None:
+    """Pooling to one pixel, as a mean, gives its result the strides of images: those of the mean but for sizes of 1."""
+    node: Any = flow.node
+    source = node.next_functions[0][0].name()
+    dense = [prod(flow.result[dim + 1 :]) for dim in range(len(flow.result))]
+    same = all(
+        size == 1 or given == own for size, given, own in zip(flow.result, node._saved_stride, dense, strict=True)
+    )
+    return axis if source == "MeanBackward1" and same and flow.source == flow.result else None
+
+
 def _permuted(flow: Flow, axis: Axis) -> Axis | None:
     return Axis(_dims(flow.node._saved_dims, len(flow.result))[axis.dim], axis.inner)  # type: ignore[attr-defined]
 
@@ -308,4 +319,4 @@ _KINDS: tuple[tuple[Transfer, str], ...] = (
 # PyTorch numbers the variants of a function: with a scalar instead of a tensor, in place, along dimensions or over all.
 _TRANSFERS: dict[str, Transfer] = {
     f"{name}Backward{variant}": transfer for transfer, names in _KINDS for name in names.split() for variant in range(6)
-} | {"CopyBackwards": _elementwise, "BackwardHookFunctionBackward": _hooked}
+} | {"AsStridedBackward1": _restrided, "CopyBackwards": _elementwise, "BackwardHookFunctionBackward": _hooked}

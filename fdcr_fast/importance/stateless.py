@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from operator import is_
 from types import TracebackType
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils.hooks import RemovableHandle
 
 from fdcr_fast.importance import workarounds
-from fdcr_fast.importance.model import Names
+from fdcr_fast.importance.model import Inventory
 from fdcr_fast.importance.values import Values
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # registries of parameters, buffers, modules and hooks
 
 
 class Stateless:
@@ -30,7 +28,7 @@ class Stateless:
     hold deeper inside is not looked at.
 
     Args:
-        model: The model, in the modes in which it is to be called.
+        inventory: The model's, in the modes in which it is to be called.
         values: Its parameters and buffers by their first names, or others of these shapes.
 
     Attributes:
@@ -38,37 +36,34 @@ class Stateless:
         params: The parameters among ``values``.
     """
 
-    def __init__(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
-        self.module = model
-        self._values = Values(model, values)
+    def __init__(self, inventory: Inventory, values: Mapping[str, Tensor]) -> None:
+        self.module = inventory.model
+        self._modules = inventory.modules.values()
+        self._slots = inventory.slots
+        self._values = Values(inventory, values)
         self.params = self._values.params
-        first = Names(model).first
-        self._slots = [
-            (registry, leaf, first[f"{prefix}.{leaf}" if prefix else leaf])
-            for prefix, module in model.named_modules()
-            for registry in (module._parameters, module._buffers)
-            for leaf, x in registry.items()
-            if x is not None
-        ]
-        self._attributes: list[_Contents] = []
-        self._internals: list[_Contents] = []
+        self._attributes = _Snapshot()
+        self._registries = _Snapshot()
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Stateless:
+        self._hooks = workarounds.lay_out_gradients_of_batch_norms(self._modules)
         own = {id(registry[leaf]) for registry, leaf, _ in self._slots}
-        for module in self.module.modules():
+        for module in self._modules:
             attributes = vars(module)
-            self._attributes.append(_Contents(attributes, own))
+            self._attributes.add(attributes, own)
             for name, x in attributes.items():
                 if isinstance(x, dict | list | set | deque):
-                    (self._internals if name in _OF_EVERY_MODULE else self._attributes).append(_Contents(x, own))
-        workarounds.lay_out_gradients_of_batch_norms(self.module)
+                    (self._registries if name in ("_parameters", "_buffers") else self._attributes).add(x, own)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for contents in (*self._attributes, *self._internals):
-            contents.restore()
+        self._attributes.restore()
+        self._registries.restore()
+        for hook in self._hooks:
+            hook.remove()
 
     @contextmanager
     def at(self, params: Mapping[str, Tensor]) -> Iterator[Callable[[Any], Any]]:
@@ -83,7 +78,7 @@ class Stateless:
         for registry, leaf, name in self._slots:
             registry[leaf] = values[name]
         if transformed:
-            for module in self.module.modules():
+            for module in self._modules:
                 vars(module)["_apply"] = workarounds.refuse_conversion
 
         def call(inputs: Any) -> Any:
@@ -97,8 +92,7 @@ class Stateless:
         finally:
             for (registry, leaf, _), x in zip(self._slots, own, strict=True):
                 registry[leaf] = x
-            for contents in self._attributes:
-                contents.restore()
+            self._attributes.restore()
             if not transformed:
                 self.restore()
 
@@ -124,20 +118,42 @@ def _called_with(module: nn.Module, inputs: Any) -> Any:
     return module(*inputs) if isinstance(inputs, tuple | list) else module(inputs)
 
 
+class _Snapshot:
+    """What containers hold, most of them nothing."""
+
+    def __init__(self) -> None:
+        self._filled: list[_Contents] = []
+        self._empty: list[Any] = []
+
+    def add(self, container: Any, known: Collection[int]) -> None:
+        if container:
+            self._filled.append(_Contents(container, known))
+        else:
+            self._empty.append(container)
+
+    def restore(self) -> None:
+        for contents in self._filled:
+            contents.restore()
+        if any(self._empty):
+            for container in self._empty:
+                container.clear()
+
+
 class _Contents:
     """What a container holds, and the values of the tensors among it, but for those in ``known``."""
 
     def __init__(self, container: Any, known: Collection[int]) -> None:
         self._container = container
-        self._saved = copy(container)
-        entries = container.values() if isinstance(container, dict) else container
+        kind = dict if isinstance(container, dict) else set if isinstance(container, set) else list
+        self._saved: Any = kind(container)
+        entries = container.values() if kind is dict else container
         loose = [x for x in entries if isinstance(x, Tensor) and id(x) not in known and not x.is_inference()]
         self._values = {x: (x._version, x.detach().clone()) for x in loose}
 
     def restore(self) -> None:
         if not self._same():
             self._container.clear()
-            put = self._container.extend if isinstance(self._container, list | deque) else self._container.update
+            put = self._container.extend if isinstance(self._saved, list) else self._container.update
             put(self._saved)
         for x, (version, values) in self._values.items():
             if x._version != version:
@@ -147,6 +163,8 @@ class _Contents:
 
     def _same(self) -> bool:
         now, saved = self._container, self._saved
-        if isinstance(now, dict):
+        if isinstance(saved, dict):
             return now.keys() == saved.keys() and all(map(is_, now.values(), saved.values()))
-        return now == saved if isinstance(now, set) else len(now) == len(saved) and all(map(is_, now, saved))
+        if isinstance(saved, set):
+            return bool(now == saved)
+        return len(now) == len(saved) and all(map(is_, now, saved))

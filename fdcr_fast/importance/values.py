@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from fdcr_fast.importance.model import Names
+from fdcr_fast.importance.model import Inventory
 
 # Models whose forward passes were seen to leave their parameters alone, so that they need no copies of these, and to
 # write to buffers, if at all, by operations that count as versions.
@@ -23,7 +22,7 @@ class Values:
     them, and where they cannot be used as they are.
 
     Args:
-        model: Whose they are.
+        inventory: The model's.
         values: Their values by their first names.
 
     Attributes:
@@ -31,11 +30,12 @@ class Values:
         buffers: The buffers by name.
     """
 
-    def __init__(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
-        self._model = model
-        names = {name for name, _ in model.named_parameters()}
-        shortened, self._shortened_for_others = _shortened(model)
-        self._seen = model in _reading
+    def __init__(self, inventory: Inventory, values: Mapping[str, Tensor]) -> None:
+        self._model = inventory.model
+        names = inventory.parameters.keys()
+        shortened = _shortened(inventory)
+        self._shortened_for_others = not shortened.isdisjoint(inventory.shared) if shortened else False
+        self._seen = self._model in _reading
         self._copies = {
             name: _Copy(x)
             for name, x in values.items()
@@ -108,13 +108,11 @@ class _Copy:
             self._version = self.tensor._version
 
 
-def _shortened(model: nn.Module) -> tuple[set[str], bool]:
-    """Weights of embeddings with ``max_norm``, whose rows are shortened when looked up; whether others share them."""
-    first = Names(model).first
-    owners = Counter(name for own, name in first.items())
-    weights = {
-        first[f"{prefix}.weight" if prefix else "weight"]
-        for prefix, module in model.named_modules()
+def _shortened(inventory: Inventory) -> set[str]:
+    """Weights of embeddings with ``max_norm``, whose rows are shortened when they are looked up."""
+    weights = [
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, module in inventory.modules.items()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-    }
-    return weights, any(owners[name] > 1 for name in weights)
+    ]
+    return {first for name in weights if (first := inventory.find(name)) is not None}

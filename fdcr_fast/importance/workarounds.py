@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -55,15 +56,14 @@ def refuse_conversion(*_: Any) -> None:
     raise RuntimeError("a module is converted in its forward pass")
 
 
-def lay_out_gradients_of_batch_norms(model: nn.Module) -> None:
+def lay_out_gradients_of_batch_norms(modules: Iterable[nn.Module]) -> list[RemovableHandle]:
     """Registers hooks for the gradients at the outputs of batch normalisations.
 
     In eval mode, where a dimension has size 1 and so fits both layouts of images, the gradient is wrong if it arrives
     in another layout than the input had, as from tokens made of images: it is brought into the input's.
     """
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.register_forward_hook(_lay_out_gradient, prepend=True)
+    norms = [module for module in modules if isinstance(module, _BatchNorm)]
+    return [module.register_forward_hook(_lay_out_gradient, prepend=True) for module in norms]
 
 
 def _lay_out_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
