@@ -42,39 +42,55 @@ def diagonal_fisher(
 
     .. math:: F = \frac{1}{N} \sum_{n=1}^N \left( \nabla_w \, \ell(f_w(x_n), y_n) \right)^2
 
-    with :math:`\ell = -\log p(y | x)` for the default loss. Linear, convolution, embedding and norm layers go through
-    the library's own kernels, which need no memory for per-sample gradients; all other parameters, and layers that
-    are called several times, share weights or do not keep the samples in dimension 0, through ``vmap(grad)`` in
-    chunks. Both are exact. Neither ``.grad`` nor ``requires_grad`` is read or written, and parameters that are frozen
-    for training have a Fisher like all others: choose with ``params``. Works under ``torch.autocast`` and inside
-    ``torch.no_grad``; a compiled model is run eagerly.
+    with :math:`\ell = -\log p(y | x)` for the default loss, exact for any model that treats the samples of a batch
+    independently of each other. Linear, convolution, embedding and norm layers go through the library's own kernels,
+    which need no memory for per-sample gradients, and so do parameters outside of layers that enter the computation as
+    terms or factors; whatever else there is goes through ``vmap(grad)`` in chunks, or one sample at a time. The
+    autograd graph of each batch decides which way is taken (docs/fisher.md).
+
+    Model and data are afterwards what they were before, whatever forward passes write to: parameters, buffers,
+    attributes, inputs, ``.grad``, ``requires_grad``, modes, hooks. Every pass begins with what the model has now.
+    Parameters that are frozen for training have a Fisher like all others: choose with ``params``. Works under
+    ``torch.autocast``, inside ``torch.no_grad`` and ``torch.inference_mode``; compiled models are run eagerly, and
+    ``nn.DataParallel`` is unwrapped.
 
     Args:
-        model: Any module that treats the samples of a batch independently of each other.
-        data: ``(inputs, targets)``, or an iterable of such batches (a ``DataLoader``). ``inputs`` is a tensor, a tuple
-            of positional arguments or a mapping of keyword arguments; all tensors have the samples in dimension 0. A
-            batch may also be one mapping whose ``labels`` are the targets and whose other entries are the inputs.
-        loss: ``cross_entropy``, ``nll``, ``mse``, ``bce_with_logits`` (of the model's output, or of its ``logits``;
-            summed over whatever they have besides the sample dimension), or a callable ``(output, targets) -> [N]`` of
-            per-sample losses.
+        model: Any module that treats the samples of a batch independently of each other, but for TorchScript.
+        data: ``(inputs, targets)``, an iterable of such batches (a ``DataLoader``), or a data set of pairs
+            ``(input, target)`` or of mappings. ``inputs`` is a tensor, a tuple of positional arguments or a mapping of
+            keyword arguments. Tensors and NumPy arrays have the samples in dimension 0; tensors without dimensions,
+            flags, ``None`` and the like go with all samples. A batch may also be one mapping whose ``labels`` are the
+            targets and whose other entries are the inputs.
+        loss: ``cross_entropy``, ``nll``, ``mse``, ``bce_with_logits`` of the model's output, or of its ``logits``; or a
+            callable ``(output, targets) -> [N]`` of per-sample losses. Classes are the dimension that the targets lack:
+            dimension 1, or the last one as in models of language.
         kind: Which labels ``y`` are. ``"empirical"``: those of the data, as in the paper. ``"sampled"``: drawn from
             the model's own distribution; the mean over ``num_samples`` of them. ``"exact"``: the expectation over that
             distribution, at a backward pass per class (``cross_entropy`` and ``nll`` of outputs ``[N, C]``) or per
             output (``bce_with_logits``, and ``mse`` with its normal distribution of variance 1/2).
             ``"squared_batch_gradient"`` is not a Fisher: the mean over batches of the squared gradient of the batch's
             mean loss. It depends on the batch size and is found in re-implementations; it is here to reproduce them.
-        loss_options: Of a loss by name, as in ``torch.nn.functional``: ``weight`` (per class), ``label_smoothing``,
-            ``ignore_index`` of ``cross_entropy``; the first and the last of ``nll``; ``weight`` and ``pos_weight`` of
-            ``bce_with_logits``. Losses are weighted, not divided by the sum of weights. Ignored labels have loss 0 and
-            are ignored in every kind; a sample of nothing else counts in ``N``.
+        loss_options: Of a loss by name. ``per_sample="sum"`` or ``"mean"``: how the values of a sample, such as those
+            of its tokens, become its loss, by default their sum; the mean is over those not ignored. As in
+            ``torch.nn.functional``: ``weight`` (per class), ``ignore_index`` and, of ``cross_entropy``,
+            ``label_smoothing``; ``weight`` and ``pos_weight`` of ``bce_with_logits``. Of classes also ``class_dim``,
+            and ``shift=1`` for outputs about the next token where the targets are the tokens themselves. Losses are
+            weighted, not divided by the sum of weights. Ignored labels have loss 0 and are ignored in every kind; a
+            sample of nothing else counts in ``N``.
         num_samples: Draws per label of the kind ``"sampled"``.
         generator: Where the kind ``"sampled"`` takes its random numbers from; by default the global generator.
-        state: Parameters and buffers by name to take instead of the model's own, such as a client's ``state_dict()``.
+        state: Parameters and buffers by name to take instead of the model's own, such as a client's ``state_dict()``,
+            tensors or arrays. Prefixes of wrappers (``module.``, ``_orig_mod.``) may be there or not, here and in
+            ``params``.
         params: Names of the parameters wanted, by default all of ``model.named_parameters()``.
         batch_size: Samples of one forward pass; larger batches are cut. By default what suits the device, but the
             batches as they come for ``"squared_batch_gradient"``.
         eval_mode: Evaluate the model in eval mode and restore its modes afterwards, also after an error. With False
             the modules keep their modes, and dropout draws its masks from the global generator.
+        check: ``"first"``: one sample of the first batch, chosen by a generator of fixed seed, is compared with plain
+            autograd, unless a model and a batch alike have passed before in this process; it costs as much as that
+            batch. ``"all"``: one of every batch, which doubles the time. ``"off"``: none. Parameters that differ are
+            computed one sample at a time, with a warning.
         progress: Called after every forward pass's batch with the number of samples done so far.
 
     Returns:
@@ -82,8 +98,11 @@ def diagonal_fisher(
         model's device; float32, or float64 for a float64 model.
 
     Raises:
-        ValueError: No samples; unknown loss, kind, option, parameter or entry of ``state``; a parameter that the losses
-            do not depend on; layers that couple the samples of a batch (batch normalisation with batch statistics).
+        ValueError: No samples; unknown loss, kind, check, option, parameter or entry of ``state``; outputs and targets
+            whose shapes do not fit; parameters that no sample's loss depends on, that are not real numbers or have no
+            values; layers that couple the samples of a batch (batch normalisation with batch statistics).
+        TypeError: No ``torch.nn.Module``, or one of TorchScript.
+        RuntimeError: With ``check="all"``, a later batch differs from plain autograd.
     """
     inventory = Inventory(unwrapped(model))
     if batch_size is not None and batch_size < 1:
