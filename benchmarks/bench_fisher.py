@@ -1,4 +1,4 @@
-"""The diagonal Fisher of five models: time against a plain batch gradient and peers, exactness, memory.
+"""The diagonal Fisher of seven models: time against a plain batch gradient and peers, exactness, memory.
 
 python -m pytest benchmarks/bench_fisher.py
 """

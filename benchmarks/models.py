@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer
 
 CLASSES = 10
 
@@ -149,6 +150,26 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.layers(x)).mean(1))
 
 
+def vision_transformer() -> nn.Module:
+    """Of torchvision, on images of CIFAR's size: tokens, positions and packed projections are no layers."""
+    model = VisionTransformer(32, 4, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=CLASSES)
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # zero would stop all gradients
+    return model
+
+
+class CharacterLSTM(nn.Module):
+    """The next character's class after a text, as in the federated Shakespeare task."""
+
+    def __init__(self, characters: int = 80, width: int = 8, hidden: int = 256) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, width)
+        self.lstm = nn.LSTM(width, hidden, 2, batch_first=True)
+        self.head = nn.Linear(hidden, CLASSES)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embedding(text))[0][:, -1])
+
+
 def _images(n: int) -> Tensor:
     return torch.randn(n, 3, 32, 32)
 
@@ -159,6 +180,8 @@ PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "grouped/strided/dilated CNN, 128": (grouped, lambda: _images(128)),
     "ResNet-18 (CIFAR form, eval), 64": (resnet18, lambda: _images(64)),
     "transformer (4 layers, d 256, T 128), 32": (Transformer, lambda: torch.randint(4096, (32, 128))),
+    "Vision Transformer (6 layers, d 192, T 65), 32": (vision_transformer, lambda: _images(32)),
+    "character LSTM (2 layers, 256), 64": (CharacterLSTM, lambda: torch.randint(80, (64, 80))),
 }
 
 

@@ -118,19 +118,11 @@ class Estimate:
             _log.warning("the losses of the first %d samples do not depend on %s", self.samples, ", ".join(unreached))
             self._warned = True
         batch = batch.to(self._vector.device)
-        with self._model.at(self._leaves) as call:
-            forward = self._forward_captured(call, batch)
-            apart = not self._model.joins_samples()
-            graph = Graph(forward.losses)
-            uses = {name for name, leaf in self._leaves.items() if graph.uses(leaf)}
-            if graph.reentrant or (len(uses) < len(self._leaves) and self._hides_parameters(forward.passes[0], batch)):
-                self.one_by_one(self._leaves)
-                uses = set(self._leaves)
-            else:
-                self._reached |= uses
-            parts = self._parts(forward.calls, graph, batch.samples) if apart else {}
-            forward.calls.clear()
-            rest = [(each, uses - covered) for each, covered in self._add_parts(forward, graph, parts)]
+        rest = self._add_by_graph(batch)
+        if rest is None:
+            self._hidden = hides_parameters(self._model, self._first_loss, batch.part(slice(0, 1)))
+            rest = self._add_by_graph(batch)
+            assert rest is not None
         inputs, _ = batch.tree()
         for each, uncovered in rest:
             names = [name for name in self._leaves if name in uncovered]
@@ -143,6 +135,32 @@ class Estimate:
             self._reached.update(squares)
         self.samples += batch.samples
         self._weight += batch.samples
+
+    def _add_by_graph(self, batch: Batch) -> list[tuple[Pass, set[str]]] | None:
+        """Adds what layers and entries give; what every pass lacks after that.
+
+        None, and nothing is added, if parameters are missing in the graph and it is not known whether checkpoints hide
+        them there.
+        """
+        with self._model.at(self._leaves) as call:
+            forward = self._forward_captured(call, batch)
+            apart = not self._model.joins_samples()
+            graph = Graph(forward.losses)
+            uses = {name for name, leaf in self._leaves.items() if graph.uses(leaf)}
+            if graph.reentrant or (len(uses) < len(self._leaves) and self._hidden):
+                self.one_by_one(self._leaves)
+                uses = set(self._leaves)
+            elif len(uses) < len(self._leaves) and self._hidden is None:
+                return None
+            else:
+                self._reached |= uses
+            parts = self._parts(forward.calls, graph, batch.samples) if apart else {}
+            forward.calls.clear()
+            return [(each, uses - covered) for each, covered in self._add_parts(forward, graph, parts)]
+
+    def _first_loss(self, output: Any, targets: Any) -> Tensor:
+        first = next(iter(self._kind(output, targets)))
+        return losses_of(first.loss, output, first.targets)
 
     def add_batch_gradient(self, batch: Batch) -> None:
         """The squared gradient of the batch's mean loss, which is not a Fisher; every batch counts alike."""
@@ -182,14 +200,6 @@ class Estimate:
 
     def _unreached(self) -> list[str]:
         return [name for name in self._leaves if name not in self._reached]
-
-    def _hides_parameters(self, first: Pass, batch: Batch) -> bool:
-        """Whether the graph lacks parameters because of checkpoints; looked at once, where it lacks some."""
-        if self._hidden is None:
-            inputs, _ = batch.tree()
-            sample = Batch.of(inputs, first.targets).part(slice(0, 1))
-            self._hidden = hides_parameters(self._model, first.loss, sample)
-        return self._hidden
 
     def _forward_captured(self, call: Callable[[Any], Any], batch: Batch) -> _Forward:
         if self._channels_last:
