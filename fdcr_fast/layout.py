@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+_DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def inner_module(model: Any) -> Any:
+    """The module inside the wrappers of ``torch.compile`` and of data parallelism."""
+    while True:
+        if isinstance(model, _DATA_PARALLEL):
+            model = model.module
+        elif isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put before it: ``module.`` of data parallelism, ``_orig_mod.`` of
+    ``torch.compile``, and those of sharded and of checkpointed modules.
+    """
+    name = _WRAPPERS.sub("", name)
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def by_plain_name(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries under their plain names; under their own ones if two have the same plain name."""
+    plain = {plain_name(name) if isinstance(name, str) else name: value for name, value in entries.items()}
+    return plain if len(plain) == len(entries) else entries
 
 
 def as_tensor(values: Any) -> Tensor:
@@ -43,6 +74,8 @@ class ParamLayout:
     Attributes:
         names: Unique parameter names.
         shapes: Shape of each parameter.
+        tied: Further names of these parameters, each with the name that stands for both; layouts that differ in nothing
+            else are equal.
 
     Raises:
         ValueError: names and shapes differ in number, or a name comes twice.
@@ -50,6 +83,7 @@ class ParamLayout:
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    tied: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -61,8 +95,25 @@ class ParamLayout:
 
     @classmethod
     def from_module(cls, model: nn.Module) -> ParamLayout:
-        """Layout in the order of ``model.named_parameters()``; shared parameters come once, buffers never."""
-        return cls.from_tensors(dict(model.named_parameters()))
+        """Layout in the order of ``model.named_parameters()``; shared parameters come once, buffers never.
+
+        A model inside ``torch.compile``, ``nn.DataParallel`` or ``DistributedDataParallel`` is looked at itself, so
+        that its names have no prefixes.
+
+        Raises:
+            TypeError: it is no module.
+        """
+        model = inner_module(model)
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"expected a torch.nn.Module, got {type(model).__name__}: parameters by name make a layout with "
+                "ParamLayout.from_tensors, which takes all of them (a state dict holds buffers, too)"
+            )
+        layout = cls.from_tensors(dict(model.named_parameters()))
+        first = {parameter: name for name, parameter in model.named_parameters()}
+        names = model.named_parameters(remove_duplicate=False)
+        tied = tuple((name, first[parameter]) for name, parameter in names if name != first[parameter])
+        return cls(layout.names, layout.shapes, tied)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ParamLayout:
@@ -115,7 +166,8 @@ class ParamLayout:
 
         Args:
             source: A module, a mapping by name such as a ``state_dict`` (entries that are not in the layout,
-                such as buffers, are ignored), or a sequence in the layout's order.
+                such as buffers, are ignored, and so are the prefixes of wrappers, see :func:`plain_name`), or a
+                sequence in the layout's order.
 
         Raises:
             ValueError: parameters are missing, too many, or of another shape; the message names them.
@@ -124,10 +176,13 @@ class ParamLayout:
         if isinstance(source, nn.Module):
             source = dict(source.named_parameters(remove_duplicate=False))
         if isinstance(source, Mapping):
-            missing = [name for name in self.names if name not in source]
-            if missing:
-                raise ValueError(f"missing parameters: {', '.join(missing)}")
-            entries: Iterable[Tensor | NDArray[Any]] = [source[name] for name in self.names]
+            names: Iterable[str] = self.names
+            if any(name not in source for name in names):
+                source, names = by_plain_name(source), by_plain_name(dict.fromkeys(self.names))
+                missing = [name for name in names if name not in source]
+                if missing:
+                    raise ValueError(f"missing parameters: {', '.join(missing)}")
+            entries: Iterable[Tensor | NDArray[Any]] = [source[name] for name in names]
         elif len(source) != len(self.names):
             raise ValueError(f"expected {len(self.names)} parameters, got {len(source)}")
         else:

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdcr_fast.layout import as_tensor
-
-_DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+from fdcr_fast.layout import as_tensor, inner_module
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -22,13 +20,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         TypeError: It is no module, or one of TorchScript, whose parameters cannot be exchanged.
         ValueError: A parameter has no values.
     """
-    while True:
-        if isinstance(model, _DATA_PARALLEL):
-            model = model.module
-        elif isinstance(model, nn.Module) and "_orig_mod" in model._modules:
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            break
+    model = inner_module(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():

@@ -78,7 +78,7 @@ class Aggregator:
             fishers = self.fishers(list(vectors))
         for k, (vector, fisher) in enumerate(zip(vectors, fishers, strict=True)):
             store.put(vector, fisher, 1, k)
-        self.result = self.rule.aggregate(torch.zeros(num_params, dtype=dtype), store)
+        self.result = self.rule.aggregate(torch.zeros(num_params, dtype=dtype), store, on_empty="keep")
         params = self.result.params
         return params.numpy() if any(isinstance(v, np.ndarray) for v in vectors) else params
 

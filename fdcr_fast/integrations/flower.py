@@ -120,14 +120,14 @@ class FDCRStrategy(FedAvg):
         store = self._empty_store(len(received))
         for node, reply in received.items():
             self._put(store, node, reply)
-        state, result = store.aggregate(self.rule)
+        state, result = store.aggregate(self.rule, on_empty="keep")  # warns; a run goes on
         self.result = result
-        kept = [node for node, is_kept in zip(result.clients, result.kept.tolist(), strict=True) if is_kept]
+        kept = result.kept_clients
         for node, reason in result.rejected.items():
             _LOG.info("aggregate_train: rejected node %s: %s", node, reason)
         metrics = self._mean_metrics([received[node] for node in kept], self.train_metrics_aggr_fn) or MetricRecord()
         metrics["num-kept"], metrics["num-rejected"] = len(kept), len(result.rejected)
-        metrics["num-dropped"] = len(received) - len(kept) - len(result.rejected)
+        metrics["num-dropped"] = len(result.dropped_clients)
         return ArrayRecord(state) if kept else None, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -158,7 +158,8 @@ class FDCRStrategy(FedAvg):
         except Exception as error:  # the reply is the client's, and so is whatever it raises
             store.reject(node, shown(error, str))
         else:
-            store.put(state, fisher, count, node, difference=key == UPDATE)
+            put = store.put_update if key == UPDATE else store.put_state
+            put(state, fisher, count, node)
 
     def _mean_metrics(
         self, replies: Iterable[Message], mean: Callable[[list[RecordDict], str], MetricRecord]

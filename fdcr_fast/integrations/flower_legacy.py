@@ -115,11 +115,11 @@ class LegacyFDCRStrategy(FedAvg):
         )
         for proxy, answer in results:
             self._put(store, proxy.cid, answer)
-        state, result = store.aggregate(self.rule)
+        state, result = store.aggregate(self.rule, on_empty="keep")  # warns; a run goes on
         self.result = result
         for client, reason in result.rejected.items():
             _LOG.info("aggregate_fit: rejected client %s: %s", client, reason)
-        kept = {client for client, is_kept in zip(result.clients, result.kept.tolist(), strict=True) if is_kept}
+        kept = result.kept_clients
         metrics = self._mean_metrics([answer for proxy, answer in results if proxy.cid in kept])
         if not kept:
             return None, metrics
@@ -143,7 +143,7 @@ class LegacyFDCRStrategy(FedAvg):
         except Exception as error:  # the answer is the client's, and so is whatever it raises
             store.reject(client, shown(error, str))
         else:
-            store.put(state, fisher, answer.num_examples, client)
+            store.put_state(state, fisher, answer.num_examples, client)
 
     def _state(self, parameters: Parameters) -> dict[str, Tensor]:
         tensors = [npy_tensor(data) for data in parameters.tensors]

@@ -7,7 +7,7 @@ flare.send(train_result(model, fisher, len(images)))                       # cli
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import fdcr_fast
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
 from fdcr_fast.server.state_store import StateStore
-from fdcr_fast.server.vectors import shared, shown
+from fdcr_fast.server.vectors import shown
 
 try:
     from nvflare.apis.dxo import from_shareable
@@ -71,6 +71,8 @@ class FDCRAggregator(ModelAggregator):
             so by client name.
         options: Of the rule, if it is given by name.
         max_clients: Largest number of clients in a round; memory is reserved for so many.
+        layout: Which entries are parameters; by default all of floating point but BatchNorm's running statistics and
+            masks. In job files shapes by name, ``{"0.weight": [3, 2]}``.
 
     Attributes:
         result: What the rule did in the last round, of type :class:`fdcr_fast.AggregationResult`; None before.
@@ -84,11 +86,15 @@ class FDCRAggregator(ModelAggregator):
         rule: str | AggregationRule = "FDCR",
         options: dict[str, Any] | None = None,
         max_clients: int = 100,
+        layout: Mapping[str, Sequence[int]] | ParamLayout | None = None,
     ) -> None:
         super().__init__()
-        self.rule, self.options, self.max_clients = rule, options, max_clients  # as they are, for job files
+        self.rule, self.options, self.max_clients, self.layout = rule, options, max_clients, layout  # for job files
         self.result: AggregationResult | None = None
         self._rule = _rule(rule, options or {})
+        if isinstance(layout, Mapping):
+            layout = ParamLayout(tuple(layout), tuple(map(tuple, layout.values())))
+        self._layout = layout
         self._lock = threading.Lock()
         self._sent: Mapping[str, Any] | None = None
         self._store: StateStore | None = None
@@ -120,8 +126,8 @@ class FDCRAggregator(ModelAggregator):
         try:
             state = {name: _loaded(value) for name, value in model.params.items()}
             fisher, count = model.meta.get(FISHER), model.meta.get(NUM_SAMPLES)
-            difference = model.params_type == ParamsType.DIFF
-            accepted = store.put(state, fisher, count, client, difference=difference)
+            put = store.put_update if model.params_type == ParamsType.DIFF else store.put_state
+            accepted = put(state, fisher, count, client)
         except Exception as error:  # the result is the client's, and so is whatever it raises
             store.reject(client, shown(error, str))
         else:
@@ -132,13 +138,12 @@ class FDCRAggregator(ModelAggregator):
 
     def aggregate_model(self) -> FLModel:
         """The rule's new global state, as a full model, and the mean of the kept clients' metrics."""
-        state, result = self._opened().aggregate(self._rule)
+        state, result = self._opened().aggregate(self._rule, on_empty="keep")  # warns; a job goes on
         self.result = result
-        kept = [client for client, is_kept in zip(result.clients, result.kept.tolist(), strict=True) if is_kept]
-        self.info(f"kept {kept}, dropped {len(result.clients) - len(kept)}, rejected {len(result.rejected)}")
-        sent = self._sent or {}
-        params = {name: value.numpy() if isinstance(sent[name], np.ndarray) else value for name, value in state.items()}
-        return FLModel(params=params, params_type=ParamsType.FULL, metrics=self._mean_metrics(kept))
+        self._open = False
+        kept = result.kept_clients
+        self.info(f"kept {kept}, dropped {len(result.dropped_clients)}, rejected {len(result.rejected)}")
+        return FLModel(params=state, params_type=ParamsType.FULL, metrics=self._mean_metrics(kept))
 
     def _opened(self) -> StateStore:
         """The round's store, made or cleared when it is first asked for."""
@@ -147,9 +152,10 @@ class FDCRAggregator(ModelAggregator):
                 return self._store
             if self._sent is None:
                 raise RuntimeError("the global state is not known: no training task was sent, nor start_round called")
-            sent = {name: shared(np.asarray(v) if np.isscalar(v) else v) for name, v in self._sent.items()}
+            sent = {name: np.asarray(v) if np.isscalar(v) else v for name, v in self._sent.items()}
             if self._store is None:
-                self._store = StateStore(sent, self.max_clients, with_fishers=self._rule.needs_fishers)
+                with_fishers = self._rule.needs_fishers
+                self._store = StateStore(sent, self.max_clients, layout=self._layout, with_fishers=with_fishers)
             else:
                 self._store.clear(sent)
             self._open = True

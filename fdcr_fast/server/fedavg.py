@@ -43,6 +43,10 @@ class FedAvg(AggregationRule):
         """Whether updates are clipped."""
         return self.clip is not None
 
+    def buffer_trim(self, kept: int) -> int | None:
+        """None, the plain mean, unless updates are bounded."""
+        return None if self.norm_bound is None and self.clip is None else super().buffer_trim(kept)
+
     def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
         """Shares of the samples, less for updates that are clipped."""
         shares = self.shares(clients, kept)

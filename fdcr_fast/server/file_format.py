@@ -15,6 +15,7 @@ from fdcr_fast.server.rows import Accepted, StoreShape
 PAGE = 4096
 RECORD_BYTES = 512  # what disks write whole
 EPOCH_OFFSET = 2048  # within the header's page
+ENDED_OFFSET = 2056
 
 _MAGIC = b"FDCRSTOR"
 _VERSION = 1
@@ -80,6 +81,16 @@ def pack_epoch(epoch: int) -> bytes:
 def read_epoch(fd: int) -> int:
     """How often rows were taken back: where that grew, rows may be other clients' than when they were loaded."""
     return int(_EPOCH.unpack(os.pread(fd, _EPOCH.size, EPOCH_OFFSET))[0])
+
+
+def pack_ended(ended: bool) -> bytes:
+    """The byte at ``ENDED_OFFSET``."""
+    return bytes([ended])
+
+
+def read_ended(fd: int) -> bool:
+    """Whether the round was aggregated, so that the next contribution begins another one."""
+    return os.pread(fd, 1, ENDED_OFFSET) == b"\1"
 
 
 def pack_record(accepted: Accepted, sequence: int) -> bytes:

@@ -160,6 +160,16 @@ class FileRows:
             _write(fd, form.EMPTY_RECORD, form.record_offset(row))
         self._flush()
 
+    def mark_round(self, ended: bool) -> None:
+        """Write down whether the round has ended; whoever only reads the file leaves that to its writer."""
+        if self._writable:
+            _write(self._fd(), form.pack_ended(ended), form.ENDED_OFFSET)
+            self._flush()
+
+    def round_ended(self) -> bool:
+        """What was written down."""
+        return form.read_ended(self._fd())
+
     def pack(self, rows: Sequence[int]) -> list[int]:
         """Rows are read in any order: nothing moves."""
         return list(rows)

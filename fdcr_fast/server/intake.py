@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +18,9 @@ from fdcr_fast.server.tiles import WHOLE, ClientTiles, MatrixTiles, Shard, Span
 from fdcr_fast.server.transfer import fetch, sent
 
 OnInvalid: TypeAlias = Literal["reject", "raise"]
+OnEmpty: TypeAlias = Literal["raise", "keep"]
 
+_SHOWN = 3  # reasons in a message about many clients
 _NARROWEST = 1e-300  # range of a Fisher; float32 has none between this and zero
 _FEWEST_SAMPLES, _MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range neither vanish nor overflow
 
@@ -76,7 +81,7 @@ class ClientUpdates:
         tiles = MatrixTiles.of(updates, fishers)
         K, P = updates.shape
         counts = _sample_counts(num_samples, K)
-        ids = tuple(range(K)) if client_ids is None else tuple(client_ids)
+        ids = tuple(range(K)) if client_ids is None else tuple(map(plain_id, client_ids))
         if len(ids) != K or len(set(ids)) != K:
             raise ValueError(f"expected {K} different client ids, got {list(ids)}")
         low, high = (None, None) if tiles.fishers is None else ops.importance_range(tiles.fishers, P)
@@ -187,6 +192,42 @@ def refuse(rejected: Mapping[Hashable, str], on_invalid: OnInvalid) -> None:
         raise ValueError("; ".join(f"client {client!r}: {reason}" for client, reason in rejected.items()))
 
 
+def reasons(rejected: Mapping[Hashable, str]) -> str:
+    """The first few reasons, in a message about many clients."""
+    first = [f"client {client!r}: {reason}" for client, reason in itertools.islice(rejected.items(), _SHOWN)]
+    more = len(rejected) - len(first)
+    return "; ".join([*first, *([f"and {more} more"] if more else [])])
+
+
+def refuse_empty(clients: ClientUpdates, on_empty: OnEmpty) -> None:
+    """Raise ValueError with counts and first reasons if nobody can be used and ``on_empty`` asks for it.
+
+    Where all that is wrong is that nobody has samples there is nothing to aggregate, and that is no error.
+    """
+    if on_empty not in get_args(OnEmpty):
+        raise ValueError(f"on_empty must be one of {get_args(OnEmpty)}, got {on_empty!r}")
+    if clients.valid.any():
+        return
+    text = f"none of {len(clients.rejected)} clients can be used: {reasons(clients.rejected)}"
+    without_samples = len(clients.clients) > 0 and not clients.num_samples.any()
+    if on_empty == "raise" and not without_samples:
+        raise ValueError(f'{text} (on_empty="keep" would keep the global parameters)')
+    warnings.warn(f"{text}; the global parameters stay as they are", stacklevel=3)
+
+
+def plain_id(client: Any) -> Hashable:
+    """A client's id; NumPy's and PyTorch's scalars as Python's.
+
+    Raises:
+        TypeError: it has no hash that tells it from others.
+    """
+    if isinstance(client, np.generic) or (isinstance(client, Tensor) and client.dim() == 0):
+        client = client.item()
+    if isinstance(client, Tensor) or not isinstance(client, Hashable):
+        raise TypeError(f"client ids must be strings or integers (or have another hash), got {client!r}")
+    return client
+
+
 def rejection_reason(
     num_samples: float, squared_norm: float, fisher_min: float | None, fisher_max: float | None
 ) -> str | None:
@@ -222,6 +263,8 @@ def _sample_counts(num_samples: Any, K: int) -> Tensor:
         counts = torch.as_tensor(num_samples, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"expected num_samples to be {K} numbers, got {num_samples!r}") from error
+    if counts.shape == (K, 1):  # of arrays with one number each
+        counts = counts[:, 0]
     if counts.shape != (K,):
         raise ValueError(f"expected num_samples [{K}], one per client, got shape {list(counts.shape)}")
     return counts

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +57,8 @@ class RowWriter:
 
 def _number(value: Any) -> float:
     try:
-        return float(value)
+        if isinstance(value, str | bytes | bytearray):
+            raise TypeError("text is no number, even where it looks like one")
+        return float(value.item() if isinstance(value, Tensor | np.ndarray) else value)
     except Exception:  # the object is the client's, and so is whatever it raises
         raise ValueError(f"the sample count must be a number, got {shown(value)}") from None

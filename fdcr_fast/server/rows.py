@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,18 @@ from fdcr_fast.server.shared_memory import SharedTensor
 from fdcr_fast.server.tiles import ClientTiles, MatrixTiles
 
 UPDATE, FISHER = -1, 0  # positions of a row's matrices; a store without Fishers has the updates alone
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype, also by its name in PyTorch.
+
+    Raises:
+        TypeError: it is none.
+    """
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype):
+        raise TypeError(f"expected a torch.dtype or its name, such as 'bfloat16', got {dtype!r}")
+    return named
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,8 @@ class StoreShape:
             raise TypeError(f"expected a floating-point dtype, got {self.dtype}")
         for name in ("num_params", "capacity", "tile"):
             size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int | np.integer):
+                raise TypeError(f"{name} must be an integer, got {size!r}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
 
@@ -146,6 +161,9 @@ class MemoryRows:
 
     def forget(self, rows: Sequence[int]) -> None:
         """Nor to take back."""
+
+    def mark_round(self, ended: bool) -> None:
+        """Nor to remember."""
 
     def pack(self, rows: Sequence[int]) -> list[int]:
         """Move the given rows to the front, in this order, where they are not; each moves into a gap."""

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import itertools
+import warnings
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fdcr_fast.server import passes
-from fdcr_fast.server.intake import ClientUpdates, OnInvalid, refuse, sample_shares
+from fdcr_fast.server.intake import ClientUpdates, OnEmpty, OnInvalid, plain_id, refuse, refuse_empty, sample_shares
 from fdcr_fast.server.sharded import ParamShard
 from fdcr_fast.server.shares import limited_shares
 from fdcr_fast.server.store import UpdateStore
 from fdcr_fast.server.tiles import check_device, check_floating
 from fdcr_fast.server.transfer import fetch
+from fdcr_fast.server.vectors import matrix, shared
+
+_SHOWN = 8  # ids in the text of a result
+_FEWEST_LOOKED_AT, _LOOKED_AT = 16, 512  # parameters by which states are told from updates
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AggregationResult:
     """New global parameters, and what became of every client.
 
@@ -44,6 +52,32 @@ class AggregationResult:
     clients: tuple[Hashable, ...]
     rejected: dict[Hashable, str]
     explanation: Mapping[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def kept_clients(self) -> list[Hashable]:
+        """Ids of those that were aggregated."""
+        return [client for client, kept in zip(self.clients, self.kept.tolist(), strict=True) if kept]
+
+    @property
+    def dropped_clients(self) -> list[Hashable]:
+        """Ids of those that the rule dropped; rejected clients are none of them."""
+        rows = zip(self.clients, self.kept.tolist(), strict=True)
+        return [client for client, kept in rows if not kept and client not in self.rejected]
+
+    def __repr__(self) -> str:
+        params = f"[{self.params.numel()}] {self.params.dtype}".replace("torch.", "")
+        parts = [f"AggregationResult(params={params}"]
+        for name, ids in (("kept", self.kept_clients), ("dropped", self.dropped_clients)):
+            parts.append(f"{name}={len(ids)} {_first_of(map(repr, ids))}")
+        reasons = (f"{client!r}: {reason}" for client, reason in self.rejected.items())
+        parts.append(f"rejected={len(self.rejected)} {_first_of(reasons)}")
+        return ", ".join(parts) + ")"
+
+
+def _first_of(texts: Iterable[str]) -> str:
+    """The first few of many texts in brackets."""
+    first = list(itertools.islice(texts, _SHOWN + 1))
+    return "[" + ", ".join([*first[:_SHOWN], *(["..."] if len(first) > _SHOWN else [])]) + "]"
 
 
 @dataclass(frozen=True)
@@ -81,10 +115,12 @@ class AggregationRule:
         max_weight_share: Largest share of one client in the sums over clients; None for no limit.
         rescale: Whether kept updates are rescaled by ``2 sigmoid(I_k)`` (eq. 12).
         importance: Whether :meth:`select` reads importances.
+        weighs_samples: Whether sample counts matter; where not they may be left out.
         sharded: Whether the rule takes a shard. Whatever such a rule computes from more than one parameter goes through
             the methods of ``clients`` and ``clients.shard``, or through functions that do.
     """
 
+    weighs_samples: ClassVar[bool] = True
     sharded: ClassVar[bool] = False
     norm_bound: float | None = None
     max_weight_share: float | None = None
@@ -110,6 +146,17 @@ class AggregationRule:
         single = passes.fits_single(clients)
         return passes.mean(global_params, clients, weights, rescale=self.rescale, single=single)
 
+    def buffer_trim(self, kept: int) -> int | None:
+        """How many of the smallest and of the largest values of so many kept clients no buffer may lie beyond.
+
+        Buffers of states are no parameters, and no rule decides about them; see :class:`fdcr_fast.StateStore`. Here a
+        quarter, and at least one if there are three; None makes them plain means.
+        """
+        return min(max(1, kept // 4), (kept - 1) // 2)
+
+    def reset(self) -> None:
+        """Forget earlier rounds, as before another experiment; rules that remember nothing have nothing to forget."""
+
     def memory(self) -> bytes:
         """What the rule remembers of earlier rounds; empty for one that remembers nothing. Never a pickle."""
         return b""
@@ -127,35 +174,38 @@ class AggregationRule:
     @overload
     def aggregate(
         self,
-        global_params: Tensor,
+        global_params: Tensor | NDArray[Any],
         updates: UpdateStore,
         *,
         on_invalid: OnInvalid = "reject",
+        on_empty: OnEmpty = "raise",
         shard: ParamShard | None = None,
     ) -> AggregationResult: ...
 
     @overload
     def aggregate(
         self,
-        global_params: Tensor,
-        updates: Tensor,
-        fishers: Tensor | None,
-        num_samples: Any,
+        global_params: Tensor | NDArray[Any],
+        updates: Tensor | NDArray[Any] | Sequence[Tensor] | Sequence[NDArray[Any]],
+        fishers: Tensor | NDArray[Any] | Sequence[Tensor] | Sequence[NDArray[Any]] | None = None,
+        num_samples: Any = None,
         *,
         client_ids: Sequence[Hashable] | None = None,
         on_invalid: OnInvalid = "reject",
+        on_empty: OnEmpty = "raise",
         shard: ParamShard | None = None,
     ) -> AggregationResult: ...
 
     def aggregate(
         self,
-        global_params: Tensor,
-        updates: Tensor | UpdateStore,
-        fishers: Tensor | None = None,
+        global_params: Any,
+        updates: Any,
+        fishers: Any = None,
         num_samples: Any = None,
         *,
         client_ids: Sequence[Hashable] | None = None,
         on_invalid: OnInvalid = "reject",
+        on_empty: OnEmpty = "raise",
         shard: ParamShard | None = None,
     ) -> AggregationResult:
         """New global parameters ``w' = w + sum_k alpha^_k c_k delta_k`` over the kept clients (Algorithm 1).
@@ -164,33 +214,39 @@ class AggregationRule:
         without rescaling. Where nobody is kept, ``w' = w``.
 
         Args:
-            global_params: ``w [P]``, any floating dtype.
-            updates: ``delta_k = w_k - w`` in the rows of ``[K, P]`` (any strides, never copied), or a store,
-                which holds all the rest as well.
-            fishers: ``F_k`` in the rows of ``[K, P]``; not read, and may be None, if the rule takes no
-                importances.
-            num_samples: ``n_k [K]``, numbers.
+            global_params: ``w [P]``, any floating dtype, a tensor or an array.
+            updates: ``delta_k = w_k - w`` in the rows of ``[K, P]`` (a tensor or an array of any strides, never
+                copied), or ``K`` vectors in a list, which are, or a store, which holds all the rest as well. The round
+                of a store ends here: the next contribution begins another one.
+            fishers: ``F_k`` in the rows of ``[K, P]`` or a list likewise; not read, and may be None, if the rule takes
+                no importances.
+            num_samples: ``n_k [K]``, numbers; may be None if the rule does not weigh by them.
             client_ids: ``K`` different ids, by default 0 to K - 1.
             on_invalid: What becomes of a round with clients whose contribution cannot be used: ``"reject"``
                 aggregates the others, ``"raise"`` raises ValueError naming client and reason.
+            on_empty: What becomes of a round in which no client's contribution can be used: ``"raise"`` raises
+                ValueError with the first reasons, ``"keep"`` warns, and ``w' = w``. That is also so of tensors where
+                all sample counts are zero.
             shard: Which parameters the global parameters and the updates are; by default all of them. All processes of
                 the shard's group must call alike, and get the same but for the parameters; see
                 :class:`fdcr_fast.ParamShard`.
 
         Raises:
-            TypeError: a matrix is not a floating-point tensor, sample counts are not numbers, or the rule takes no
-                shard.
+            TypeError: a matrix is not of floating point, sample counts are not numbers, or the rule takes no shard.
             RuntimeError: another process of the group died or did not arrive in time, or decided differently.
             ValueError: shapes or devices do not fit, the global parameters are not finite, there are no
-                clients, or Fishers are missing. What is wrong with one client alone rejects that client
-                instead.
+                clients, none that can be used, or Fishers are missing. What is wrong with one client alone rejects
+                that client instead.
         """
 
         finite: Tensor | None = None
+        if isinstance(global_params, np.ndarray):
+            global_params = shared(global_params)
 
         def take_in() -> ClientUpdates:
             nonlocal finite
-            clients = self._intake(updates, fishers, num_samples, client_ids)
+            check_floating("global_params", global_params, "[P]")
+            clients = self._intake(global_params, updates, fishers, num_samples, client_ids)
             finite = _check_global(global_params, clients)
             if shard is not None:
                 require_finite(finite)
@@ -198,20 +254,23 @@ class AggregationRule:
                 raise TypeError(f"{type(self).__name__} needs all parameters in one process: it takes no shard")
             return clients
 
+        stored = isinstance(updates, UpdateStore)
         if shard is None:
             clients = take_in()
         else:
             dtype = getattr(global_params, "dtype", None)
-            stored = not isinstance(updates, Tensor)
-            clients = shard.agreed(take_in, stored=stored, rule=self, on_invalid=on_invalid, dtype=dtype)
+            clients = shard.agreed(
+                take_in, stored=stored, rule=self, on_invalid=on_invalid, on_empty=on_empty, dtype=dtype
+            )
         foreseen = None
-        if isinstance(updates, Tensor):
+        if isinstance(updates, Tensor | np.ndarray):
             clients, foreseen = self._read_norms(global_params.detach(), clients, finite)
             finite = None
         elif shard is not None and self.needs_norms:
             clients = clients.with_norms(passes.squared_norms(clients)).fetched()
         clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
         refuse(clients.rejected, on_invalid)
+        refuse_empty(clients, on_empty)
         valid, rows = clients.valid, len(clients.clients)
         if foreseen is not None and valid.all():
             selection, weights, params = foreseen
@@ -222,6 +281,14 @@ class AggregationRule:
             selection, weights, params = Selection(valid), torch.zeros(rows, dtype=torch.float64), global_params
         if shard is not None:
             shard.confirm(weights)
+        elif looks_like_states(global_params, clients):
+            warnings.warn(
+                "most updates are close to the global parameters: are they states w_k instead of updates w_k - w? "
+                "(StateStore.put_state and aggregate_state_dicts take states)",
+                stacklevel=2,
+            )
+        if stored:
+            updates.end_round(clients.clients)
         kept = selection.kept & valid
         labels = (~kept).long() if selection.labels is None else selection.labels
         scores = torch.full((rows,), torch.nan, dtype=torch.float64)
@@ -270,8 +337,9 @@ class AggregationRule:
 
     def _intake(
         self,
-        updates: Tensor | UpdateStore,
-        fishers: Tensor | None,
+        global_params: Tensor,
+        updates: Any,
+        fishers: Any,
         num_samples: Any,
         client_ids: Sequence[Hashable] | None,
     ) -> ClientUpdates:
@@ -282,13 +350,38 @@ class AggregationRule:
             clients = updates.client_updates()
             if not clients.clients and not clients.rejected:
                 raise ValueError("expected at least one client, got an empty store")
-        else:
-            clients = ClientUpdates.from_matrices(
-                updates, fishers if self.needs_fishers else None, num_samples, client_ids, read_norms=False
+            if self.needs_fishers and not clients.tiles.with_fishers:
+                raise ValueError(
+                    f"{type(self).__name__} takes importances: fishers must be given, and the store keeps none "
+                    "(make it with with_fishers=True)"
+                )
+            return clients
+        if not isinstance(updates, Tensor | np.ndarray | list | tuple):
+            raise TypeError(
+                f"expected updates [K, P], K vectors or an UpdateStore, got {type(updates).__name__}"
+                + (" (its aggregate(rule) takes the rule)" if hasattr(updates, "put_state") else "")
             )
-        if self.needs_fishers and not clients.tiles.with_fishers:
-            raise ValueError(f"{self!r} takes importances: fishers must be given")
-        return clients
+        if not self.needs_fishers:
+            if num_samples is None and self.weighs_samples and np.ndim(fishers) == 1:
+                raise TypeError("fishers are [K, P], got [K]: sample counts are the next argument, num_samples=")
+            fishers = None
+        elif fishers is None:
+            raise ValueError(f"{type(self).__name__} takes importances: fishers must be given, [K, P]")
+        if num_samples is None:
+            if self.weighs_samples:
+                raise TypeError(
+                    f"expected num_samples to be {len(updates)} numbers, got None: {type(self).__name__} weighs by them"
+                )
+            num_samples = [1] * len(updates)
+        if isinstance(updates, list | tuple):
+            return _stored(global_params, updates, fishers, num_samples, client_ids).client_updates()
+        return ClientUpdates.from_matrices(
+            shared(updates),
+            None if fishers is None else matrix("fishers", fishers),
+            num_samples,
+            client_ids,
+            read_norms=False,
+        )
 
     def _read_norms(
         self, _global_params: Tensor, clients: ClientUpdates, finite: Tensor | None
@@ -309,7 +402,6 @@ def _check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | Non
     Returns:
         None if they are finite; on a device, where that would have to be waited for, whether they are.
     """
-    check_floating("global_params", global_params, "[P]")
     if global_params.numel() != clients.num_params:
         raise ValueError(
             f"expected global_params [{clients.num_params}] like the updates, got [{global_params.numel()}]"
@@ -320,6 +412,44 @@ def _check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | Non
         return finite
     require_finite(finite)
     return None
+
+
+def looks_like_states(global_params: Tensor, clients: ClientUpdates) -> bool:
+    """Whether most updates lie nearer to the global parameters than to zero, by a few of the first ones.
+
+    Not looked at on devices, where the host would have to wait.
+    """
+    tiles = clients.tiles
+    if tiles.device.type != "cpu" or len(clients.clients) == 0:
+        return False
+    own = global_params.detach()[: min(tiles.tile, tiles.num_params, _LOOKED_AT)].double()
+    size = own.square().sum()
+    if len(own) < _FEWEST_LOOKED_AT or size == 0:
+        return False
+    updates = clients.of_valid(tiles.window(0, len(own)).updates[0]).double()
+    near = (updates - own).square().sum(1) < size / 4
+    return 2 * int(near.sum()) > len(updates)
+
+
+def _stored(
+    global_params: Tensor, updates: Sequence[Any], fishers: Any, num_samples: Any, client_ids: Any
+) -> UpdateStore:
+    """The round of vectors that came one by one, of which each is checked by itself."""
+    count = len(updates)
+    for name, values in (("fishers", fishers), ("num_samples", num_samples), ("client_ids", client_ids)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"expected {name} of {count} clients like updates, got {len(values)}")
+    if count == 0:
+        raise ValueError("expected at least one client, got no updates")
+    ids = range(count) if client_ids is None else list(map(plain_id, client_ids))
+    if len(set(ids)) != count:
+        raise ValueError(f"expected {count} different client ids, got {ids}")
+    dtypes = [values.dtype for values in updates if isinstance(values, Tensor)]
+    dtype = torch.float64 if torch.float64 in (*dtypes, global_params.dtype) else torch.float32
+    store = UpdateStore(len(global_params), count, dtype, with_fishers=fishers is not None)
+    for k, (client, update) in enumerate(zip(ids, updates, strict=True)):
+        store.put(update, None if fishers is None else fishers[k], num_samples[k], client)
+    return store
 
 
 def require_finite(finite: Tensor | None) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from fdcr_fast.layout import ParamLayout
+from fdcr_fast.layout import ParamLayout, by_plain_name
 from fdcr_fast.server.fdcr import FDCR
-from fdcr_fast.server.intake import OnInvalid
+from fdcr_fast.server.intake import OnEmpty, OnInvalid, plain_id, reasons
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
-from fdcr_fast.server.state_store import State, StateStore, floating_layout, parameter_layout
+from fdcr_fast.server.state_store import State, StateStore, floating_layout, parameter_layout, without_ties
 
 PerClient: TypeAlias = Sequence[Any] | Mapping[Hashable, Any]
 
@@ -23,13 +24,14 @@ PerClient: TypeAlias = Sequence[Any] | Mapping[Hashable, Any]
 def aggregate_state_dicts(
     global_state: State,
     client_states: PerClient,
-    fishers: PerClient | None,
-    num_samples: PerClient | Tensor,
+    fishers: PerClient | Tensor | None = None,
+    num_samples: PerClient | Tensor | None = None,
     *,
     rule: AggregationRule | None = None,
     layout: ParamLayout | None = None,
     client_ids: Sequence[Hashable] | None = None,
     on_invalid: OnInvalid = "reject",
+    on_empty: OnEmpty = "raise",
     return_result: Literal[False] = False,
 ) -> dict[str, Any]: ...
 
@@ -38,13 +40,14 @@ def aggregate_state_dicts(
 def aggregate_state_dicts(
     global_state: State,
     client_states: PerClient,
-    fishers: PerClient | None,
-    num_samples: PerClient | Tensor,
+    fishers: PerClient | Tensor | None = None,
+    num_samples: PerClient | Tensor | None = None,
     *,
     rule: AggregationRule | None = None,
     layout: ParamLayout | None = None,
     client_ids: Sequence[Hashable] | None = None,
     on_invalid: OnInvalid = "reject",
+    on_empty: OnEmpty = "raise",
     return_result: Literal[True],
 ) -> tuple[dict[str, Any], AggregationResult]: ...
 
@@ -52,13 +55,14 @@ def aggregate_state_dicts(
 def aggregate_state_dicts(
     global_state: State,
     client_states: PerClient,
-    fishers: PerClient | None,
-    num_samples: PerClient | Tensor,
+    fishers: PerClient | Tensor | None = None,
+    num_samples: PerClient | Tensor | None = None,
     *,
     rule: AggregationRule | None = None,
     layout: ParamLayout | None = None,
     client_ids: Sequence[Hashable] | None = None,
     on_invalid: OnInvalid = "reject",
+    on_empty: OnEmpty = "raise",
     return_result: bool = False,
 ) -> dict[str, Any] | tuple[dict[str, Any], AggregationResult]:
     """New global state from the clients' states.
@@ -66,40 +70,54 @@ def aggregate_state_dicts(
     Parameters go through ``rule``, buffers as :class:`StateStore` says, which takes the states one by one.
 
     Args:
-        global_state: State that was sent out, ``w``.
-        client_states: States ``w_k`` in a sequence, or in a mapping by client id.
-        fishers: Per client a vector ``[P]`` in the order of ``layout``, or a mapping by parameter name; all
-            in a sequence, or in a mapping by client id. None if the rule takes no importances.
-        num_samples: ``n_k`` in a sequence or mapping likewise.
+        global_state: State that was sent out, ``w``: a state dict or a module.
+        client_states: States ``w_k``, state dicts or modules, in a sequence, or in a mapping by client id.
+        fishers: Per client a vector ``[P]`` or a sequence in the order of ``layout``, or a mapping by parameter name;
+            all in a sequence, or in a mapping by client id. None if the rule takes no importances.
+        num_samples: ``n_k`` in a sequence or mapping likewise. None if the rule does not weigh by them.
         rule: By default :class:`FDCR`.
-        layout: Which entries are parameters. By default the names in the Fishers; for vectors, all
-            floating-point entries, or these without BatchNorm's running statistics, whichever have ``P``
-            elements.
+        layout: Which entries are parameters. By default those of a module, or the names in the Fishers; for vectors,
+            all floating-point entries, or these without BatchNorm's running statistics, whichever have ``P``
+            elements, with what is tied once or as often as it has names.
         client_ids: For sequences, by default 0 to K - 1.
         on_invalid: See :meth:`AggregationRule.aggregate`.
-        return_result: Also return the rule's :class:`AggregationResult`.
+        on_empty: Likewise.
+        return_result: Also return the rule's :class:`AggregationResult`. Without it a warning names rejected clients.
 
     Returns:
         A state with the keys, order, dtypes and devices of ``global_state`` and no memory in common with any
         input.
 
     Raises:
-        ValueError: numbers of clients differ, or the parameters cannot be told from the buffers. A client
-            with missing or misshaped entries, or with buffers that are not finite or (where the rule has a
-            ``norm_bound``) larger than that times what is usual, is rejected instead.
+        TypeError: sample counts are missing that the rule weighs by.
+        ValueError: numbers of clients differ, the parameters cannot be told from the buffers, or no client can be
+            used. A client with missing or misshaped entries, or with buffers that are not finite, is rejected
+            instead.
     """
     rule = FDCR() if rule is None else rule
     ids = _client_ids(client_states, client_ids)
     states = _per_client("client_states", client_states, ids)
+    if num_samples is None:
+        if rule.weighs_samples:
+            raise TypeError(f"{type(rule).__name__} weighs by sample counts: num_samples must be given")
+        num_samples = [1] * len(ids)
     counts = _per_client("num_samples", num_samples, ids)
+    if rule.needs_fishers and fishers is None:
+        raise ValueError(f"{type(rule).__name__} takes importances: fishers must be given")
     client_fishers = [None] * len(ids) if fishers is None else _per_client("fishers", fishers, ids)
-    layout = _infer_layout(global_state, client_fishers) if layout is None else layout
-    with_fishers = rule.needs_fishers and fishers is not None
-    store = StateStore(global_state, len(ids), layout=layout, with_fishers=with_fishers)
+    if layout is None and not isinstance(global_state, nn.Module):
+        layout = _infer_layout(global_state, states, client_fishers)
+    store = StateStore(global_state, len(ids), layout=layout, with_fishers=rule.needs_fishers)
     for client, state, count, fisher in zip(ids, states, counts, client_fishers, strict=True):
-        store.put(state, fisher, count, client)
-    state, result = store.aggregate(rule, on_invalid=on_invalid)
-    return (state, result) if return_result else state
+        store.put_state(state, fisher if rule.needs_fishers else None, count, client)
+    state, result = store.aggregate(rule, on_invalid=on_invalid, on_empty=on_empty)
+    if return_result:
+        return state, result
+    if result.rejected and len(result.rejected) < len(ids):
+        warnings.warn(
+            f"{len(result.rejected)} of {len(ids)} clients were rejected: {reasons(result.rejected)}", stacklevel=2
+        )
+    return state
 
 
 def _client_ids(client_states: PerClient, client_ids: Sequence[Hashable] | None) -> list[Hashable]:
@@ -108,7 +126,7 @@ def _client_ids(client_states: PerClient, client_ids: Sequence[Hashable] | None)
             raise ValueError("client_states is a mapping by client id: do not give client_ids as well")
         ids = list(client_states)
     else:
-        ids = list(range(len(client_states)) if client_ids is None else client_ids)
+        ids = list(range(len(client_states)) if client_ids is None else map(plain_id, client_ids))
     if not ids:
         raise ValueError("expected the state of at least one client")
     if len(set(ids)) != len(ids):
@@ -129,26 +147,33 @@ def _per_client(name: str, values: PerClient | Tensor, ids: list[Hashable]) -> l
     return list(values)
 
 
-def _infer_layout(global_state: State, fishers: list[Any]) -> ParamLayout:
+def _infer_layout(global_state: Mapping[str, Any], states: list[Any], fishers: list[Any]) -> ParamLayout:
     """Layout that fits the names or the length of most clients' Fishers: no single client decides it."""
     forms: Counter[frozenset[str] | int] = Counter()
     for fisher in fishers:
         if isinstance(fisher, Mapping):
-            forms[frozenset(fisher)] += 1
+            forms[frozenset(by_plain_name(fisher))] += 1
         elif isinstance(fisher, Tensor | np.ndarray):
             forms[math.prod(fisher.shape)] += 1
+        elif isinstance(fisher, list | tuple):
+            forms[sum(math.prod(np.shape(part)) for part in fisher)] += 1
     form = forms.most_common(1)[0][0] if forms else None
     if isinstance(form, frozenset):
-        unknown = sorted(form - global_state.keys())
+        plain = by_plain_name({name: name for name in global_state})
+        unknown = sorted(form - plain.keys())
         if unknown:
             raise ValueError(f"fishers name parameters that global_state lacks: {', '.join(unknown)}")
-        return ParamLayout.from_tensors({name: global_state[name] for name in global_state if name in form})
+        names = [name for key, name in plain.items() if key in form]
+        return ParamLayout.from_tensors({name: global_state[name] for name in names})
 
-    everything, parameters = floating_layout(global_state), parameter_layout(global_state)
-    if form == everything.numel:
-        return everything
-    if form is None or form == parameters.numel:
-        return parameters
+    layouts = [floating_layout(global_state), parameter_layout(global_state)]
+    if form is None:
+        return layouts[1]
+    for layout in layouts:
+        for each in (layout, without_ties(layout, global_state, states)):
+            if each.numel == form:
+                return each
+    everything, parameters = layouts
     raise ValueError(
         f"fishers have {form} elements, the floating-point entries of global_state {everything.numel}, "
         f"without BatchNorm statistics {parameters.numel}: give layout=ParamLayout.from_module(model)"

@@ -4,36 +4,57 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Hashable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from fdcr_fast.layout import ParamLayout, as_tensor
-from fdcr_fast.server.intake import OnInvalid, median_size
+from fdcr_fast.layout import ParamLayout, as_tensor, by_plain_name, inner_module
+from fdcr_fast.server.buffers import Buffers
+from fdcr_fast.server.intake import OnEmpty, OnInvalid
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
 from fdcr_fast.server.store import UpdateStore
-from fdcr_fast.server.vectors import FLOATS, shown
+from fdcr_fast.server.vectors import FLOATS, shared, shown
 
-State: TypeAlias = Mapping[str, Any]
+State: TypeAlias = Mapping[str, Any] | nn.Module
 
 _BATCH_NORM_STATISTICS = ("running_mean", "running_var")
 
 
-class StateStore:
-    """An :class:`UpdateStore` for servers that receive whole state dicts, one client after the other.
+@dataclass(frozen=True)
+class _Received:
+    """What a client sent besides parameters: the buffers that it changed, and which entries equal which parameters."""
 
-    Parameters go into the store as updates ``w_k - w``. Floating-point buffers become the mean over the clients that
-    the rule kept, with its weights; integer buffers (``num_batches_tracked``) the rounded mean; all else stays as in
-    the global state, and so does everything if nobody is kept. Shared tensors, which several entries of the global
-    state hold, are one parameter, and are shared in the result. Like the store, it may be filled from many threads.
+    buffers: dict[str, Tensor]
+    ties: frozenset[tuple[str, str]]
+
+
+class StateStore:
+    """An :class:`UpdateStore` for servers that receive whole states, one client after the other.
+
+    Parameters go into the store as updates ``w_k - w``. A buffer becomes the mean over the clients that the rule kept,
+    with its weights, of each entry held between the quartiles of their values (see
+    :meth:`AggregationRule.buffer_trim`): no client moves it far, whatever it sends or claims to weigh, and under
+    :class:`FedAvg` without bounds it is the plain mean. Integer buffers (``num_batches_tracked``) are rounded; what is
+    no real number stays as in the global state, and so does everything if nobody is kept.
+
+    Tensors under several names are one parameter, and are shared in the result: those that are one memory in the global
+    state, those that the layout knows as tied, and, since copies of a state lose that, an entry that equals a parameter
+    in the global state and in those of most clients.
+
+    Names may have the prefixes of wrappers (``module.``, ``_orig_mod.``). ``aggregate`` ends the round: before
+    :meth:`clear` nothing more is taken in. Like the store, it may be filled from many threads.
 
     Args:
-        global_state: State that was sent out, ``w``.
+        global_state: State that was sent out, ``w``: a state dict of tensors or arrays, or a module.
         capacity: Largest number of accepted clients in a round.
         layout: Which entries are parameters; by default all floating-point entries without BatchNorm's running
-            statistics.
+            statistics, of a module its parameters.
         with_fishers: False for rules that need no Fishers.
         path: Of a file that takes the updates and Fishers; see :class:`UpdateStore`.
 
@@ -54,7 +75,9 @@ class StateStore:
         with_fishers: bool = True,
         path: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.layout = parameter_layout(global_state) if layout is None else layout
+        if layout is None:
+            layout = _layout_of(global_state)
+        self.layout = layout
         self._set_global(global_state)
         self.updates = UpdateStore(
             self.layout.numel,
@@ -67,12 +90,21 @@ class StateStore:
         )
 
     def _set_global(self, global_state: State) -> None:
-        vector = self.layout.flatten(global_state)
+        """Entries are known by their plain names from here on, parameters by those in the layout."""
+        self._global = _entries(global_state)
+        names = by_plain_name({name: name for name in self._global})
+        own = {plain: _as_entry(self._global[name]) for plain, name in names.items()}
+        plain_layout = by_plain_name({name: name for name in self.layout.names})
+        params = {plain: plain_layout[plain] for plain in own if plain in plain_layout}
+        vector = self.layout.flatten(own)
         self._vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
-        self._global = global_state
-        self._owners = _owners(global_state, self.layout)
-        self._buffers = {k: v for k, v in global_state.items() if k not in self._owners and _is_mean(v)}
-        self._received: dict[Hashable, dict[str, Tensor]] = {}
+        self._plain = {name: plain for plain, name in names.items()}
+        self._owners = {**params, **_known_ties(own, params, by_plain_name(dict(self.layout.tied)))}
+        rest = {name: value for name, value in own.items() if name not in self._owners and _is_real(value)}
+        self._buffers = Buffers(rest)
+        self._params = {name: own[name] for name in params}
+        self._maybe_tied = {name: twins for name, value in rest.items() if (twins := self._twins(name, value))}
+        self._received: dict[Hashable, _Received] = {}
 
     @property
     def rejected(self) -> dict[Hashable, str]:
@@ -84,41 +116,52 @@ class StateStore:
         self._set_global(global_state)
         self.updates.clear()
 
-    def put(
-        self,
-        state: State,
-        fisher: Any,
-        num_samples: Any,
-        client_id: Hashable,
-        *,
-        difference: bool = False,
-    ) -> bool:
-        """Take in one client's contribution, if it can be used.
+    def put_state(self, state: Any, fisher: Any, num_samples: Any, client_id: Hashable) -> bool:
+        """Take in one client's state ``w_k``, if it can be used.
 
         Args:
-            state: ``w_k``: tensors or arrays by name.
-            fisher: A vector ``[P]`` in the order of the layout, or a mapping by parameter name; None in a store without
-                Fishers.
+            state: Tensors or arrays by name, a module, a vector ``[P]`` or a sequence of the parameters in the order of
+                the layout. The last two leave buffers as they are in the global state.
+            fisher: A vector ``[P]`` or a sequence in the order of the layout, or a mapping by parameter name; None in a
+                store without Fishers.
             num_samples: ``n_k``.
             client_id: Its id.
-            difference: Whether the entries of ``state`` are differences to those of the global state. Those of
-                parameters are then copied straight into the store.
 
         Returns:
             Whether it was accepted; if not, ``rejected`` tells why.
 
         Raises:
-            RuntimeError: the store is full.
+            RuntimeError: the store is full, or the round was aggregated.
         """
+        return self._put(state, fisher, num_samples, client_id, difference=False)
+
+    def put_update(self, update: Any, fisher: Any, num_samples: Any, client_id: Hashable) -> bool:
+        """Take in what one client changed, ``w_k - w``, likewise; parameters are copied straight into the store.
+
+        Buffers that it lacks stay as they are in the global state.
+        """
+        return self._put(update, fisher, num_samples, client_id, difference=True)
+
+    def put(self, state: Any, fisher: Any, num_samples: Any, client_id: Hashable, *, difference: bool = False) -> bool:
+        """:meth:`put_state`, or with ``difference`` :meth:`put_update`."""
+        return self._put(state, fisher, num_samples, client_id, difference=difference)
+
+    def _put(self, state: Any, fisher: Any, num_samples: Any, client_id: Hashable, *, difference: bool) -> bool:
+        if self.updates.aggregated:
+            raise RuntimeError(
+                "the round was aggregated: clear(state) begins the next one, from the state that was sent out for it"
+            )
         try:
-            buffers = self._read_buffers(state, difference)
-            update = state if difference else self._difference(state)
+            named, whole = self._named(state, difference)
+            received = self._received_from(named, difference, whole)
+            update = named if difference else self._difference(named)
+            fisher = self._with_twins(fisher, named)
         except Exception as error:  # the state is the client's, and so is whatever it raises
             self.reject(client_id, shown(error, str))
             return False
         accepted = self.updates.put(update, fisher, num_samples, client_id)
         if accepted:
-            self._received[client_id] = buffers
+            self._received[client_id] = received
         return accepted
 
     def reject(self, client_id: Hashable, reason: str) -> None:
@@ -127,30 +170,49 @@ class StateStore:
             self.updates.reject(client_id, reason)
 
     def aggregate(
-        self, rule: AggregationRule, *, on_invalid: OnInvalid = "reject"
+        self, rule: AggregationRule, *, on_invalid: OnInvalid = "reject", on_empty: OnEmpty = "raise"
     ) -> tuple[dict[str, Any], AggregationResult]:
-        """New global state, and what the rule did.
+        """New global state, and what the rule did; see :meth:`AggregationRule.aggregate`.
 
-        The state has the keys, order, dtypes and devices of the global one and no memory in common with any input.
-        Clients with buffers larger than the rule's ``norm_bound`` times what is usual are rejected.
+        The state has the keys, order, types, dtypes and devices of the global one and no memory in common with any
+        input.
         """
-        for client, reason in self._strange(rule.norm_bound).items():
-            self.updates.remove(client)
-            self.updates.reject(client, reason)
-        result = rule.aggregate(self._vector, self.updates, on_invalid=on_invalid)
+        result = rule.aggregate(self._vector, self.updates, on_invalid=on_invalid, on_empty=on_empty)
         params = self.layout.unflatten(result.params)
-        state = self._global
-        fresh = {name: params[name].to(state[name].device, state[name].dtype, copy=True) for name in self.layout.names}
-        return {name: self._new_entry(name, value, fresh, result) for name, value in state.items()}, result
+        owners = {**self._owners, **self._ties_of_most()}
+        counting = result.weights.nonzero().flatten()
+        clients = [result.clients[k] for k in counting.tolist()]
+        weights, trim = result.weights[counting], rule.buffer_trim(len(clients)) if clients else None
+        new: dict[str, Any] = {}
+        for name, value in self._global.items():
+            plain = self._plain[name]
+            if plain in owners:
+                first = new.get(owners[plain])
+                new[owners[plain]] = _like(value, params[owners[plain]]) if first is None else first
+            elif plain in self._buffers.own and clients:
+                changed = [self._changed(client, plain) for client in clients]
+                new[plain] = _like(value, self._buffers.combined(plain, changed, weights, trim))
+            else:
+                new[plain] = _copied(value)
+        return {name: new[owners.get(plain, plain)] for name, plain in self._plain.items()}, result
 
-    def _new_entry(self, name: str, value: Any, fresh: dict[str, Tensor], result: AggregationResult) -> Any:
-        if name in self._owners:
-            return fresh[self._owners[name]]
-        if name in self._buffers:
-            return self._weighted_mean(name, value, result)
-        return copy.deepcopy(value)
+    def _named(self, state: Any, difference: bool) -> tuple[Mapping[str, Any], bool]:
+        """A client's entries by plain name, and whether they ought to be all of them."""
+        if difference and isinstance(state, nn.Module):
+            raise TypeError("a module is a state and no update: use put_state")
+        if isinstance(state, Mapping | nn.Module):
+            entries = _entries(state)
+            known = all(name in entries for name in self._plain.values())
+            return entries if known else by_plain_name(entries), not difference
+        if isinstance(state, Tensor | np.ndarray):
+            pieces = list(self.layout.unflatten(as_tensor(state)).values())
+        elif isinstance(state, list | tuple):
+            pieces = self.layout.tensors(state)
+        else:
+            raise TypeError(f"expected a state dict, a module or a vector, got {type(state).__name__}")
+        return by_plain_name(dict(zip(self.layout.names, pieces, strict=True))), False
 
-    def _difference(self, state: State) -> dict[str, Tensor]:
+    def _difference(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         own = self.layout.unflatten(self._vector)
         update = {}
         for name, value in zip(self.layout.names, self.layout.tensors(state), strict=True):
@@ -159,92 +221,158 @@ class StateStore:
             update[name] = value.to(self._vector.device, self._vector.dtype) - own[name]
         return update
 
-    def _read_buffers(self, state: State, difference: bool) -> dict[str, Tensor]:
+    def _received_from(self, state: Mapping[str, Any], difference: bool, whole: bool) -> _Received:
         """Copies of the client's buffers, which are small; the state may be freed after that."""
-        if not isinstance(state, Mapping):
-            raise TypeError(f"expected a state dict, got {type(state).__name__}")
-        buffers = {}
-        for name, own in self._buffers.items():
+        buffers: dict[str, Tensor] = {}
+        ties: set[tuple[str, str]] = set()
+        for name in self._buffers.own:
             if name not in state:
-                raise ValueError(f"missing buffer: {name}")
-            value = as_tensor(state[name])
-            if value.shape != own.shape:
-                raise ValueError(f"buffer {name} has shape {list(value.shape)}, expected {list(own.shape)}")
-            value = value.to(own.device, torch.float64, copy=True)
-            if not value.isfinite().all():
-                raise ValueError(f"buffer {name} is not finite")
-            buffers[name] = value + own if difference else value
-        return buffers
+                if whole:
+                    raise ValueError(f"missing buffer: {name}")
+                continue
+            twins = {owner for owner in self._maybe_tied.get(name, ()) if _same(state[name], state.get(owner))}
+            ties.update((name, owner) for owner in twins)
+            if not twins and (value := self._buffers.read(name, state[name], difference=difference)) is not None:
+                buffers[name] = value
+        return _Received(buffers, frozenset(ties))
 
-    def _strange(self, norm_bound: float | None) -> dict[Hashable, str]:
-        """Why clients are rejected for their buffers.
+    def _with_twins(self, fisher: Any, state: Mapping[str, Any]) -> Any:
+        """A Fisher by name in which a parameter that is another one by a second name has that one's."""
+        if not isinstance(fisher, Mapping) or all(name in fisher for name in self.layout.names):
+            return fisher
+        plain = by_plain_name(fisher)
+        found = {
+            name: plain[twin]
+            for name in self._params.keys() - plain.keys()
+            for twin in self._twins(name, self._params[name])
+            if twin in plain and _same(state.get(name), state.get(twin))
+        }
+        return {**plain, **found}
 
-        For an entry larger than ``norm_bound`` times the median over the clients of their largest entries, or the
-        largest entry of the global buffer if that is more.
-        """
-        strange: dict[Hashable, str] = {}
-        if norm_bound is None:
-            return strange
-        for name, own in self._buffers.items():
-            sizes = {client: _size(b[name]) for client, b in self._received.items() if client not in strange}
-            if not sizes:
-                break
-            usual = max(median_size(torch.tensor(list(sizes.values()), dtype=torch.float64)), _size(own.double()))
-            for client, size in sizes.items():
-                if size > norm_bound * usual:
-                    strange[client] = (
-                        f"buffer {name} has an entry of size {size:.4g}, "
-                        f"beyond {norm_bound:g} times the usual {usual:.4g}"
-                    )
-        return strange
+    def _twins(self, name: str, value: Any) -> tuple[str, ...]:
+        """The parameters whose values in the global state are those of an entry, which may be tied to one of them."""
+        if not value.is_floating_point() or value.numel() == 0 or name.endswith(_BATCH_NORM_STATISTICS):
+            return ()
+        return tuple(other for other, own in self._params.items() if other != name and _same(value, own))
 
-    def _weighted_mean(self, name: str, value: Tensor, result: AggregationResult) -> Tensor:
-        if not result.kept.any():
-            return value.detach().clone()
-        mean = torch.zeros(value.shape, dtype=torch.float64, device=value.device)
-        for client, weight in zip(result.clients, result.weights.tolist(), strict=True):
-            if weight:
-                mean += weight * self._received[client][name]
-        return (mean if value.is_floating_point() else mean.round()).to(value.dtype)
+    def _ties_of_most(self) -> dict[str, str]:
+        """Entries that equal one parameter in the states of most clients, with its name in the layout."""
+        received = [self._received[client] for client in self.updates.clients]
+        counts = Counter(tie for client in received for tie in client.ties)
+        return {name: self._owners[owner] for (name, owner), count in counts.items() if 2 * count > len(received)}
+
+    def _changed(self, client: Hashable, name: str) -> Tensor | None:
+        """A client's buffer, where it was not kept because it equals a parameter, from the store."""
+        received = self._received[client]
+        for owner in (owner for tied, owner in received.ties if tied == name):
+            part = self.layout.slices[self._owners[owner]]
+            value = (self._vector + self.updates[client].update)[part]
+            return value.view(self._buffers.own[name].shape).to(self._buffers.own[name])
+        return received.buffers.get(name)
 
 
 def floating_layout(global_state: State) -> ParamLayout:
     """All floating-point entries; shared tensors once."""
+    entries = _entries(global_state)
     first: dict[Hashable, str] = {}
-    for name, value in global_state.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
+    for name, value in entries.items():
+        if isinstance(value, Tensor | np.ndarray) and as_tensor(value).is_floating_point():
             first.setdefault(_memory(name, value), name)
-    return ParamLayout.from_tensors({name: global_state[name] for name in first.values()})
+    return ParamLayout.from_tensors({name: entries[name] for name in first.values()})
 
 
 def parameter_layout(global_state: State) -> ParamLayout:
-    """:func:`floating_layout` without BatchNorm's running statistics."""
-    names = (name for name in floating_layout(global_state).names if not name.endswith(_BATCH_NORM_STATISTICS))
-    return ParamLayout.from_tensors({name: global_state[name] for name in names})
+    """:func:`floating_layout` without BatchNorm's running statistics, and without masks that hold infinities."""
+    entries = _entries(global_state)
+    names = (
+        name
+        for name in floating_layout(entries).names
+        if not name.endswith(_BATCH_NORM_STATISTICS) and not as_tensor(entries[name]).isinf().any()
+    )
+    return ParamLayout.from_tensors({name: entries[name] for name in names})
 
 
-def _owners(global_state: State, layout: ParamLayout) -> dict[str, str]:
-    """The parameter behind every entry that is one, under its own name or another."""
-    owner = {_memory(name, global_state[name]): name for name in layout.names}
-    return {
-        name: name if name in layout.slices else owner[_memory(name, value)]
-        for name, value in global_state.items()
-        if name in layout.slices or _memory(name, value) in owner
-    }
+def without_ties(layout: ParamLayout, global_state: State, states: Sequence[Any]) -> ParamLayout:
+    """A layout without entries that equal an earlier one in the global state and in most clients' states."""
+    entries = _entries(global_state)
+    clients = [by_plain_name(_entries(state)) for state in states if isinstance(state, Mapping | nn.Module)]
+    plain = dict(zip(layout.names, by_plain_name(dict.fromkeys(layout.names)), strict=True))
+    kept: list[str] = []
+    tied: list[tuple[str, str]] = []
+    for name in layout.names:
+        alike = (first for first in kept if _same(entries[name], entries[first]))
+        equal = (f for f in alike if 2 * sum(_same(c.get(plain[name]), c.get(plain[f])) for c in clients) > len(states))
+        first = next(equal, None)
+        if first is None:
+            kept.append(name)
+        else:
+            tied.append((name, first))
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    return ParamLayout(tuple(kept), tuple(shapes[name] for name in kept), tuple(tied))
+
+
+def _layout_of(global_state: State) -> ParamLayout:
+    if isinstance(global_state, nn.Module):
+        return ParamLayout.from_module(global_state)
+    return parameter_layout(global_state)
+
+
+def _entries(state: Any) -> Mapping[str, Any]:
+    """A state dict, or that of a module."""
+    if isinstance(state, nn.Module):
+        state = inner_module(state).state_dict()
+    if not isinstance(state, Mapping):
+        raise TypeError(f"expected a state dict or a module, got {type(state).__name__}")
+    return state
+
+
+def _as_entry(value: Any) -> Any:
+    """An entry of the global state; an array as a tensor."""
+    return shared(value) if isinstance(value, np.ndarray) else value
+
+
+def _known_ties(own: Mapping[str, Any], params: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, str]:
+    """The parameter behind every entry that is one under another name."""
+    names = set(params.values())
+    owner = {_memory(name, own[name]): owner for name, owner in params.items()}
+    found = {name: tied[name] for name in own if name not in params and tied.get(name) in names}
+    by_memory = {name: owner[key] for name, value in own.items() if (key := _memory(name, value)) in owner}
+    return {**found, **{name: first for name, first in by_memory.items() if name not in params}}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two of a state's entries have the same values."""
+    if one is None or other is None:
+        return False
+    one, other = as_tensor(one), as_tensor(other)
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return True
+    first = one.flatten()[:1], other.flatten()[:1]  # most differ there
+    return torch.equal(*first) and torch.equal(one, other)
 
 
 def _memory(name: str, value: Any) -> Hashable:
     """Equal for entries that are the same tensor."""
+    if isinstance(value, np.ndarray):
+        value = _as_entry(value)
     if not isinstance(value, Tensor) or value.numel() == 0:
         return name
     return value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
-def _is_mean(value: Any) -> bool:
+def _is_real(value: Any) -> bool:
     """Whether a buffer is averaged: real numbers are, flags and complex numbers are not."""
     return isinstance(value, Tensor) and value.dtype != torch.bool and not value.is_complex()
 
 
-def _size(value: Tensor) -> float:
-    """The largest absolute entry."""
-    return value.abs().max().item() if value.numel() else 0.0
+def _like(value: Tensor | NDArray[Any], new: Tensor) -> Any:
+    """A copy of new numbers in the type, dtype and place of the entry of the global state."""
+    if isinstance(value, np.ndarray):
+        return new.cpu().numpy().astype(value.dtype)
+    return new.to(value.device, value.dtype, copy=True)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

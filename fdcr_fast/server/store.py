@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import threading
-from collections.abc import Hashable, Iterator
+import warnings
+from collections.abc import Hashable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -15,10 +17,10 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.server.file_rows import FileRows
-from fdcr_fast.server.intake import ClientUpdates, OnInvalid, refuse
+from fdcr_fast.server.intake import ClientUpdates, OnInvalid, plain_id, refuse
 from fdcr_fast.server.pinned import PinnedRows
 from fdcr_fast.server.row_writer import RowWriter
-from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, FreeRows, MemoryRows, StoreShape
+from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, FreeRows, MemoryRows, StoreShape, as_dtype
 from fdcr_fast.server.tiles import MatrixTiles
 
 _MEMORY_TILE = 32  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
@@ -48,6 +50,9 @@ class UpdateStore:
     pass that copies it. All methods may be called from many threads at once; contributions are then copied side by
     side, and views that the store has given out hold until a client is removed or replaced or the store is cleared.
 
+    **Rounds.** A store holds one round. ``AggregationRule.aggregate`` ends it: what was put stays there to be looked at
+    or aggregated by another rule, until the next contribution begins the next round, as :meth:`clear` does.
+
     **Order.** Clients lie in rows in the order in which their ``put`` began, or where ``row`` says; where one was
     rejected or removed, a later client takes the row, or else the last one moves there. The order decides how sums
     are rounded, nothing else.
@@ -57,14 +62,15 @@ class UpdateStore:
     was rejected is not written down.
 
     Args:
-        num_params: ``P``.
+        num_params: ``P``, or the layout.
         capacity: Largest number of accepted clients in a round.
-        dtype: In which updates and Fishers are kept: float32, float64, bfloat16 or float16.
+        dtype: In which updates and Fishers are kept: float32, float64, bfloat16 or float16, also by name.
         tile: ``L``; by default such that a tile of all clients fits into cache.
         device: Where they are kept.
         compute_device: Where rules read them, by default there. A store on the CPU for a GPU lies in pinned memory and
             may be larger than that of the GPU, which takes 128 MiB or two tiles of all clients at a time.
-        with_fishers: False for a store without Fishers, for rules that need none; half the memory.
+        with_fishers: False for a store without Fishers, for rules that need none; half the memory. Fishers that are
+            given all the same are ignored, once with a warning.
         layout: Names and shapes of the parameters, so that clients may send mappings by name.
         buffer_dtype: Of the numbers in raw buffers (``bytes``); by default ``dtype``.
         on_invalid: ``"reject"`` records a contribution that cannot be used; ``"raise"`` raises ValueError as well.
@@ -85,22 +91,25 @@ class UpdateStore:
 
     def __init__(
         self,
-        num_params: int,
+        num_params: int | ParamLayout,
         capacity: int,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         *,
         tile: int | None = None,
         device: torch.device | str = "cpu",
         compute_device: torch.device | str | None = None,
         with_fishers: bool = True,
         layout: ParamLayout | None = None,
-        buffer_dtype: torch.dtype | None = None,
+        buffer_dtype: torch.dtype | str | None = None,
         on_invalid: OnInvalid = "reject",
         path: str | os.PathLike[str] | None = None,
         max_resident: int | None = None,
         sync: bool = True,
         shared: bool = False,
     ) -> None:
+        if isinstance(num_params, ParamLayout):
+            layout, num_params = num_params if layout is None else layout, num_params.numel
+        dtype = as_dtype(dtype)
         device = torch.device(device)
         reader = device if compute_device is None else torch.device(compute_device)
         pinned = reader != device
@@ -124,7 +133,7 @@ class UpdateStore:
             rows = MemoryRows(shape, device, shared)
         else:
             rows = FileRows.create(path, shape, max_resident, sync)
-        self._start(rows, {}, layout, buffer_dtype, on_invalid)
+        self._start(rows, {}, layout, buffer_dtype, on_invalid, aggregated=False)
 
     @classmethod
     def open(
@@ -133,7 +142,7 @@ class UpdateStore:
         mode: Literal["r", "r+"] = "r",
         *,
         layout: ParamLayout | None = None,
-        buffer_dtype: torch.dtype | None = None,
+        buffer_dtype: torch.dtype | str | None = None,
         on_invalid: OnInvalid = "reject",
         max_resident: int | None = None,
         sync: bool = True,
@@ -157,19 +166,20 @@ class UpdateStore:
             raise ValueError(f"mode must be 'r' or 'r+', got {mode!r}")
         rows, accepted = FileRows.open(path, mode == "r+", max_resident, sync, verify)
         store = cls.__new__(cls)
-        store._start(rows, accepted, layout, buffer_dtype, on_invalid)
+        store._start(rows, accepted, layout, buffer_dtype, on_invalid, aggregated=rows.round_ended())
         return store
 
     @staticmethod
     def required_bytes(
         num_params: int,
         capacity: int,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         *,
         tile: int | None = None,
         with_fishers: bool = True,
     ) -> int:
         """Memory that such a store takes, ``nbytes``, without making it."""
+        dtype = as_dtype(dtype)
         tile = min(_MEMORY_TILE, max(num_params, 1)) if tile is None else tile
         return StoreShape(num_params, capacity, tile, dtype, with_fishers).nbytes
 
@@ -178,15 +188,17 @@ class UpdateStore:
         rows: MemoryRows | FileRows,
         accepted: dict[Hashable, Accepted],
         layout: ParamLayout | None,
-        buffer_dtype: torch.dtype | None,
+        buffer_dtype: torch.dtype | str | None,
         on_invalid: OnInvalid,
+        *,
+        aggregated: bool,
     ) -> None:
         shape = rows.shape
         if layout is not None and layout.numel != shape.num_params:
             raise ValueError(f"the layout has {layout.numel} parameters, the store {shape.num_params}")
         refuse({}, on_invalid)
         self._rows = rows
-        self._writer = RowWriter(rows, layout, buffer_dtype or shape.dtype)
+        self._writer = RowWriter(rows, layout, shape.dtype if buffer_dtype is None else as_dtype(buffer_dtype))
         self._on_invalid = on_invalid
         self._changed = threading.Condition()
         self._accepted = accepted
@@ -194,6 +206,8 @@ class UpdateStore:
         taken = {client.row for client in accepted.values()}
         self._free = FreeRows(row for row in range(shape.capacity) if row not in taken)
         self._arrived = 0
+        self._aggregated = frozenset(accepted) if aggregated else None
+        self._warned = False
         self.rejected: dict[Hashable, str] = {}
 
     def __enter__(self) -> UpdateStore:
@@ -224,6 +238,17 @@ class UpdateStore:
             f"UpdateStore(num_params={self.num_params}, capacity={self.capacity}, dtype={self.dtype}): "
             f"{len(self)} clients, {len(self.rejected)} rejected"
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a store is not copied: make a second one and put into it what iterating over this one gives, or open its "
+            "file; other processes fill rows through writer()"
+        )
+
+    @property
+    def aggregated(self) -> bool:
+        """Whether the round has ended, so that the next contribution begins another one."""
+        return self._aggregated is not None
 
     @property
     def num_params(self) -> int:
@@ -289,6 +314,16 @@ class UpdateStore:
             self._free = FreeRows(range(self.capacity))
             self._arrived = 0
             self.rejected = {}
+            self._mark_round(None)
+
+    def end_round(self, clients: Iterable[Hashable]) -> None:
+        """Let the next contribution begin another round, as ``AggregationRule.aggregate`` does when it is done.
+
+        Args:
+            clients: Who took part. What others put meanwhile belongs to the next round.
+        """
+        with self._changed:
+            self._mark_round(frozenset(clients))
 
     def close(self) -> None:
         """Let go of the file, which others can then write; a store in memory needs no closing."""
@@ -298,7 +333,9 @@ class UpdateStore:
 
     def reject(self, client_id: Hashable, reason: str) -> None:
         """Record that a client has no usable contribution this round, such as one that sent nothing."""
+        client_id = plain_id(client_id)
         with self._changed:
+            self._begin_round()
             if client_id in self._accepted:
                 raise ValueError(f"client {client_id!r} is already accepted")
             self.rejected[client_id] = reason
@@ -331,7 +368,8 @@ class UpdateStore:
                 ``__dlpack__``, a mapping by parameter name (of a store with a layout), or a buffer of ``P`` numbers.
             fisher: ``F_k [P]`` likewise; None for a store without Fishers.
             num_samples: ``n_k``.
-            client_id: By default the number of earlier calls in this round.
+            client_id: A string, an integer, or anything else that has a hash and tells it from others; by default the
+                number of earlier calls in this round, or the next one that is no client's.
             row: Where it lies, so that the order of the rows does not depend on who arrives first; by default the
                 first free row.
             replace: Whether a contribution under an accepted id takes the place of the first one, which stays until the
@@ -342,10 +380,14 @@ class UpdateStore:
 
         Raises:
             RuntimeError: the store is full.
+            TypeError: the id cannot be one.
             ValueError: it was not accepted, and ``on_invalid`` is ``"raise"``; or the given row is not free.
         """
+        if client_id is not None:
+            client_id = plain_id(client_id)
         with self._changed:
-            client = self._arrived if client_id is None else client_id
+            self._begin_round()
+            client = self._next_id() if client_id is None else client_id
             self._arrived += 1
             if client in self._arriving or (client in self._accepted and not replace):
                 return self._refuse(client, "sent a second contribution, which was ignored; the first one counts")
@@ -353,6 +395,7 @@ class UpdateStore:
                 raise RuntimeError(f"the store is full: its capacity is {self.capacity} clients")
             row = self._free.take(row)
             self._arriving.add(client)
+        self._note_unused(fisher)
         try:
             accepted = self._writer.fill(row, client, update, fisher, num_samples)
             self._rows.commit(accepted)
@@ -390,6 +433,7 @@ class UpdateStore:
             ValueError: it is accepted already, or its row is not free.
         """
         with self._changed:
+            self._begin_round()
             if accepted.client in self._accepted:
                 raise ValueError(f"client {accepted.client!r} is already accepted")
             self._free.take(accepted.row)
@@ -417,6 +461,33 @@ class UpdateStore:
             valid=torch.ones(len(clients), dtype=torch.bool),
             rejected=rejected,
         )
+
+    def _begin_round(self) -> None:
+        """Forget the last round if it has ended."""
+        if self._aggregated is None:
+            return
+        self._wait_for_arrivals()
+        late = {client: each for client, each in self._accepted.items() if client not in self._aggregated}
+        gone = [each.row for client, each in self._accepted.items() if client not in late]
+        self._rows.forget(gone)
+        for row in gone:
+            self._free.release(row)
+        self._accepted, self._arrived, self.rejected = late, len(late), {}
+        self._mark_round(None)
+
+    def _mark_round(self, aggregated: frozenset[Hashable] | None) -> None:
+        if (aggregated is None) != (self._aggregated is None):
+            self._rows.mark_round(aggregated is not None)
+        self._aggregated = aggregated
+
+    def _next_id(self) -> int:
+        taken = (self._accepted, self._arriving, self.rejected)
+        return next(number for number in itertools.count(self._arrived) if not any(number in ids for ids in taken))
+
+    def _note_unused(self, fisher: Any) -> None:
+        if fisher is not None and not self.with_fishers and not self._warned:
+            self._warned = True
+            warnings.warn("the store keeps no Fishers (with_fishers=False): those given are ignored", stacklevel=3)
 
     def _refuse(self, client: Hashable, reason: str) -> Literal[False]:
         self.rejected[client] = reason

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdcr_fast.layout import ParamLayout, as_tensor
 
@@ -22,8 +22,8 @@ def vector_pieces(
 
     Args:
         name: What the vector is, for messages.
-        values: A tensor or anything that speaks DLPack, a NumPy array, a mapping by parameter name (with a layout), or
-            a buffer (``bytes``, ``bytearray``, ``memoryview``).
+        values: A tensor or anything that speaks DLPack, a NumPy array, a mapping by parameter name or a sequence in the
+            order of the parameters (with a layout), or a buffer (``bytes``, ``bytearray``, ``memoryview``).
         num_params: ``P``.
         layout: Order of the parameters of a mapping.
         buffer_dtype: Of the numbers in a buffer.
@@ -32,8 +32,10 @@ def vector_pieces(
         ValueError: it is anything else, or has another length; the message says what came.
     """
     try:
-        if isinstance(values, Mapping):
-            return _pieces_by_name(values, layout)
+        if isinstance(values, nn.Module):
+            raise TypeError("it is a module, whose state is no update (StateStore.put_state takes states)")
+        if isinstance(values, Mapping) or (isinstance(values, list | tuple) and layout is not None):
+            return _pieces_of(values, layout)
         vector = _from_buffer(values, buffer_dtype) if _is_buffer(values) else _plain(shared(values))
     except Exception as error:  # the object is the client's, and so is whatever it raises
         raise ValueError(f"the {name} is no vector: {shown(error, str)}") from None
@@ -44,6 +46,23 @@ def vector_pieces(
     return [vector]
 
 
+def matrix(name: str, values: Any) -> Tensor:
+    """Clients' vectors ``[K, P]`` from a tensor, an array, or a list of vectors, which is copied.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: the vectors of a list differ in length.
+    """
+    if isinstance(values, Tensor | np.ndarray):
+        return shared(values)
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"expected {name} [K, P] to be a tensor, an array or a list of vectors, got {shown(values)}")
+    rows = [shared(row) for row in values]
+    if len({row.shape for row in rows}) > 1:
+        raise ValueError(f"expected {name} to be vectors of one length, got {[list(row.shape) for row in rows]}")
+    return torch.stack(rows)
+
+
 def shown(value: Any, form: Callable[[Any], str] = repr) -> str:
     """A client's object in a message; it may be long, or fail at being shown."""
     try:
@@ -52,9 +71,11 @@ def shown(value: Any, form: Callable[[Any], str] = repr) -> str:
         return f"a {type(value).__name__}"
 
 
-def _pieces_by_name(values: Mapping[Any, Any], layout: ParamLayout | None) -> list[Tensor]:
+def _pieces_of(values: Mapping[Any, Any] | Sequence[Any], layout: ParamLayout | None) -> list[Tensor]:
     if layout is None:
-        raise TypeError("it is a mapping by parameter name, and the store has no layout")
+        raise TypeError(
+            "it is a mapping by parameter name, and the store has no layout (layout=ParamLayout.from_module(model))"
+        )
     pieces = [_plain(tensor) for tensor in layout.tensors(values)]
     for name, piece in zip(layout.names, pieces, strict=True):
         if piece.dtype not in FLOATS:

@@ -24,8 +24,8 @@ class Round:
     fishers: torch.Tensor
     n: list[int]
 
-    def aggregate(self, rule):
-        return rule.aggregate(self.w, self.updates, self.fishers, self.n)
+    def aggregate(self, rule, **options):
+        return rule.aggregate(self.w, self.updates, self.fishers, self.n, **options)
 
     def store(self, tile=None, dtype=None):
         store = UpdateStore(len(self.w), len(self.n), dtype or self.updates.dtype, tile=tile)
@@ -341,7 +341,12 @@ def test_nobody_left(K):
     store = UpdateStore(20, K)
     for k in range(K):
         store.put(problem.updates[k] * torch.nan, problem.fishers[k], 1)
-    for result, rows in ((problem.aggregate(FDCR()), K), (FDCR().aggregate(problem.w, store), 0)):
+    for call in (lambda **o: problem.aggregate(FDCR(), **o), lambda **o: FDCR().aggregate(problem.w, store, **o)):
+        with pytest.raises(ValueError, match=f"none of {K} clients can be used: client 0: the "):
+            call()
+    with pytest.warns(UserWarning, match="the global parameters stay as they are"):
+        kept = problem.aggregate(FDCR(), on_empty="keep"), FDCR().aggregate(problem.w, store, on_empty="keep")
+    for result, rows in zip(kept, (K, 0), strict=True):
         assert torch.equal(result.params, problem.w)
         assert result.params.data_ptr() != problem.w.data_ptr()
         assert len(result.rejected) == K
@@ -424,7 +429,11 @@ def good():
             "floating-point updates .* got torch.int64",
         ),
         ({"updates": torch.ones(3, 4, dtype=torch.complex64)}, TypeError, "floating-point updates"),
-        ({"updates": [[1.0]]}, TypeError, r"updates \[K, P\] to be a torch.Tensor, got list"),
+        ({"updates": "abc"}, TypeError, r"expected updates \[K, P\], K vectors or an UpdateStore, got str"),
+        ({"updates": [torch.rand(4)]}, ValueError, "expected fishers of 1 clients like updates, got 3"),
+        ({"global_params": {"w": torch.zeros(4)}}, TypeError, r"global_params \[P\] to be a torch.Tensor, got dict"),
+        ({"fishers": None, "num_samples": None}, ValueError, "fishers must be given"),
+        ({"on_empty": "ignore"}, ValueError, "on_empty must be one of"),
         (
             {"updates": torch.rand(0, 4), "fishers": torch.rand(0, 4), "num_samples": []},
             ValueError,

@@ -239,7 +239,10 @@ def test_nobody_left_is_the_global_state():
     federation = Federation()
     for state in federation.clients:
         state["3.bias"] += torch.nan
-    state, result = federation.aggregate()
+    with pytest.raises(ValueError, match="none of 6 clients can be used: client 0: the update is not finite"):
+        federation.aggregate()
+    with pytest.warns(UserWarning, match="none of 6 clients can be used"):
+        state, result = federation.aggregate(on_empty="keep")
     assert len(result.rejected) == K
     for name, value in federation.state.items():
         assert torch.equal(state[name], value)
@@ -260,18 +263,17 @@ def test_the_dropped_do_not_reach_the_buffers():
 @pytest.mark.parametrize(
     ("name", "value"), [("1.running_mean", -1e9), ("1.running_var", 1e30), ("1.num_batches_tracked", 2**62)]
 )
-def test_buffers_of_unusual_size_reject_their_client(name, value):
+def test_buffers_of_unusual_size_move_nothing_far(name, value):
     federation = Federation()
-    expected, _ = federation.aggregate(
-        client_states=federation.clients[:-1], fishers=federation.fishers[:-1], num_samples=COUNTS[:-1]
-    )
+    honest = torch.stack([client[name] for client in federation.clients[:-1]])
     federation.clients[-1][name] = torch.full_like(federation.clients[-1][name], value)
-    state, result = federation.aggregate()
-    assert list(result.rejected) == [K - 1]
-    assert f"buffer {name} has an entry of size" in result.rejected[K - 1]
-    for key in expected:
-        torch.testing.assert_close(state[key], expected[key])
-    assert federation.aggregate(rule=FDCR(norm_bound=None))[1].rejected == {}
+    for rule in (FDCR(), FDCR(cluster=None, norm_bound=None), FedAvg(norm_bound=100)):
+        state, result = federation.aggregate(rule=rule)
+        assert result.rejected == {}
+        assert (honest.amin(0) <= state[name]).all()
+        assert (state[name] <= honest.amax(0)).all()
+    plain = federation.aggregate(rule=FedAvg())[0][name].double()
+    torch.testing.assert_close(plain, torch.full_like(plain, value * COUNTS[-1] / sum(COUNTS)), rtol=1e-3, atol=30)
 
 
 def test_buffers_that_are_zero_but_for_one_client():

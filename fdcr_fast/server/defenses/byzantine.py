@@ -7,23 +7,28 @@ from dataclasses import dataclass
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.rules import AggregationRule
 
+_ROUNDING = 1e-9  # 0.3 of 10 clients are 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class ByzantineRule(AggregationRule):
     """A rule that tolerates ``f`` Byzantine clients, a number that the server assumes and everybody may know.
 
     Args:
-        num_byzantine: ``f``.
+        num_byzantine: ``f``, or a fraction below 1/2: the share of a round's clients, rounded down.
         norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
     """
 
-    num_byzantine: int
+    weighs_samples = False
+    num_byzantine: int | float
     norm_bound: float | None = None
 
     def __post_init__(self) -> None:
         self._check_options()
-        if isinstance(self.num_byzantine, bool) or not isinstance(self.num_byzantine, int) or self.num_byzantine < 0:
-            raise ValueError(f"num_byzantine must be a number of clients, 0 or more, got {self.num_byzantine!r}")
+        f = self.num_byzantine
+        number = isinstance(f, int) and not isinstance(f, bool) and f >= 0
+        if not number and not (isinstance(f, float) and 0 <= f < 0.5):
+            raise ValueError(f"num_byzantine must be a number of clients, 0 or more, or a share below 0.5, got {f!r}")
 
     @classmethod
     def min_clients(cls, num_byzantine: int) -> int:
@@ -38,11 +43,14 @@ class ByzantineRule(AggregationRule):
         Raises:
             ValueError: fewer than :meth:`min_clients` took part.
         """
-        f, took_part = self.num_byzantine, len({*clients.clients, *clients.rejected})
+        took_part = len({*clients.clients, *clients.rejected})
+        f = self.num_byzantine
+        if isinstance(f, float):
+            f = int(f * took_part + _ROUNDING)
         if took_part < self.min_clients(f):
             raise ValueError(
                 f"{type(self).__name__} with num_byzantine={f} needs at least {self.min_clients(f)} clients, "
-                f"got {took_part}"
+                f"got {took_part}: take a smaller number, or a share of the round's clients, such as 0.2"
             )
         valid = int(clients.valid.sum())
         while f > 0 and valid < self.min_clients(f):

@@ -25,6 +25,7 @@ class CoordinateMedian(AggregationRule):
         norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
     """
 
+    weighs_samples = False
     sharded = True
     norm_bound: float | None = None
 
@@ -34,6 +35,10 @@ class CoordinateMedian(AggregationRule):
     def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
         """The same for all clients; what counts in one parameter need not count in another."""
         return equal_weights(kept)
+
+    def buffer_trim(self, kept: int) -> int | None:
+        """All but the middle one or two."""
+        return (kept - 1) // 2
 
     def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
         """The median over all clients of weight not 0."""

@@ -31,6 +31,7 @@ class FLAME(AggregationRule):
         norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
     """
 
+    weighs_samples = False
     sharded = True
     noise: float = 0.001
     seed: int = 0

@@ -128,6 +128,7 @@ class FoolsGold(AggregationRule):
         max_weight_share: Likewise.
     """
 
+    weighs_samples = False
     params: slice = field(default_factory=lambda: slice(None))
     state: FoolsGoldState = field(default_factory=FoolsGoldState, compare=False, repr=False)
     norm_bound: float | None = None

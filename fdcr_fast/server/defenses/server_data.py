@@ -15,6 +15,13 @@ from fdcr_fast.server.defenses.comparison import of_all, valid_ids
 from fdcr_fast.server.intake import ClientUpdates, sample_shares
 from fdcr_fast.server.rules import AggregationRule, Selection
 from fdcr_fast.server.shares import limited_shares
+from fdcr_fast.server.vectors import shown
+
+
+def _check_callable(rule: AggregationRule, name: str, result: str) -> None:
+    function = getattr(rule, name)
+    if not callable(function):
+        raise TypeError(f"{name} must be a function from global parameters [P] to {result}, got {shown(function)}")
 
 
 def _like(global_params: Tensor, value: Tensor, name: str) -> Tensor:
@@ -42,12 +49,14 @@ class FLTrust(AggregationRule):
         max_weight_share: Of ``T_k / sum T``, with which clients count after their updates were brought to one length.
     """
 
+    weighs_samples = False
     server_update: Callable[[Tensor], Tensor]
     norm_bound: float | None = None
     max_weight_share: float | None = None
 
     def __post_init__(self) -> None:
         self._check_options()
+        _check_callable(self, "server_update", "the server's own update [P]")
 
     def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
         """Keep whoever points into the server's half space."""
@@ -81,6 +90,7 @@ class Finetuning(AggregationRule):
 
     def __post_init__(self) -> None:
         self._check_options()
+        _check_callable(self, "refine", "better ones [P]")
 
     def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
         """The weighted mean, refined."""
@@ -125,6 +135,7 @@ class Sageflow(AggregationRule):
 
     def __post_init__(self) -> None:
         self._check_options()
+        _check_callable(self, "evaluate", "a ModelQuality")
         if not self.entropy_threshold > 0:
             raise ValueError(f"entropy_threshold must be positive, got {self.entropy_threshold}")
         if not 0 <= self.loss_exponent < math.inf:

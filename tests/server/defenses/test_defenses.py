@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fdcr_fast
@@ -303,6 +303,8 @@ def test_noise_has_the_deviation_that_was_asked_for_and_is_new_in_every_round():
 def test_multi_metrics(seed, K, P):
     given_ = problem(seed, K, P)
     expected = oracles.multi_metrics(given_.w.numpy(), given_.D)
+    ordered = np.sort(expected)
+    assume(ordered[K // 2] - ordered[K // 2 - 1] > 1e-4 * ordered[-1])  # else rounding chooses
     result = given_.apply(MultiMetrics(keep_share=0.5))
     np.testing.assert_allclose(result.discrepancy, expected, rtol=1e-5)
     members = np.argsort(expected)[: K // 2]
@@ -471,7 +473,10 @@ def test_clients_that_send_what_cannot_be_used_stop_nobody(name):
     with pytest.raises(ValueError, match="client 7: the update is not finite"):
         given_.apply(RULES[name](), on_invalid="raise")
     given_.updates[:] = torch.nan
-    assert torch.equal(given_.apply(RULES[name]()).params, given_.w)
+    with pytest.raises(ValueError, match="none of 12 clients can be used"):
+        given_.apply(RULES[name]())
+    with pytest.warns(UserWarning, match="none of 12 clients can be used"):
+        assert torch.equal(given_.apply(RULES[name](), on_empty="keep").params, given_.w)
 
 
 @everyone
