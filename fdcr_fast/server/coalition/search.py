@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -149,7 +149,9 @@ def _largest(K: int) -> int:
     return (K - 1) // 2
 
 
+@lru_cache(maxsize=_EXACT)
 def _minorities(K: int) -> Tensor:
+    """Membership in every set that may be the coalition, bool ``[R, K]``, not to be written to."""
     sets = itertools.chain.from_iterable(itertools.combinations(range(K), s) for s in range(1, _largest(K) + 1))
     chosen = list(sets)
     members = torch.zeros(len(chosen), K, dtype=torch.bool)

@@ -55,7 +55,7 @@ class MultiMetrics(AggregationRule):
 def _metrics(global_params: Tensor, clients: ClientUpdates) -> Tensor:
     """Manhattan and Euclidean distance and cosine to the global parameters, float64 ``[n, 3]``."""
     squared_norm = clients.squared_norm[clients.valid]
-    manhattan = column_sums(clients, lambda columns: columns.updates.double().abs().sum(1))
+    manhattan = column_sums(clients, lambda columns: columns.updates.double().abs().sum(1)).cpu()
     along = dot_products(clients, global_params)
     size = clients.shard.sum_vector(global_params, squared_length).sqrt().cpu()
     length = size * (size.square() + 2 * along + squared_norm).clamp(min=0).sqrt()
