@@ -139,8 +139,8 @@ def find_coalition(views: Views) -> tuple[Tensor, float]:
         raise ValueError(f"a minority takes at least 3 clients, got {K}")
     if K <= _EXACT:
         sets = _Sets(_minorities(K), views)
-        best = sets.scores().argmax()
-        return sets.members[best], sets.scores()[best].item()
+        score, best = sets.scores().max(0)
+        return sets.members[best], score.item()
     candidates = [_improved(members, views) for members in _grown(views)]
     return max(candidates, key=lambda found: found[1])
 

@@ -77,9 +77,10 @@ def standard_scores(values: Tensor) -> Tensor:
     """``(x - mean) / sd`` with the population's deviation; 0 where all are equal or a value is not finite."""
     finite = values.isfinite()
     known = values[finite]
-    if len(known) < 2 or not known.std(correction=0) > 0:
+    if len(known) < 2:
         return torch.zeros_like(values)
-    return torch.where(finite, values - known.mean(), 0.0) / known.std(correction=0)
+    deviation, mean = torch.std_mean(known, correction=0)
+    return torch.where(finite, values - mean, 0.0) / deviation if deviation > 0 else torch.zeros_like(values)
 
 
 def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
@@ -142,7 +143,7 @@ class _FishersAlone(TilesView):
 def _mean_fisher(clients: ClientUpdates) -> Tensor:
     """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum; float64, of the parameters here."""
     fishers = replace(clients, tiles=_FishersAlone(clients.tiles))
-    total = column_sums(fishers, lambda columns: columns.updates.sum(1, dtype=torch.float64)).cpu()
+    total = column_sums(fishers, lambda columns: columns.updates.sum(1)).cpu()
     weights = torch.zeros(len(clients.valid), dtype=torch.float64)
     weights[clients.valid] = 1 / (len(total) * total)
     nothing = torch.zeros(clients.tiles.num_params, dtype=torch.float64, device=clients.tiles.device)
@@ -158,7 +159,7 @@ def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: T
     """``r_k``: how important the parameters of the head are that a client changes."""
 
     def terms(columns: Columns) -> Tensor:
-        squares = columns.updates.double().square()
+        squares = columns.updates.square()
         return torch.stack([squares @ mean_fisher[columns.params], squares.sum(1)])
 
     weighted, plain = column_sums(clients, terms, 2, ranges=groups.head)
@@ -171,7 +172,7 @@ def _kurtosis(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor, 
     size = sum(group.stop - group.start for group in groups.features)
 
     def terms(columns: Columns) -> Tensor:
-        q = columns.updates.double().square().div_(mean_fisher[columns.params] + floor)
+        q = columns.updates.square().div_(mean_fisher[columns.params] + floor)
         return torch.stack([q.sum(1), q.square_().sum(1)])
 
     first, second = column_sums(clients, terms, 2, ranges=groups.features)
