@@ -305,8 +305,8 @@ def test_multi_metrics(seed, K, P):
     expected = oracles.multi_metrics(given_.w.numpy(), given_.D)
     result = given_.apply(MultiMetrics(keep_share=0.5))
     np.testing.assert_allclose(result.discrepancy, expected, rtol=1e-5)
-    members = np.argsort(expected)[: K // 2]
-    assert kept(result) == set(members.tolist())
+    members = sorted(kept(result))  # which of two equal ones rounding decides
+    np.testing.assert_allclose(np.sort(expected[members]), np.sort(expected)[: K // 2], rtol=1e-9)
     n = np.array(given_.n)[members]
     assert_step(given_, result, n / n.sum() @ given_.D[members])
 
