@@ -308,8 +308,8 @@ def gram(
     float32 over at most 128 parameters and from there in float64; a client's entries are divided by a power of two
     there, if their products could leave the range of float32; :func:`fdcr_fast.grams` states the error. NaN, infinity,
     the root of a negative Fisher entry, and the importance of a constant Fisher make the row and column of that client
-    non-finite, and no others. ``total`` threaded through successive spans of tiles gives the same bits as one call for
-    all of them, except by kernels on GPUs.
+    non-finite, and no others. ``total`` threaded through successive spans of a multiple of ``max(1, STRETCH // L)``
+    tiles gives the same bits as one call for all of them, except by kernels on GPUs.
 
     Args:
         updates: Tiled client matrix ``[T, K, L]``.

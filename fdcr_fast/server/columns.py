@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fdcr_fast.server.blocks import cut
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.tiles import Span
 from fdcr_fast.server.transfer import sent
 
-_BLOCK = 1 << 20  # numbers of all clients that are looked at together
+_BLOCK = 1 << 18  # numbers of all clients that are looked at together
+_MODELS = 1 << 24  # numbers of the models that are made together
 
 
 class Columns(NamedTuple):
@@ -20,7 +23,7 @@ class Columns(NamedTuple):
 
     Attributes:
         params: Which of the parameters that are here.
-        updates: ``[n, len]`` in the dtype of the clients, not to be written to.
+        updates: ``[n, len]``, not to be written to.
     """
 
     params: slice
@@ -28,36 +31,60 @@ class Columns(NamedTuple):
 
 
 def column_blocks(clients: ClientUpdates) -> Iterator[Columns]:
-    """All parameters that are here in order; a block is valid until the next one."""
+    """All parameters that are here in order, in the dtype of the clients; a block is valid until the next one."""
     for span in clients.spans():
         yield from _columns(clients, span)
 
 
-def _columns(clients: ClientUpdates, span: Span) -> Iterator[Columns]:
-    valid = None if clients.rows is None else sent(clients.rows, clients.tiles.device)
-    tiles, K, length = span.updates.shape
-    width = max(1, _BLOCK // K)
-    together = max(1, width // length)
-    for t in range(0, tiles, together):
-        rows = span.updates[t : t + together].transpose(0, 1).flatten(1)  # of one tile a view
-        size = min(rows.shape[1], span.num_params - t * length)
-        first = span.first + t * length
-        for start in range(0, size, width):
-            stop = min(start + width, size)
-            block = rows[:, start:stop]
-            yield Columns(slice(first + start, first + stop), block if valid is None else block.index_select(0, valid))
+def column_sums(
+    clients: ClientUpdates, term: Callable[[Columns], Tensor], *size: int, ranges: Iterable[slice] | None = None
+) -> Tensor:
+    """Sums over parameters of numbers of each valid client, float64 ``[*size, n]``, where the rows are.
 
-
-def column_sums(clients: ClientUpdates, term: Callable[[Columns], Tensor]) -> Tensor:
-    """The sum over all parameters of a number of each valid client, float64 ``[n]``."""
+    Args:
+        clients: Of the round.
+        term: These sums over a block of parameters, whose updates are float64.
+        size: How many numbers of a client.
+        ranges: Over which of the model's parameters; None for all.
+    """
+    here = None
+    if ranges is not None:
+        shift = clients.shard.first
+        here = [slice(part.start - shift, part.stop - shift) for part in _merged(ranges)]
 
     def read(span: Span, total: Tensor) -> Tensor:
-        for columns in _columns(clients, span):
-            total = total + term(columns)
+        for params, updates in _columns(clients, span, here):
+            total = total + term(Columns(params, updates.double()))
         return total
 
-    zeros = torch.zeros(int(clients.valid.sum()), dtype=torch.float64, device=clients.tiles.device)
-    return clients.sum(zeros, read).cpu()
+    n = len(clients.clients) if clients.rows is None else len(clients.rows)
+    return clients.sum(torch.zeros(*size, n, dtype=torch.float64, device=clients.tiles.device), read)
+
+
+def _merged(ranges: Iterable[slice]) -> list[slice]:
+    """The ranges in order; those that follow each other, such as weight and bias, are one."""
+    merged: list[slice] = []
+    for part in sorted(ranges, key=lambda part: part.start):
+        if merged and merged[-1].stop == part.start:
+            part = slice(merged.pop().start, part.stop)
+        merged.append(part)
+    return merged
+
+
+def _columns(clients: ClientUpdates, span: Span, ranges: Sequence[slice] | None = None) -> Iterator[Columns]:
+    """What a span holds of the ranges, in blocks of bounded size: whole tiles, joined, or a part of one."""
+    valid = None if clients.rows is None else sent(clients.rows, clients.tiles.device)
+    _, K, length = span.updates.shape
+    width = max(1, _BLOCK // K)
+    width -= width % min(width, length)
+    stops = [*range(span.first + width, span.first + span.num_params, width)]
+    if ranges is not None:
+        stops = sorted({*stops, *(stop for part in ranges for stop in (part.start, part.stop))})
+    for block in cut(span, stops):
+        if ranges is None or any(part.start <= block.first < part.stop for part in ranges):
+            rows = block.updates if valid is None else block.updates.index_select(1, valid)
+            joined = rows.transpose(0, 1).flatten(1)
+            yield Columns(slice(block.first, block.first + block.num_params), joined[:, : block.num_params])
 
 
 def squared_length(vector: Tensor) -> Tensor:
@@ -68,15 +95,15 @@ def squared_length(vector: Tensor) -> Tensor:
 
 def dot_products(clients: ClientUpdates, vector: Tensor) -> Tensor:
     """``<delta_k, vector>`` of the valid clients with a vector ``[P]``, float64 ``[n]``."""
-    return column_sums(clients, lambda columns: columns.updates.double() @ vector[columns.params].double())
+    return column_sums(clients, lambda columns: columns.updates @ vector[columns.params].double()).cpu()
 
 
 def client_params(global_params: Tensor, clients: ClientUpdates) -> Iterator[Tensor]:
     """``w + delta_k [P]`` of one valid client after the other, in the dtype of the global parameters."""
-    n = int(clients.valid.sum())
-    together = min(n, max(1, 16 * _BLOCK // clients.num_params))  # rounds in files are read once for so many
-    for first in range(0, n, together):
-        rows = global_params.repeat(min(together, n - first), 1)
-        for params, updates in column_blocks(clients):
-            rows[:, params] += updates[first : first + together].to(rows.dtype)
-        yield from rows
+    valid = clients.valid.nonzero().flatten()
+    for batch in valid.split(max(1, _MODELS // clients.num_params)):  # rounds in files are read once for so many
+        some = replace(clients, valid=torch.zeros_like(clients.valid).index_fill_(0, batch, True))
+        models = global_params.repeat(len(batch), 1)
+        for params, updates in column_blocks(some):
+            models[:, params] += updates.to(models.dtype)
+        yield from models

@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fdcr_fast import ops
 from fdcr_fast.server import passes
 from fdcr_fast.server.cluster import CLUSTERINGS, check_density, check_partition
 from fdcr_fast.server.intake import ClientUpdates
@@ -102,7 +101,7 @@ class FDCR(AggregationRule):
 
         On a device a guess would have to be waited for: there everybody is taken to pass.
         """
-        if clients.num_params >= ops.STRETCH:
+        if passes.worth_sampling(clients):
             single, passing = passes.may_fit_single(clients), True
             if clients.tiles.device.type == "cpu":
                 guess = clients.with_norms(passes.sampled_norms(clients))
@@ -133,24 +132,25 @@ class FDCR(AggregationRule):
         With the outcome the round with the squared norms of this reading, which are as right as its products.
         """
         on = clients.on_device()
-        alpha, expected = self.shares(on, on.valid), on.valid
-        if self.cluster is not None:
-            guess = passes.sampled_scores(on, alpha, reweight=self.importance, single=single)
-            expected = self._decide(guess.distance, on).kept
+        alpha = self.shares(on, on.valid)
+        expected = self._expected(on, alpha, single)
         while True:
-            scores, params = passes.scores_and_mean(
-                global_params,
-                on,
-                alpha,
-                self.weights(on, expected),
-                reweight=self.importance,
-                rescale=self.rescale,
-                single=single,
-            )
+            if expected is None:
+                scores = passes.scores(on, alpha, reweight=self.importance, single=single)
+            else:
+                scores, params = passes.scores_and_mean(
+                    global_params,
+                    on,
+                    alpha,
+                    self.weights(on, expected),
+                    reweight=self.importance,
+                    rescale=self.rescale,
+                    single=single,
+                )
             selection = self._decide(scores.distance, on)
             weights = self.weights(on, selection.kept)
             trusted = passes.trusted(scores, on, alpha) if single else torch.tensor(True)
-            foreseen = (selection.kept == expected).all()
+            foreseen = torch.tensor(False) if expected is None else (selection.kept == expected).all()
             read = clients.with_norms(scores.squared_norm)
             selection, own, trusted, foreseen, finite, *statistics = _fetched(
                 selection, weights, trusted, foreseen, finite, *read.statistics
@@ -162,6 +162,15 @@ class FDCR(AggregationRule):
         if not foreseen:
             params = passes.mean(global_params, on, weights, rescale=self.rescale, single=single)
         return (selection, own, params), clients.with_statistics(*statistics)
+
+    def _expected(self, clients: ClientUpdates, alpha: Tensor, single: bool) -> Tensor | None:
+        """Who will probably be kept; None for a round that takes no longer to read twice than to guess."""
+        if self.cluster is None:
+            return clients.valid
+        if not passes.worth_sampling(clients):
+            return None
+        guess = passes.sampled_scores(clients, alpha, reweight=self.importance, single=single)
+        return self._decide(guess.distance, clients).kept
 
     def _decide(self, distance: Tensor, clients: ClientUpdates) -> Selection:
         """From vectors that lie together, on the CPU or not; nothing waits for them."""

@@ -22,6 +22,7 @@ Importances = tuple[Tensor | None, Tensor | None, Tensor | None]
 # how much larger what was subtracted is than what was left. Beyond this ratio V is computed again in float64.
 _CANCELLATION = 8.0
 _SAME = 1e-5  # scores that are closer together are told apart in float64 only
+_FEWEST_SAMPLED = 4096  # parameters
 _LEAST_RMS, _MOST_NORM, _RANGE = 1e-14, 1e15, 1e30  # squares of sizes in between are far from the limits of float32
 
 
@@ -130,6 +131,11 @@ def central_mean(global_params: Tensor, clients: ClientUpdates, read: Tensor, ke
     )
 
 
+def worth_sampling(clients: ClientUpdates) -> bool:
+    """Whether a sample is less than half of the parameters."""
+    return clients.num_params > 2 * _FEWEST_SAMPLED
+
+
 def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
     """Scores over a few of the parameters, spread over all of them: a guess."""
     clients, totals = clients.on_device(), _no_totals(clients)
@@ -152,7 +158,7 @@ def sampled_norms(clients: ClientUpdates) -> Tensor:
 def _sample(tiles: ClientTiles) -> Iterator[Span]:
     """About one in 64 parameters, and at least 4096 if there are so many, in up to 16 windows."""
     P, windows = tiles.num_params, 16
-    wanted = max(4096, P // 64)
+    wanted = max(_FEWEST_SAMPLED, P // 64)
     if not isinstance(tiles, MatrixTiles):  # of a file: whole tiles are read
         count = min(2, -(-P // tiles.tile))
         for i in range(count):

@@ -138,16 +138,18 @@ def test_views_do_not_depend_on_each_other(compiled):
 @pytest.mark.parametrize("cuts", [{2}, {1, 4}, {1, 2, 3, 4}])
 @pytest.mark.parametrize("tile", [64, 100, 4500])
 @pytest.mark.parametrize("float64", [False, True])
-def test_same_bits_however_the_tiles_are_cut(implementation, cuts, tile, float64):
-    T, K, P = 5, 9, 5 * tile - 7
+def test_same_bits_however_stretches_are_cut(implementation, cuts, tile, float64):
+    stretch = max(1, ops.STRETCH // tile)  # in tiles
+    T, K, P = 5 * stretch, 9, 5 * stretch * tile - 7
     updates, fishers, low, high = plain(K, P)
     padding = torch.full((1, K, 7), torch.nan)
     updates, fishers = (torch.cat([x, padding], 2).view(K, T, tile).transpose(0, 1) for x in (updates, fishers))
-    ranges = torch.tensor([[3, 40], [tile - 5, 2 * tile + 17], [3 * tile, P - 1]])
+    size = stretch * tile
+    ranges = torch.tensor([[3, 40], [size - 5, 2 * size + 17], [3 * size, P - 1]])
     args = low, high, everybody(K), ["update", "fourth_root_fisher"]
     once = implementation("gram")(updates, fishers, *args, [ranges] * 2, total(K, 2), P, float64)
     sums = total(K, 2)
-    for begin, end in itertools.pairwise([0, *sorted(cuts), T]):
+    for begin, end in itertools.pairwise([0, *(stretch * cut for cut in sorted(cuts)), T]):
         first, here = begin * tile, min(P, end * tile) - begin * tile
         part = (ranges - first).clamp(0, here)
         tiles = slice(begin, end)

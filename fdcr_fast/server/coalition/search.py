@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -139,8 +139,8 @@ def find_coalition(views: Views) -> tuple[Tensor, float]:
         raise ValueError(f"a minority takes at least 3 clients, got {K}")
     if K <= _EXACT:
         sets = _Sets(_minorities(K), views)
-        best = sets.scores().argmax()
-        return sets.members[best], sets.scores()[best].item()
+        score, best = sets.scores().max(0)
+        return sets.members[best], score.item()
     candidates = [_improved(members, views) for members in _grown(views)]
     return max(candidates, key=lambda found: found[1])
 
@@ -149,7 +149,9 @@ def _largest(K: int) -> int:
     return (K - 1) // 2
 
 
+@lru_cache(maxsize=_EXACT)
 def _minorities(K: int) -> Tensor:
+    """Membership in every set that may be the coalition, bool ``[R, K]``, not to be written to."""
     sets = itertools.chain.from_iterable(itertools.combinations(range(K), s) for s in range(1, _largest(K) + 1))
     chosen = list(sets)
     members = torch.zeros(len(chosen), K, dtype=torch.bool)

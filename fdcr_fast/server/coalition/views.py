@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fdcr_fast.layout import ParamLayout
+from fdcr_fast.server import passes
 from fdcr_fast.server.coalition.search import Views
+from fdcr_fast.server.columns import Columns, column_sums
 from fdcr_fast.server.gram import GramView, grams
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.tiles import Span
 from fdcr_fast.server.tiles_view import TilesView
 
-_BLOCK = 1 << 20  # numbers of all clients that are looked at together
 _NO_DIRECTION = 1e-6  # squared length beside which a cosine is rounding
 
 
@@ -77,9 +77,10 @@ def standard_scores(values: Tensor) -> Tensor:
     """``(x - mean) / sd`` with the population's deviation; 0 where all are equal or a value is not finite."""
     finite = values.isfinite()
     known = values[finite]
-    if len(known) < 2 or not known.std(correction=0) > 0:
+    if len(known) < 2:
         return torch.zeros_like(values)
-    return torch.where(finite, values - known.mean(), 0.0) / known.std(correction=0)
+    deviation, mean = torch.std_mean(known, correction=0)
+    return torch.where(finite, values - mean, 0.0) / deviation if deviation > 0 else torch.zeros_like(values)
 
 
 def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
@@ -128,16 +129,25 @@ def _cosines(gram: Tensor, least: float = 0.0) -> Tensor:
     return gram / (length[:, None] * length)
 
 
+@dataclass(frozen=True)
+class _FishersAlone(TilesView):
+    """The tiles of a round with the Fishers in the place of the updates."""
+
+    with_fishers = False
+
+    def seen(self, span: Span) -> Span:
+        assert span.fishers is not None, "a rule that takes importances is given Fishers"
+        return replace(span, updates=span.fishers, fishers=None)
+
+
 def _mean_fisher(clients: ClientUpdates) -> Tensor:
     """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum; float64, of the parameters here."""
-    everything = [slice(0, clients.num_params)]
-    total = _sums(clients, everything, lambda block: block.fishers().sum(1, dtype=torch.float64))
-    share = 1 / (len(total) * total)
-    mean = torch.empty(clients.tiles.num_params, dtype=torch.float64, device=total.device)
-    for span in clients.spans():
-        for block in _blocks(clients, span, everything):
-            mean[block.params] = share @ block.fishers().double()
-    return mean
+    fishers = replace(clients, tiles=_FishersAlone(clients.tiles))
+    total = column_sums(fishers, lambda columns: columns.updates.sum(1)).cpu()
+    weights = torch.zeros(len(clients.valid), dtype=torch.float64)
+    weights[clients.valid] = 1 / (len(total) * total)
+    nothing = torch.zeros(clients.tiles.num_params, dtype=torch.float64, device=clients.tiles.device)
+    return passes.mean(nothing, fishers, weights, rescale=False, single=False)
 
 
 def _mean_over_params(clients: ClientUpdates, vector: Tensor) -> Tensor:
@@ -148,11 +158,11 @@ def _mean_over_params(clients: ClientUpdates, vector: Tensor) -> Tensor:
 def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor) -> Tensor:
     """``r_k``: how important the parameters of the head are that a client changes."""
 
-    def terms(block: _Block) -> Tensor:
-        squares = block.updates().double().square()
-        return torch.stack([squares @ mean_fisher[block.params], squares.sum(1)])
+    def terms(columns: Columns) -> Tensor:
+        squares = columns.updates.square()
+        return torch.stack([squares @ mean_fisher[columns.params], squares.sum(1)])
 
-    weighted, plain = _sums(clients, groups.head, terms, 2)
+    weighted, plain = column_sums(clients, terms, 2, ranges=groups.head)
     return torch.log(weighted / plain).cpu()
 
 
@@ -161,67 +171,9 @@ def _kurtosis(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor, 
     floor = regularisation * _mean_over_params(clients, mean_fisher)
     size = sum(group.stop - group.start for group in groups.features)
 
-    def terms(block: _Block) -> Tensor:
-        q = block.updates().double().square().div_(mean_fisher[block.params] + floor)
+    def terms(columns: Columns) -> Tensor:
+        q = columns.updates.square().div_(mean_fisher[columns.params] + floor)
         return torch.stack([q.sum(1), q.square_().sum(1)])
 
-    first, second = _sums(clients, groups.features, terms, 2)
+    first, second = column_sums(clients, terms, 2, ranges=groups.features)
     return torch.log((second / size) / (first / size) ** 2).cpu()
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Some parameters of the valid clients.
-
-    Attributes:
-        params: Which of those that are here.
-        span: That they lie in.
-        tile: Of the span.
-        columns: Of the tile.
-        rows: The valid clients; None for all.
-    """
-
-    params: slice
-    span: Span
-    tile: int
-    columns: slice
-    rows: Tensor | None
-
-    def updates(self) -> Tensor:
-        """``[K', n]``, maybe a view."""
-        return self._of(self.span.updates)
-
-    def fishers(self) -> Tensor:
-        """Likewise."""
-        assert self.span.fishers is not None
-        return self._of(self.span.fishers)
-
-    def _of(self, matrix: Tensor) -> Tensor:
-        columns = matrix[self.tile, :, self.columns]
-        return columns if self.rows is None else columns[self.rows]
-
-
-def _sums(clients: ClientUpdates, ranges: Iterable[slice], terms: Callable[[_Block], Tensor], *size: int) -> Tensor:
-    """Sums over ranges of the parameters of what ``terms`` says of each valid client, float64 ``[*size, K']``."""
-
-    def read(span: Span, total: Tensor) -> Tensor:
-        for block in _blocks(clients, span, ranges):
-            total = total + terms(block)
-        return total
-
-    zeros = torch.zeros(*size, int(clients.valid.sum()), dtype=torch.float64, device=clients.tiles.device)
-    return clients.sum(zeros, read)
-
-
-def _blocks(clients: ClientUpdates, span: Span, ranges: Iterable[slice]) -> Iterator[_Block]:
-    """What a span holds of the ranges, in blocks of bounded size."""
-    rows = None if clients.valid.all() else clients.valid.nonzero().flatten().to(clients.tiles.device)
-    width = max(1, _BLOCK // max(1, len(clients.valid)))
-    tile, shift = span.updates.shape[2], clients.shard.first
-    for start in range(span.first, span.first + span.num_params, tile):
-        stop = min(start + tile, span.first + span.num_params)
-        for part in ranges:
-            for first in range(max(start, part.start - shift), min(stop, part.stop - shift), width):
-                last = min(first + width, stop, part.stop - shift)
-                columns = slice(first - start, last - start)
-                yield _Block(slice(first, last), span, (start - span.first) // tile, columns, rows)

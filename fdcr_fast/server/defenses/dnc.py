@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdcr_fast.server.columns import column_blocks
 from fdcr_fast.server.defenses.byzantine import ByzantineRule
 from fdcr_fast.server.defenses.comparison import equal_weights, of_all
 from fdcr_fast.server.gram import gram
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.randomness import round_generator
 from fdcr_fast.server.rules import Selection
+from fdcr_fast.server.transfer import sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +79,12 @@ def outlier_scores(updates: Tensor) -> Tensor:
 
 def _samples(clients: ClientUpdates, drawn: Tensor) -> Tensor:
     """The drawn parameters ``[S, m]`` of the valid clients in one reading, float64 ``[S, n, m]``."""
-    shift = clients.shard.first
-    result = torch.zeros(len(drawn), int(clients.valid.sum()), drawn.shape[1], dtype=torch.float64)
-    for columns, updates in column_blocks(clients):
-        for sample, params in zip(result, drawn, strict=True):
-            first, stop = torch.searchsorted(params, torch.tensor([columns.start, columns.stop]) + shift).tolist()
-            here = (params[first:stop] - shift - columns.start).to(updates.device)
-            sample[:, first:stop] = updates[:, here].double().cpu()
-    return clients.shard.sum_parts(result)
+    params = drawn.flatten() - clients.shard.first
+    valid = clients.valid.nonzero().flatten()
+    result = torch.zeros(len(valid), len(params), dtype=torch.float64)
+    for span in clients.spans():
+        here = ((span.first <= params) & (params < span.first + span.num_params)).nonzero().flatten()
+        place = sent(params[here] - span.first, span.updates.device)
+        length = span.updates.shape[2]
+        result[:, here] = span.updates[place // length, :, place % length].t().double().cpu()[valid]
+    return clients.shard.sum_parts(result).view(len(valid), *drawn.shape).transpose(0, 1)

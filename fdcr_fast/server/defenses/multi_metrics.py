@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdcr_fast.server.columns import column_sums, dot_products, squared_length
+from fdcr_fast.server.columns import Columns, column_sums, squared_length
 from fdcr_fast.server.defenses.comparison import chosen, of_all
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.rules import AggregationRule, Selection
@@ -55,8 +55,12 @@ class MultiMetrics(AggregationRule):
 def _metrics(global_params: Tensor, clients: ClientUpdates) -> Tensor:
     """Manhattan and Euclidean distance and cosine to the global parameters, float64 ``[n, 3]``."""
     squared_norm = clients.squared_norm[clients.valid]
-    manhattan = column_sums(clients, lambda columns: columns.updates.double().abs().sum(1))
-    along = dot_products(clients, global_params)
+
+    def terms(columns: Columns) -> Tensor:
+        along = columns.updates @ global_params[columns.params].double()
+        return torch.stack([columns.updates.abs().sum(1), along])
+
+    manhattan, along = column_sums(clients, terms, 2).cpu()
     size = clients.shard.sum_vector(global_params, squared_length).sqrt().cpu()
     length = size * (size.square() + 2 * along + squared_norm).clamp(min=0).sqrt()
     cosine = torch.where(length > 0, (size.square() + along) / length, 0.0)
