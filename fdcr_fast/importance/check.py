@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -29,7 +30,7 @@ _TOLERANCE = 0.05
 _NOISE = 1e-5
 
 # What has passed, so that the Fishers of many clients are not all checked.
-_passed: set[int] = set()
+_passed: set[Any] = set()
 
 
 class Check:
@@ -63,6 +64,7 @@ class Check:
         self._generator = generator
         self._samples = torch.Generator().manual_seed(0)
         self._distrusted: set[str] = set()
+        self._shown = False  # by a batch of several samples, whether they are kept apart
 
     def __call__(self, estimate: Estimate, batch: Batch) -> None:
         """Checks a batch that is about to be added; parameters that differ are left to plain autograd, with a warning.
@@ -70,8 +72,9 @@ class Check:
         Raises:
             RuntimeError: They differ only now, after other batches were added.
         """
-        if self._how == "off" or batch.samples == 0 or (self._how == "first" and estimate.samples > 0):
+        if self._how == "off" or batch.samples == 0 or (self._how == "first" and self._shown):
             return
+        self._shown = batch.samples > 1
         alike = self._alike(batch)
         if self._how == "first" and alike in _passed:
             return
@@ -81,10 +84,11 @@ class Check:
             _log.info("not checked: %s", error)
             return
         if not differing:
-            _passed.add(alike)
+            if batch.samples > 1:  # one sample alone cannot be confused with others
+                _passed.add(alike)
             return
         message = f"per-sample gradients of {', '.join(differing)} are not those of plain autograd"
-        if estimate.samples > 0:
+        if self._how == "all" and estimate.samples > 0:
             raise RuntimeError(
                 f"{message} after the first {estimate.samples} samples: what was added before may be wrong, too. "
                 "Please report the model; batch_size=1 may help"
@@ -94,8 +98,9 @@ class Check:
             "batch independently of each other? If so, please report it",
             stacklevel=3,
         )
-        self._distrusted.update(differing)
-        estimate.one_by_one(differing)
+        # All of them: what is wrong for this sample of some may be wrong for other samples of others.
+        self._distrusted.update(self._params)
+        estimate.one_by_one(self._params)
 
     def _differing(self, batch: Batch) -> set[str]:
         """The parameters whose squared gradients differ for one sample of the batch."""
@@ -140,12 +145,12 @@ class Check:
     def _device(self) -> torch.device:
         return next(iter(self._params.values())).device
 
-    def _alike(self, batch: Batch) -> int:
+    def _alike(self, batch: Batch) -> tuple[Any, ...]:
         """The same for batches, also of other models, that go the same way, as far as can be seen without calling."""
-        model = tuple((type(m), *_settings(m)) for m in self._model.module.modules())
+        model = tuple((weakref.ref(type(m)), *_settings(m)) for m in self._model.module.modules())
         data = tuple((x.shape[1:], x.dtype) for x in batch.tensors)
         params = tuple((name, p.shape, p.dtype) for name, p in self._params.items())
-        return hash((model, data, params, torch.is_autocast_enabled(self._device.type), self._label))
+        return model, data, params, torch.is_autocast_enabled(self._device.type), self._label
 
     def _random_state(self) -> Tensor:
         return torch.get_rng_state() if self._device.type == "cpu" else torch.cuda.get_rng_state(self._device)
@@ -164,9 +169,14 @@ def _settings(module: nn.Module) -> Iterator[Any]:
     for name, value in vars(module).items():
         if name in _HOOKS:
             yield len(value)
+        elif isinstance(value, MethodType):
+            yield name, weakref.ref(value.__func__)
+        elif isinstance(value, _CODE):
+            yield name, weakref.ref(value)
         elif isinstance(value, _SETTINGS):
             yield name, repr(value) if isinstance(value, tuple) else value
 
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("hooks"))
-_SETTINGS = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType, MethodType, type)
+_SETTINGS = (bool, int, float, str, tuple, type(None))
+_CODE = (FunctionType, BuiltinFunctionType, type)  # remembered as long as it lives: addresses are used again

@@ -108,6 +108,8 @@ class Estimate:
         self._channels_last = cpu and any(type(m) is nn.Conv2d for m in model.module.modules())
         self.samples = 0
         self._weight = 0
+        if model.hooked:  # which may do anything to gradients, also by what those of other samples are
+            self.one_by_one(names)
 
     def add(self, batch: Batch) -> None:
         """Squared per-sample gradients of a batch: one forward pass, and one backward pass per pass of the kind."""
@@ -146,6 +148,11 @@ class Estimate:
             forward = self._forward_captured(call, batch)
             apart = not self._model.joins_samples()
             graph = Graph(forward.losses)
+            if referred := graph.leaves_among(self._model.originals):
+                raise ValueError(
+                    f"the forward pass uses {', '.join(referred)} by a reference outside of the modules (in a list, a "
+                    "closure): it does not see the values that the Fisher is taken at; refer to it by its module"
+                )
             uses = {name for name, leaf in self._leaves.items() if graph.uses(leaf)}
             if graph.reentrant or (len(uses) < len(self._leaves) and self._hidden):
                 self.one_by_one(self._leaves)
@@ -274,16 +281,17 @@ class Estimate:
         params = {name: part.params.values() for name, part in parts.items()}
         edges = {name: part.source.edge for name, part in parts.items()}
         unproven = {name: edges[name] for name, part in parts.items() if not part.proven}
-        rows = RowsOfSamples(forward.losses, unproven, graph.lowest(unproven)) if unproven else None
         lowest = graph.lowest(edges)
         losses: Tensor | None = forward.losses
         for i, each in enumerate(forward.passes, 1):
             last = i == len(forward.passes)
             losses = self._losses(each, forward.output) if losses is None else losses
+            # Of every pass: in one of them all gradients of a layer may be zero, which shows nothing.
+            rows = RowsOfSamples(losses, unproven, graph.lowest(unproven)) if unproven else None
             added: list[str] = []
             visit = partial(self._add_part, parts, rows, each.share, last, added)
             visit_gradients(losses, edges, lowest, visit, keep_graph=not last)
-            losses = rows = None
+            losses = None
             yield each, {param for name in added for param in params[name]}
 
     def _add_part(

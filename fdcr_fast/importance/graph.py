@@ -66,6 +66,10 @@ class Graph:
         """Whether the losses depend on a tensor that requires gradients."""
         return id(tensor) in self._only_use
 
+    def leaves_among(self, names: Mapping[int, str]) -> list[str]:
+        """The names of those tensors that the losses depend on, given by their ids."""
+        return [name for key, name in names.items() if key in self._only_use]
+
     def uses_only_through(self, tensor: Tensor, edge: GradientEdge) -> bool:
         """Whether all that the losses depend on of a tensor is what was computed from it on one way to an edge."""
         node = self.only_use(tensor)

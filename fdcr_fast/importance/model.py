@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from fdcr_fast.layout import as_tensor, inner_module
 
@@ -95,6 +96,8 @@ def values_of(inventory: Inventory, state: Mapping[str, Any] | None) -> dict[str
     own = {**inventory.parameters, **inventory.buffers}
     given: dict[str, tuple[str, Tensor]] = {}
     for entry, value in (state or {}).items():
+        if entry.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX:
+            continue
         name, x = inventory.find(entry), as_tensor(value)
         if name is None or own[name].shape != x.shape:
             expected = "no such entry" if name is None else f"{list(own[name].shape)}"

@@ -48,6 +48,9 @@ def hides_parameters(model: Stateless, loss: Loss, sample: Batch) -> bool:
 @contextmanager
 def _all_differentiable(model: Stateless) -> Iterator[tuple[dict[str, Tensor], Callable[[Any], Any]]]:
     leaves = {name: p.detach().requires_grad_() for name, p in model.params.items() if p.is_floating_point()}
+    for name, hooks in model.hooks.items():
+        for hook in hooks:
+            leaves[name].register_hook(hook)
     with model.at(leaves) as call:
         yield leaves, call
 

@@ -65,7 +65,7 @@ def _same_elements(flow: Flow, axis: Axis) -> Axis | None:
         size = flow.source[dim]
         if step < below * size:
             inner, rest = divmod(step, below)
-            return Axis(dim, inner) if rest == 0 and size % (inner * flow.samples) == 0 else None
+            return Axis(dim, inner) if inner and rest == 0 and size % (inner * flow.samples) == 0 else None
         below *= size
     return None
 

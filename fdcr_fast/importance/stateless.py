@@ -34,6 +34,9 @@ class Stateless:
     Attributes:
         module: The model itself.
         params: The parameters among ``values``.
+        originals: Names of the model's own parameters, which no forward pass should find, by their ids.
+        hooks: What hooks on its parameters make of gradients, by name.
+        hooked: Whether there are hooks on gradients at all, on parameters or on modules.
     """
 
     def __init__(self, inventory: Inventory, values: Mapping[str, Tensor]) -> None:
@@ -42,6 +45,10 @@ class Stateless:
         self._slots = inventory.slots
         self._values = Values(inventory, values)
         self.params = self._values.params
+        self.originals = {id(p): name for name, p in inventory.parameters.items()}
+        hooked = {name: p._backward_hooks for name, p in inventory.parameters.items() if p._backward_hooks}
+        self.hooks = {name: list(hooks.values()) for name, hooks in hooked.items()}
+        self.hooked = bool(self.hooks) or any(m._backward_hooks or m._backward_pre_hooks for m in self._modules)
         self._attributes = _Snapshot()
         self._registries = _Snapshot()
         self._hooks: list[RemovableHandle] = []

@@ -73,4 +73,5 @@ def _lay_out_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> 
     if not isinstance(output, Tensor) or not output.requires_grad or output.shape != input.shape:
         return
     empty = torch.empty_like(input, requires_grad=False)
-    output.register_hook(lambda grad: grad if grad.stride() == empty.stride() else empty.copy_(grad))
+    # Reentrant checkpoints may call it without a gradient.
+    output.register_hook(lambda grad: grad if grad is None or grad.stride() == empty.stride() else empty.copy_(grad))
