@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdcr_fast.layout import as_tensor
 
-_EXACT = 2.0**62  # int64 sums of numbers below it are exact, beyond it they may overflow
+_EXACT = 2.0**63 - 2.0**12  # sums of int64 that are smaller by float64's reckoning do not overflow
 
 
 class Buffers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -103,7 +104,8 @@ class StateStore:
         rest = {name: value for name, value in own.items() if name not in self._owners and _is_real(value)}
         self._buffers = Buffers(rest)
         self._params = {name: own[name] for name in params}
-        self._maybe_tied = {name: twins for name, value in rest.items() if (twins := self._twins(name, value))}
+        entries = {**self._params, **rest}
+        self._maybe_tied = {name: twins for name, value in entries.items() if (twins := self._twins(name, value))}
         self._received: dict[Hashable, _Received] = {}
 
     @property
@@ -223,18 +225,19 @@ class StateStore:
 
     def _received_from(self, state: Mapping[str, Any], difference: bool, whole: bool) -> _Received:
         """Copies of the client's buffers, which are small; the state may be freed after that."""
+        pairs = ((name, owner) for name, owners in self._maybe_tied.items() for owner in owners)
+        ties = frozenset((name, owner) for name, owner in pairs if _same(state.get(name), state.get(owner)))
+        tied = {name for name, _ in ties}
         buffers: dict[str, Tensor] = {}
-        ties: set[tuple[str, str]] = set()
         for name in self._buffers.own:
             if name not in state:
                 if whole:
                     raise ValueError(f"missing buffer: {name}")
-                continue
-            twins = {owner for owner in self._maybe_tied.get(name, ()) if _same(state[name], state.get(owner))}
-            ties.update((name, owner) for owner in twins)
-            if not twins and (value := self._buffers.read(name, state[name], difference=difference)) is not None:
-                buffers[name] = value
-        return _Received(buffers, frozenset(ties))
+            elif name not in tied:
+                value = self._buffers.read(name, state[name], difference=difference)
+                if value is not None:
+                    buffers[name] = value
+        return _Received(buffers, ties)
 
     def _with_twins(self, fisher: Any, state: Mapping[str, Any]) -> Any:
         """A Fisher by name in which a parameter that is another one by a second name has that one's."""
@@ -243,23 +246,29 @@ class StateStore:
         plain = by_plain_name(fisher)
         found = {
             name: plain[twin]
-            for name in self._params.keys() - plain.keys()
-            for twin in self._twins(name, self._params[name])
-            if twin in plain and _same(state.get(name), state.get(twin))
+            for name, twins in self._maybe_tied.items()
+            for twin in twins
+            if name not in plain and twin in plain and _same(state.get(name), state.get(twin))
         }
         return {**plain, **found}
 
     def _twins(self, name: str, value: Any) -> tuple[str, ...]:
-        """The parameters whose values in the global state are those of an entry, which may be tied to one of them."""
+        """The earlier parameters whose values in the global state an entry has, which may be tied to one of them."""
         if not value.is_floating_point() or value.numel() == 0 or name.endswith(_BATCH_NORM_STATISTICS):
             return ()
-        return tuple(other for other, own in self._params.items() if other != name and _same(value, own))
+        earlier = itertools.takewhile(lambda other: other != name, self._params)
+        return tuple(other for other in earlier if _same(value, self._params[other]))
 
     def _ties_of_most(self) -> dict[str, str]:
-        """Entries that equal one parameter in the states of most clients, with its name in the layout."""
+        """Entries that equal an earlier parameter in the states of most clients, with its name in the layout."""
         received = [self._received[client] for client in self.updates.clients]
         counts = Counter(tie for client in received for tie in client.ties)
-        return {name: self._owners[owner] for (name, owner), count in counts.items() if 2 * count > len(received)}
+        ties = {}
+        for name, owners in self._maybe_tied.items():
+            first = next((owner for owner in owners if 2 * counts[name, owner] > len(received)), None)
+            if first is not None:
+                ties[name] = self._owners[first]
+        return ties
 
     def _changed(self, client: Hashable, name: str) -> Tensor | None:
         """A client's buffer, where it was not kept because it equals a parameter, from the store."""

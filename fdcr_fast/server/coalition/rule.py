@@ -63,7 +63,8 @@ class CoalitionFDCR(AggregationRule):
     own Fisher counts only by its share in ``Pbar``. It takes an honest majority: ``|S| <= floor((K - 1) / 2)``, and
     with fewer than 3 clients nobody is dropped. Without the gate somebody is always dropped, attack or not.
 
-    The rule remembers earlier rounds in ``state``, which every call of ``aggregate`` updates. Where it was found and
+    The rule remembers earlier rounds in ``state``, which every call of ``aggregate`` updates and :meth:`reset` clears:
+    a rule is one experiment's. Where it was found and
     what it does not reach: docs/research-coalition.md.
 
     Args:
@@ -83,7 +84,7 @@ class CoalitionFDCR(AggregationRule):
 
     sharded = True
     groups: ParamGroups | None = None
-    state: CoalitionState = field(default_factory=CoalitionState, compare=False, repr=False)
+    state: CoalitionState = field(default_factory=CoalitionState, hash=False)
     gate: bool = False
     gate_from: int = 4
     decay: float = 0.8
@@ -110,6 +111,7 @@ class CoalitionFDCR(AggregationRule):
         if len(ids) < 3:
             return Selection(clients.valid)
         groups = ParamGroups.whole(clients.num_params) if self.groups is None else self.groups
+        self.state.check_model(clients.num_params)
         seen = round_views(clients, groups, self.regularisation)
         means = self.state.remember(ids, seen, decay=self.decay, max_clients=self.max_clients)
         views = Views(standardised(means.similarity), _CONCENTRATION_WEIGHT * standard_scores(means.concentration))
@@ -118,6 +120,10 @@ class CoalitionFDCR(AggregationRule):
         kept = clients.valid.clone()
         kept[rows[dropped]] = False
         return Selection(kept, explanation=_explanation(ids, views, members, dropped))
+
+    def reset(self) -> None:
+        """Forget earlier rounds."""
+        self.state.clear()
 
     def memory(self) -> bytes:
         """The state as JSON."""

@@ -17,7 +17,7 @@ _FORMAT = "fdcr_fast.CoalitionState 2"
 ClientId = str | int
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class CoalitionState:
     """Sums of the views over rounds, by client and by pair of clients that took part together.
 
@@ -32,6 +32,7 @@ class CoalitionState:
         concentration: Sums of ``c``, float64 ``[M]``.
         seen: The last round of each client, int64 ``[M]``.
         rounds: How many there were.
+        num_params: ``P`` of the model that they were about; None where that is not known yet.
     """
 
     clients: list[ClientId] = field(default_factory=list)
@@ -40,6 +41,26 @@ class CoalitionState:
     concentration: Tensor = field(default_factory=lambda: _zeros(0))
     seen: Tensor = field(default_factory=lambda: _zeros(0).long())
     rounds: int = 0
+    num_params: int | None = None
+
+    def __repr__(self) -> str:
+        return f"CoalitionState(rounds={self.rounds}, clients={len(self.clients)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CoalitionState) and self.to_json() == other.to_json()
+
+    def clear(self) -> None:
+        """Forget everything, as before another experiment."""
+        self.__init__()  # type: ignore[misc]
+
+    def check_model(self, num_params: int) -> None:
+        """Raise ValueError where what is remembered is about a model of another size."""
+        if self.num_params not in (None, num_params):
+            raise ValueError(
+                f"the rule remembers {self.rounds} rounds of a model with {self.num_params} parameters, and this one "
+                f"has {num_params}: reset() forgets them"
+            )
+        self.num_params = num_params
 
     def remember(
         self, clients: Sequence[ClientId], views: Views, *, decay: float = 1.0, max_clients: int | None = None
@@ -83,6 +104,7 @@ class CoalitionState:
             {
                 "format": _FORMAT,
                 "rounds": self.rounds,
+                "num_params": self.num_params,
                 "clients": self.clients,
                 "seen": self.seen.tolist(),
                 **pairs,
@@ -113,6 +135,9 @@ class CoalitionState:
         rounds = data.get("rounds")
         if type(rounds) is not int or rounds < 0:
             raise ValueError(f"the rounds of a coalition state are a count, got {rounds!r}")
+        num_params = data.get("num_params")  # not in states of before
+        if num_params is not None and (type(num_params) is not int or num_params < 1):
+            raise ValueError(f"the num_params of a coalition state are a count, got {num_params!r}")
         lower = torch.tril_indices(M, M).unbind()
         matrices = {}
         for name in ("similarity", "together"):
@@ -120,7 +145,7 @@ class CoalitionState:
             below[lower] = _numbers(data, name, M * (M + 1) // 2)
             matrices[name] = below + below.tril(-1).T
         concentration, seen = _numbers(data, "concentration", M), _numbers(data, "seen", M).long()
-        return cls(clients, **matrices, concentration=concentration, seen=seen, rounds=rounds)
+        return cls(clients, **matrices, concentration=concentration, seen=seen, rounds=rounds, num_params=num_params)
 
     def _make_room(self, clients: Sequence[ClientId], max_clients: int) -> None:
         """Forget who was away longest, so that no more than ``max_clients`` are known once these are added."""

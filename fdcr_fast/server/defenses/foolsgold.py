@@ -24,7 +24,7 @@ _FORMAT = "fdcr_fast.FoolsGoldState 1"
 ClientId = str | int
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class FoolsGoldState:
     """Sums of the clients' updates over rounds; memory is ``M P'`` numbers, :meth:`forget` those who left.
 
@@ -36,6 +36,18 @@ class FoolsGoldState:
     clients: list[ClientId] = field(default_factory=list)
     history: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
+    def __repr__(self) -> str:
+        return f"FoolsGoldState(clients={len(self.clients)}, params={self.history.shape[1]})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FoolsGoldState):
+            return False
+        return self.clients == other.clients and torch.equal(self.history, other.history)
+
+    def clear(self) -> None:
+        """Forget everything, as before another experiment."""
+        self.clients, self.history = [], torch.zeros(0, 0)
+
     def add(self, clients: ClientUpdates, params: slice) -> ClientUpdates:
         """Add a round's valid clients, and return the histories as a round, in which those clients are valid."""
         ids: list[ClientId] = []
@@ -45,7 +57,10 @@ class FoolsGoldState:
             ids.append(client)
         first, stop, _ = params.indices(clients.num_params)
         if self.clients and self.history.shape[1] != stop - first:
-            raise ValueError(f"the state compares {self.history.shape[1]} parameters, the round has {stop - first}")
+            raise ValueError(
+                f"the state compares {self.history.shape[1]} parameters, the round has {stop - first}: "
+                "reset() forgets the earlier rounds"
+            )
         known = set(self.clients)
         new = [client for client in ids if client not in known]
         self.clients = [*self.clients, *new]
@@ -130,7 +145,7 @@ class FoolsGold(AggregationRule):
 
     weighs_samples = False
     params: slice = field(default_factory=lambda: slice(None))
-    state: FoolsGoldState = field(default_factory=FoolsGoldState, compare=False, repr=False)
+    state: FoolsGoldState = field(default_factory=FoolsGoldState, hash=False)
     norm_bound: float | None = None
     max_weight_share: float | None = None
 
@@ -138,6 +153,10 @@ class FoolsGold(AggregationRule):
         self._check_options()
         if self.params.step not in (None, 1):
             raise ValueError(f"params must be a slice without a step, got {self.params}")
+
+    def reset(self) -> None:
+        """Forget earlier rounds."""
+        self.state.clear()
 
     def memory(self) -> bytes:
         """The state in its own format."""
