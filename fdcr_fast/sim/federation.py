@@ -213,7 +213,7 @@ class Federation:
         clock = Stopwatch()
         drawn = self.collect(LocalWork(self.config, self.worker, clock, round, params, last_update), progress)
         with clock.phase("aggregation"):
-            result = self.rule.aggregate(self.shard.own(params), self.store, shard=self.ranks)
+            result = self.rule.aggregate(self.shard.own(params), self.store, on_empty="keep", shard=self.ranks)
             new = self.shard.gather(result.params)
         with clock.phase("evaluation"):
             accuracy, success = on_first_rank(self.ranks, partial(self._evaluate, new))

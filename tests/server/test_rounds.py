@@ -194,7 +194,7 @@ def test_shares_of_byzantine_clients():
     with pytest.raises(ValueError, match=r"needs at least 9 clients, got 5: take a smaller number, or a share"):
         MultiKrum(num_byzantine=3).aggregate(w, updates)
     assert MultiKrum(num_byzantine=0.2).aggregate(w, updates).kept.sum() == 4
-    with pytest.raises(ValueError, match="or a share below 0.5"):
+    with pytest.raises(ValueError, match=r"or a share below 0\.5"):
         MultiKrum(num_byzantine=0.5)
     with pytest.raises(TypeError, match="server_update must be a function"):
         FLTrust(server_update=torch.ones(P))
