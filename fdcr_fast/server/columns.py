@@ -14,7 +14,7 @@ from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.tiles import Span
 from fdcr_fast.server.transfer import sent
 
-_BLOCK = 1 << 18  # numbers of all clients that are looked at together
+_BLOCK = 1 << 18  # numbers of the valid clients that are looked at together
 _MODELS = 1 << 24  # numbers of the models that are made together
 
 
@@ -57,8 +57,8 @@ def column_sums(
             total = total + term(Columns(params, updates.double()))
         return total
 
-    n = len(clients.clients) if clients.rows is None else len(clients.rows)
-    return clients.sum(torch.zeros(*size, n, dtype=torch.float64, device=clients.tiles.device), read)
+    zeros = torch.zeros(*size, _count(clients), dtype=torch.float64, device=clients.tiles.device)
+    return clients.sum(zeros, read)
 
 
 def _merged(ranges: Iterable[slice]) -> list[slice]:
@@ -71,11 +71,16 @@ def _merged(ranges: Iterable[slice]) -> list[slice]:
     return merged
 
 
+def _count(clients: ClientUpdates) -> int:
+    """How many are valid, at least one."""
+    return len(clients.clients) if clients.rows is None else len(clients.rows)
+
+
 def _columns(clients: ClientUpdates, span: Span, ranges: Sequence[slice] | None = None) -> Iterator[Columns]:
     """What a span holds of the ranges, in blocks of bounded size: whole tiles, joined, or a part of one."""
     valid = None if clients.rows is None else sent(clients.rows, clients.tiles.device)
-    _, K, length = span.updates.shape
-    width = max(1, _BLOCK // K)
+    length = span.updates.shape[2]
+    width = max(1, _BLOCK // _count(clients))
     width -= width % min(width, length)
     stops = [*range(span.first + width, span.first + span.num_params, width)]
     if ranges is not None:
