@@ -164,11 +164,13 @@ def with_few_sums(group, problem, rule, room):
 
 def test_sums_that_are_added_before_they_are_sent_have_the_same_bits_too(ranks):
     problem = Problem.make(dtype=torch.float64)  # float32 sums are often exact
+    other_bits = []  # than by the usual order; by chance one of the rules may have the same on some processors
     for rule, room in ((FDCR(), 2 * 8 * (2 * K + 1)), (GeometricMedian(), 100)):
         alone, *_ = ranks.call(1, with_few_sums, problem, rule, room)
-        assert not same(alone, ranks.call(1, aggregate, problem, rule, "store")[0])
+        other_bits.append(not same(alone, ranks.call(1, aggregate, problem, rule, "store")[0]))
         for size in (2, 3):
             assert all(same(result, alone) for result in ranks.call(size, with_few_sums, problem, rule, room))
+    assert any(other_bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
