@@ -63,7 +63,6 @@ class Check:
         self._label = label
         self._generator = generator
         self._samples = torch.Generator().manual_seed(0)
-        self._distrusted: set[str] = set()
         self._shown = False  # by a batch of several samples, whether they are kept apart
 
     def __call__(self, estimate: Estimate, batch: Batch) -> None:
@@ -79,7 +78,7 @@ class Check:
         if self._how == "first" and alike in _passed:
             return
         try:
-            differing = sorted(self._differing(batch) - self._distrusted)
+            differing = sorted(self._differing(batch))
         except Exception as error:  # the batch itself will say so
             _log.info("not checked: %s", error)
             return
@@ -99,8 +98,8 @@ class Check:
             stacklevel=3,
         )
         # All of them: what is wrong for this sample of some may be wrong for other samples of others.
-        self._distrusted.update(self._params)
         estimate.one_by_one(self._params)
+        self._how = "off"  # nothing is left to compare, nor may what follows count as passed
 
     def _differing(self, batch: Batch) -> set[str]:
         """The parameters whose squared gradients differ for one sample of the batch."""

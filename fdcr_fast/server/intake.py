@@ -219,11 +219,11 @@ def plain_id(client: Any) -> Hashable:
     """A client's id; NumPy's and PyTorch's scalars as Python's.
 
     Raises:
-        TypeError: it has no hash that tells it from others.
+        TypeError: it is None, or has no hash that tells it from others.
     """
     if isinstance(client, np.generic) or (isinstance(client, Tensor) and client.dim() == 0):
         client = client.item()
-    if isinstance(client, Tensor) or not isinstance(client, Hashable):
+    if client is None or isinstance(client, Tensor) or not isinstance(client, Hashable):
         raise TypeError(f"client ids must be strings or integers (or have another hash), got {client!r}")
     return client
 

@@ -61,8 +61,8 @@ class AggregationResult:
     @property
     def dropped_clients(self) -> list[Hashable]:
         """Ids of those that the rule dropped; rejected clients are none of them."""
-        rows = zip(self.clients, self.kept.tolist(), strict=True)
-        return [client for client, kept in rows if not kept and client not in self.rejected]
+        dropped = ~self.kept & (self.labels >= 0)
+        return [client for client, gone in zip(self.clients, dropped.tolist(), strict=True) if gone]
 
     def __repr__(self) -> str:
         params = f"[{self.params.numel()}] {self.params.dtype}".replace("torch.", "")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fdcr_fast.layout import ParamLayout, as_tensor, by_plain_name, inner_module
 from fdcr_fast.server.buffers import Buffers
-from fdcr_fast.server.intake import OnEmpty, OnInvalid
+from fdcr_fast.server.intake import OnEmpty, OnInvalid, plain_id
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
 from fdcr_fast.server.store import UpdateStore
 from fdcr_fast.server.vectors import FLOATS, shared, shown
@@ -134,25 +134,20 @@ class StateStore:
 
         Raises:
             RuntimeError: the store is full, or the round was aggregated.
+            TypeError: the id cannot be one.
         """
-        return self._put(state, fisher, num_samples, client_id, difference=False)
+        return self.put(state, fisher, num_samples, client_id)
 
     def put_update(self, update: Any, fisher: Any, num_samples: Any, client_id: Hashable) -> bool:
         """Take in what one client changed, ``w_k - w``, likewise; parameters are copied straight into the store.
 
         Buffers that it lacks stay as they are in the global state.
         """
-        return self._put(update, fisher, num_samples, client_id, difference=True)
+        return self.put(update, fisher, num_samples, client_id, difference=True)
 
     def put(self, state: Any, fisher: Any, num_samples: Any, client_id: Hashable, *, difference: bool = False) -> bool:
         """:meth:`put_state`, or with ``difference`` :meth:`put_update`."""
-        return self._put(state, fisher, num_samples, client_id, difference=difference)
-
-    def _put(self, state: Any, fisher: Any, num_samples: Any, client_id: Hashable, *, difference: bool) -> bool:
-        if self.updates.aggregated:
-            raise RuntimeError(
-                "the round was aggregated: clear(state) begins the next one, from the state that was sent out for it"
-            )
+        client_id = self._in_this_round(client_id)
         try:
             named, whole = self._named(state, difference)
             received = self._received_from(named, difference, whole)
@@ -167,7 +162,12 @@ class StateStore:
         return accepted
 
     def reject(self, client_id: Hashable, reason: str) -> None:
-        """Record that a client has no usable contribution this round; one that was accepted before stays."""
+        """Record that a client has no usable contribution this round; one that was accepted before stays.
+
+        Raises:
+            RuntimeError: the round was aggregated.
+        """
+        client_id = self._in_this_round(client_id)
         if client_id not in self.updates:
             self.updates.reject(client_id, reason)
 
@@ -197,6 +197,14 @@ class StateStore:
             else:
                 new[plain] = _copied(value)
         return {name: new[owners.get(plain, plain)] for name, plain in self._plain.items()}, result
+
+    def _in_this_round(self, client_id: Hashable) -> Hashable:
+        """The id by which the store knows a client; its round must not have ended."""
+        if self.updates.aggregated:
+            raise RuntimeError(
+                "the round was aggregated: clear(state) begins the next one, from the state that was sent out for it"
+            )
+        return plain_id(client_id)
 
     def _named(self, state: Any, difference: bool) -> tuple[Mapping[str, Any], bool]:
         """A client's entries by plain name, and whether they ought to be all of them."""

@@ -106,6 +106,14 @@ def test_a_first_batch_of_one_sample_shows_nothing():
     torch.testing.assert_close(fisher, plain(model, x, y))
 
 
+def test_a_model_that_differed_has_not_passed():
+    model, (x, y) = Joins().double(), problem()
+    for check in ("all", "first"):  # of several batches
+        with pytest.warns(UserWarning, match="not those of plain autograd"):
+            fisher = diagonal_fisher(model, (x, y), batch_size=3, check=check)
+        torch.testing.assert_close(fisher, plain(model, x, y))
+
+
 def test_a_class_that_is_defined_again_is_another_one():
     def defined(joins):
         class Net(nn.Module):

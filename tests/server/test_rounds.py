@@ -89,8 +89,21 @@ def test_states_need_the_state_that_was_sent():
     state, _ = store.aggregate(FedAvg())
     with pytest.raises(RuntimeError, match=r"the round was aggregated: clear\(state\) begins the next one"):
         store.put_state(other, None, 1, 0)
+    with pytest.raises(RuntimeError, match="the round was aggregated"):
+        store.reject(1, "it sent nothing")
     store.clear(state)
     assert store.put_state(other, None, 1, 0)
+
+
+def test_states_under_ids_of_other_types():
+    model = nn.Linear(3, 2)
+    store = StateStore(model, 3, with_fishers=False)
+    for client in (torch.tensor(4), np.int64(5)):
+        assert store.put_state(copy.deepcopy(model), None, 1, client)
+    assert store.aggregate(FedAvg())[1].kept_clients == [4, 5]
+    store.clear(model)
+    with pytest.raises(TypeError, match="client ids must be strings or integers"):
+        store.put_state(model, None, 1, None)
 
 
 def test_states_in_place_of_updates_are_noticed():
@@ -225,6 +238,15 @@ def test_results_are_short_to_read():
     assert repr(result).startswith("AggregationResult(params=[40] float32, kept=")
     assert "rejected=1 [3: the update is not finite" in repr(result)
     assert len(repr(result)) < 400
+
+
+def test_a_client_that_sent_twice_and_was_dropped_is_dropped():
+    store = UpdateStore(P, K, with_fishers=False)
+    for k in range(5):
+        assert store.put(torch.full((P,), 1e6) if k == 0 else torch.randn(P), None, 1, k)
+    assert not store.put(torch.zeros(P), None, 1, 0)
+    result = MultiKrum(num_byzantine=1).aggregate(torch.zeros(P), store)
+    assert list(result.rejected) == result.dropped_clients == [0]
 
 
 def test_rejected_clients_are_named_where_no_result_is_returned():
