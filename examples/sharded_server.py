@@ -31,7 +31,7 @@ def serve(group=None):
     global_params = torch.zeros(len(shard))  # this process's part of them
     result = FDCR(cluster="kmeans").aggregate(global_params, store, shard=shard)
     if shard.rank == 0:
-        dropped = [client for client, kept in zip(result.clients, result.kept.tolist(), strict=True) if not kept]
+        dropped = result.dropped_clients
         print(f"{shard.world} processes; dropped: {dropped}; rejected: {result.rejected}")
     return result.kept, shard.gather(result.params)
 

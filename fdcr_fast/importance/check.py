@@ -168,14 +168,17 @@ def _settings(module: nn.Module) -> Iterator[Any]:
     for name, value in vars(module).items():
         if name in _HOOKS:
             yield len(value)
-        elif isinstance(value, MethodType):
-            yield name, weakref.ref(value.__func__)
         elif isinstance(value, _CODE):
-            yield name, weakref.ref(value)
+            yield name, weakref.ref(getattr(value, "__func__", value))
         elif isinstance(value, _SETTINGS):
             yield name, repr(value) if isinstance(value, tuple) else value
 
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("hooks"))
 _SETTINGS = (bool, int, float, str, tuple, type(None))
-_CODE = (FunctionType, BuiltinFunctionType, type)  # remembered as long as it lives: addresses are used again
+_CODE = (
+    FunctionType,
+    BuiltinFunctionType,
+    MethodType,
+    type,
+)  # remembered as long as it lives: addresses are used again

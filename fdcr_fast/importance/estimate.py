@@ -281,13 +281,13 @@ class Estimate:
         params = {name: part.params.values() for name, part in parts.items()}
         edges = {name: part.source.edge for name, part in parts.items()}
         unproven = {name: edges[name] for name, part in parts.items() if not part.proven}
-        lowest = graph.lowest(edges)
+        lowest, lowest_unproven = graph.lowest(edges), graph.lowest(unproven)
         losses: Tensor | None = forward.losses
         for i, each in enumerate(forward.passes, 1):
             last = i == len(forward.passes)
             losses = self._losses(each, forward.output) if losses is None else losses
             # Of every pass: in one of them all gradients of a layer may be zero, which shows nothing.
-            rows = RowsOfSamples(losses, unproven, graph.lowest(unproven)) if unproven else None
+            rows = RowsOfSamples(losses, unproven, lowest_unproven) if unproven else None
             added: list[str] = []
             visit = partial(self._add_part, parts, rows, each.share, last, added)
             visit_gradients(losses, edges, lowest, visit, keep_graph=not last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from fdcr_fast.layout import as_tensor, inner_module
+from fdcr_fast.layout import as_tensor, inner_module, plain_name
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -71,20 +70,16 @@ class Inventory:
                     found[first] = x
                     if new:
                         self.slots.append((registry, leaf, first))
-        self._without_wrappers = {_without_wrappers(name): first for name, first in self._first.items()}
+        self._by_plain_name = {plain_name(name): first for name, first in self._first.items()}
 
     def find(self, name: str) -> str | None:
         """The first name of the tensor that is meant, whatever wrappers add to its names, or None."""
-        return self._first.get(name) or self._without_wrappers.get(_without_wrappers(name))
+        return self._first.get(name) or self._by_plain_name.get(plain_name(name))
 
     @property
     def shared(self) -> set[str]:
         """Names of tensors that are in several places."""
         return {name for name, count in Counter(first for _, _, first in self.slots).items() if count > 1}
-
-
-def _without_wrappers(name: str) -> str:
-    return re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
 
 
 def values_of(inventory: Inventory, state: Mapping[str, Any] | None) -> dict[str, Tensor]:

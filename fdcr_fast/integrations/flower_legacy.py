@@ -119,7 +119,7 @@ class LegacyFDCRStrategy(FedAvg):
         self.result = result
         for client, reason in result.rejected.items():
             _LOG.info("aggregate_fit: rejected client %s: %s", client, reason)
-        kept = result.kept_clients
+        kept = set(result.kept_clients)
         metrics = self._mean_metrics([answer for proxy, answer in results if proxy.cid in kept])
         if not kept:
             return None, metrics

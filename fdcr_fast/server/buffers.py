@@ -89,10 +89,14 @@ def held_mean(values: Tensor, weights: Tensor, trim: int | None) -> Tensor:
 
 def _as_difference(value: Tensor, own: Tensor, difference: bool) -> Tensor:
     """The difference to integers, float64."""
-    if difference or value.is_floating_point():
-        return value.double() if difference else value.double() - own.double()
+    if difference:
+        return value.double()
     about = value.double() - own.double()
-    return torch.where(about.abs() < _EXACT, (value.long() - own.long()).double(), about)
+    return (
+        about
+        if value.is_floating_point()
+        else torch.where(about.abs() < _EXACT, (value.long() - own.long()).double(), about)
+    )
 
 
 def _moved(own: Tensor, by: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -81,9 +81,7 @@ class ClientUpdates:
         tiles = MatrixTiles.of(updates, fishers)
         K, P = updates.shape
         counts = _sample_counts(num_samples, K)
-        ids = tuple(range(K)) if client_ids is None else tuple(map(plain_id, client_ids))
-        if len(ids) != K or len(set(ids)) != K:
-            raise ValueError(f"expected {K} different client ids, got {list(ids)}")
+        ids = different_ids(client_ids, K)
         low, high = (None, None) if tiles.fishers is None else ops.importance_range(tiles.fishers, P)
         norm = torch.full((K,), torch.nan, dtype=torch.float64)
         clients = cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
@@ -189,12 +187,12 @@ def refuse(rejected: Mapping[Hashable, str], on_invalid: OnInvalid) -> None:
     if on_invalid not in get_args(OnInvalid):
         raise ValueError(f"on_invalid must be one of {get_args(OnInvalid)}, got {on_invalid!r}")
     if on_invalid == "raise" and rejected:
-        raise ValueError("; ".join(f"client {client!r}: {reason}" for client, reason in rejected.items()))
+        raise ValueError(reasons(rejected, len(rejected)))
 
 
-def reasons(rejected: Mapping[Hashable, str]) -> str:
+def reasons(rejected: Mapping[Hashable, str], most: int = _SHOWN) -> str:
     """The first few reasons, in a message about many clients."""
-    first = [f"client {client!r}: {reason}" for client, reason in itertools.islice(rejected.items(), _SHOWN)]
+    first = [f"client {client!r}: {reason}" for client, reason in itertools.islice(rejected.items(), most)]
     more = len(rejected) - len(first)
     return "; ".join([*first, *([f"and {more} more"] if more else [])])
 
@@ -226,6 +224,19 @@ def plain_id(client: Any) -> Hashable:
     if client is None or isinstance(client, Tensor) or not isinstance(client, Hashable):
         raise TypeError(f"client ids must be strings or integers (or have another hash), got {client!r}")
     return client
+
+
+def different_ids(client_ids: Iterable[Any] | None, count: int) -> tuple[Hashable, ...]:
+    """The ids of so many clients, by default their numbers.
+
+    Raises:
+        TypeError: one cannot be an id.
+        ValueError: they are not so many different ones.
+    """
+    ids = tuple(range(count)) if client_ids is None else tuple(map(plain_id, client_ids))
+    if len(ids) != count or len(set(ids)) != count:
+        raise ValueError(f"expected {count} different client ids, got {list(ids)}")
+    return ids
 
 
 def rejection_reason(

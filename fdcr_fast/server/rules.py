@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fdcr_fast.server import passes
-from fdcr_fast.server.intake import ClientUpdates, OnEmpty, OnInvalid, plain_id, refuse, refuse_empty, sample_shares
+from fdcr_fast.server.intake import (
+    ClientUpdates,
+    OnEmpty,
+    OnInvalid,
+    different_ids,
+    refuse,
+    refuse_empty,
+    sample_shares,
+)
 from fdcr_fast.server.sharded import ParamShard
 from fdcr_fast.server.shares import limited_shares
 from fdcr_fast.server.store import UpdateStore
@@ -335,6 +343,21 @@ class AggregationRule:
         """Whether norms enter the result, and are not only compared: shards then sum them in a fixed order."""
         return False
 
+    def needed(self, fishers: Any, num_samples: Any, count: int) -> tuple[Any, Any]:
+        """The Fishers and sample counts of so many clients as far as the rule takes them: else None, and one each.
+
+        Raises:
+            ValueError: Fishers are missing.
+            TypeError: sample counts are missing.
+        """
+        if self.needs_fishers and fishers is None:
+            raise ValueError(f"{type(self).__name__} takes importances: fishers must be given, [K, P]")
+        if self.weighs_samples and num_samples is None:
+            raise TypeError(
+                f"expected num_samples to be {count} numbers, got None: {type(self).__name__} weighs by them"
+            )
+        return (fishers if self.needs_fishers else None), ([1] * count if num_samples is None else num_samples)
+
     def _intake(
         self,
         global_params: Tensor,
@@ -361,18 +384,9 @@ class AggregationRule:
                 f"expected updates [K, P], K vectors or an UpdateStore, got {type(updates).__name__}"
                 + (" (its aggregate(rule) takes the rule)" if hasattr(updates, "put_state") else "")
             )
-        if not self.needs_fishers:
-            if num_samples is None and self.weighs_samples and np.ndim(fishers) == 1:
-                raise TypeError("fishers are [K, P], got [K]: sample counts are the next argument, num_samples=")
-            fishers = None
-        elif fishers is None:
-            raise ValueError(f"{type(self).__name__} takes importances: fishers must be given, [K, P]")
-        if num_samples is None:
-            if self.weighs_samples:
-                raise TypeError(
-                    f"expected num_samples to be {len(updates)} numbers, got None: {type(self).__name__} weighs by them"
-                )
-            num_samples = [1] * len(updates)
+        if not self.needs_fishers and self.weighs_samples and num_samples is None and np.ndim(fishers) == 1:
+            raise TypeError("fishers are [K, P], got [K]: sample counts are the next argument, num_samples=")
+        fishers, num_samples = self.needed(fishers, num_samples, len(updates))
         if isinstance(updates, list | tuple):
             return _stored(global_params, updates, fishers, num_samples, client_ids).client_updates()
         return ClientUpdates.from_matrices(
@@ -436,14 +450,12 @@ def _stored(
 ) -> UpdateStore:
     """The round of vectors that came one by one, of which each is checked by itself."""
     count = len(updates)
-    for name, values in (("fishers", fishers), ("num_samples", num_samples), ("client_ids", client_ids)):
+    for name, values in (("fishers", fishers), ("num_samples", num_samples)):
         if values is not None and len(values) != count:
             raise ValueError(f"expected {name} of {count} clients like updates, got {len(values)}")
     if count == 0:
         raise ValueError("expected at least one client, got no updates")
-    ids = range(count) if client_ids is None else list(map(plain_id, client_ids))
-    if len(set(ids)) != count:
-        raise ValueError(f"expected {count} different client ids, got {ids}")
+    ids = different_ids(client_ids, count)
     dtypes = [values.dtype for values in updates if isinstance(values, Tensor)]
     dtype = torch.float64 if torch.float64 in (*dtypes, global_params.dtype) else torch.float32
     store = UpdateStore(len(global_params), count, dtype, with_fishers=fishers is not None)

@@ -97,13 +97,8 @@ def aggregate_state_dicts(
     rule = FDCR() if rule is None else rule
     ids = _client_ids(client_states, client_ids)
     states = _per_client("client_states", client_states, ids)
-    if num_samples is None:
-        if rule.weighs_samples:
-            raise TypeError(f"{type(rule).__name__} weighs by sample counts: num_samples must be given")
-        num_samples = [1] * len(ids)
+    _, num_samples = rule.needed(fishers, num_samples, len(ids))  # Fishers also tell what the parameters are
     counts = _per_client("num_samples", num_samples, ids)
-    if rule.needs_fishers and fishers is None:
-        raise ValueError(f"{type(rule).__name__} takes importances: fishers must be given")
     client_fishers = [None] * len(ids) if fishers is None else _per_client("fishers", fishers, ids)
     if layout is None and not isinstance(global_state, nn.Module):
         layout = _infer_layout(global_state, states, client_fishers)

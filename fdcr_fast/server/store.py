@@ -203,8 +203,7 @@ class UpdateStore:
         self._changed = threading.Condition()
         self._accepted = accepted
         self._arriving: set[Hashable] = set()
-        taken = {client.row for client in accepted.values()}
-        self._free = FreeRows(row for row in range(shape.capacity) if row not in taken)
+        self._free = self._rows_of_nobody()
         self._arrived = 0
         self._aggregated = frozenset(accepted) if aggregated else None
         self._warned = False
@@ -309,12 +308,7 @@ class UpdateStore:
         """Forget everything for the next round; memory and file are kept."""
         with self._changed:
             self._wait_for_arrivals()
-            self._rows.forget([client.row for client in self._accepted.values()])
-            self._accepted = {}
-            self._free = FreeRows(range(self.capacity))
-            self._arrived = 0
-            self.rejected = {}
-            self._mark_round(None)
+            self._next_round({})
 
     def end_round(self, clients: Iterable[Hashable]) -> None:
         """Let the next contribution begin another round, as ``AggregationRule.aggregate`` does when it is done.
@@ -467,13 +461,18 @@ class UpdateStore:
         if self._aggregated is None:
             return
         self._wait_for_arrivals()
-        late = {client: each for client, each in self._accepted.items() if client not in self._aggregated}
-        gone = [each.row for client, each in self._accepted.items() if client not in late]
-        self._rows.forget(gone)
-        for row in gone:
-            self._free.release(row)
+        self._next_round({client: c for client, c in self._accepted.items() if client not in self._aggregated})
+
+    def _next_round(self, late: dict[Hashable, Accepted]) -> None:
+        """Forget all but those who were too late for the last round."""
+        self._rows.forget([accepted.row for client, accepted in self._accepted.items() if client not in late])
         self._accepted, self._arrived, self.rejected = late, len(late), {}
+        self._free = self._rows_of_nobody()
         self._mark_round(None)
+
+    def _rows_of_nobody(self) -> FreeRows:
+        taken = {accepted.row for accepted in self._accepted.values()}
+        return FreeRows(row for row in range(self.capacity) if row not in taken)
 
     def _mark_round(self, aggregated: frozenset[Hashable] | None) -> None:
         if (aggregated is None) != (self._aggregated is None):

@@ -64,8 +64,7 @@ class CoalitionFDCR(AggregationRule):
     with fewer than 3 clients nobody is dropped. Without the gate somebody is always dropped, attack or not.
 
     The rule remembers earlier rounds in ``state``, which every call of ``aggregate`` updates and :meth:`reset` clears:
-    a rule is one experiment's. Where it was found and
-    what it does not reach: docs/research-coalition.md.
+    a rule is one experiment's. Where it was found and what it does not reach: docs/research-coalition.md.
 
     Args:
         groups: Which parameters are the head and the features; None takes all parameters as both.

@@ -51,7 +51,7 @@ class CoalitionState:
 
     def clear(self) -> None:
         """Forget everything, as before another experiment."""
-        self.__init__()  # type: ignore[misc]
+        vars(self).update(vars(CoalitionState()))
 
     def check_model(self, num_params: int) -> None:
         """Raise ValueError where what is remembered is about a model of another size."""

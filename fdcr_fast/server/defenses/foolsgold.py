@@ -46,7 +46,7 @@ class FoolsGoldState:
 
     def clear(self) -> None:
         """Forget everything, as before another experiment."""
-        self.clients, self.history = [], torch.zeros(0, 0)
+        vars(self).update(vars(FoolsGoldState()))
 
     def add(self, clients: ClientUpdates, params: slice) -> ClientUpdates:
         """Add a round's valid clients, and return the histories as a round, in which those clients are valid."""
