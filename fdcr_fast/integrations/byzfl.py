@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fdcr_fast.server.rules import AggregationResult, AggregationRule
-from fdcr_fast.server.store import UpdateStore
 from fdcr_fast.server.vectors import shared
 
 try:
@@ -72,13 +71,10 @@ class Aggregator:
         if len(vectors) == 0:
             raise ValueError("expected at least one vector")
         num_params, dtype = _usual(vectors)
-        store = UpdateStore(num_params, len(vectors), dtype, with_fishers=self.rule.needs_fishers)
-        fishers: Sequence[Any] = [None] * len(vectors)
-        if self.rule.needs_fishers and self.fishers is not None:
-            fishers = self.fishers(list(vectors))
-        for k, (vector, fisher) in enumerate(zip(vectors, fishers, strict=True)):
-            store.put(vector, fisher, 1, k)
-        self.result = self.rule.aggregate(torch.zeros(num_params, dtype=dtype), store, on_empty="keep")
+        sent = list(vectors)  # so that each is checked by itself
+        fishers = self.fishers(sent) if self.rule.needs_fishers and self.fishers is not None else None
+        zeros = torch.zeros(num_params, dtype=dtype)
+        self.result = self.rule.aggregate(zeros, sent, fishers, [1] * len(sent), on_empty="keep")
         params = self.result.params
         return params.numpy() if any(isinstance(v, np.ndarray) for v in vectors) else params
 
