@@ -23,6 +23,7 @@ class Call:
 
     Attributes:
         params: The tensors that stood for the layer's parameters.
+        settings: How the layer was made, in the call.
         versions: What the layer read, its input and buffers, with their versions then.
     """
 
@@ -31,13 +32,13 @@ class Call:
     params: Mapping[str, Tensor | None]
     input: Tensor
     edge: GradientEdge
-    training: bool
+    settings: tuple[Any, ...]
     versions: tuple[tuple[Tensor, int], ...]
 
     @property
     def intact(self) -> bool:
         """Whether the layer and what it read are still as they were in the call."""
-        return self.module.training == self.training and all(x._version == version for x, version in self.versions)
+        return self.settings == _settings(self.module) and all(x._version == version for x, version in self.versions)
 
     def takes_samples_along(self, axis: Axis, n: int) -> bool:
         """Whether the layer's rule can be given samples that lie so in the first dimensions."""
@@ -109,5 +110,10 @@ class Capture:
         read = [input, *(buffer for buffer in module._buffers.values() if buffer is not None)]
         versions = tuple((x, x._version) for x in read)
         edge = get_gradient_edge(output)
-        calls.append(Call(module, rule, dict(module._parameters), input, edge, module.training, versions))
+        calls.append(Call(module, rule, dict(module._parameters), input, edge, _settings(module), versions))
         return output
+
+
+def _settings(layer: nn.Module) -> tuple[Any, ...]:
+    names: Any = layer.__constants__
+    return layer.training, *(getattr(layer, name, None) for name in names)

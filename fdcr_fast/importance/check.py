@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdcr_fast.importance.data import Batch
 from fdcr_fast.importance.estimate import Estimate
@@ -39,7 +37,7 @@ class Check:
     Args:
         how: ``"first"``: the first batch, unless one alike has passed before. ``"all"``: every batch. ``"off"``: none.
         model: The arguments of :class:`Estimate`, as are the next ones.
-        label: What else there is to a batch that is alike.
+        settings: What models and losses that go the same way have in common.
         generator: Where the kind takes its random numbers from.
     """
 
@@ -50,7 +48,7 @@ class Check:
         names: Sequence[str],
         kind: Kind,
         fallback: PerSampleGradients,
-        label: Any,
+        settings: Hashable,
         generator: torch.Generator | None,
     ) -> None:
         if how not in CHECKS:
@@ -60,7 +58,7 @@ class Check:
         self._params = {name: model.params[name] for name in names}
         self._kind = kind
         self._fallback = fallback
-        self._label = label
+        self._settings = settings
         self._generator = generator
         self._samples = torch.Generator().manual_seed(0)
         self._shown = False  # by a batch of several samples, whether they are kept apart
@@ -97,8 +95,8 @@ class Check:
             "batch independently of each other? If so, please report it",
             stacklevel=3,
         )
-        # All of them: what is wrong for this sample of some may be wrong for other samples of others.
-        estimate.one_by_one(self._params)
+        # All parameters: what is wrong for this sample of some may be wrong for other samples of others.
+        estimate.one_by_one()
         self._how = "off"  # nothing is left to compare, nor may what follows count as passed
 
     def _differing(self, batch: Batch) -> set[str]:
@@ -146,10 +144,9 @@ class Check:
 
     def _alike(self, batch: Batch) -> tuple[Any, ...]:
         """The same for batches, also of other models, that go the same way, as far as can be seen without calling."""
-        model = tuple((weakref.ref(type(m)), *_settings(m)) for m in self._model.module.modules())
         data = tuple((x.shape[1:], x.dtype) for x in batch.tensors)
         params = tuple((name, p.shape, p.dtype) for name, p in self._params.items())
-        return model, data, params, torch.is_autocast_enabled(self._device.type), self._label
+        return self._settings, data, params, torch.is_autocast_enabled(self._device.type)
 
     def _random_state(self) -> Tensor:
         return torch.get_rng_state() if self._device.type == "cpu" else torch.cuda.get_rng_state(self._device)
@@ -161,24 +158,3 @@ class Check:
             yield
         if self._generator is not None and state is not None:
             self._generator.set_state(state)
-
-
-def _settings(module: nn.Module) -> Iterator[Any]:
-    """What a module was made with, and which hooks it has."""
-    for name, value in vars(module).items():
-        if name in _HOOKS:
-            yield len(value)
-        elif isinstance(value, _CODE):
-            yield name, weakref.ref(getattr(value, "__func__", value))
-        elif isinstance(value, _SETTINGS):
-            yield name, repr(value) if isinstance(value, tuple) else value
-
-
-_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("hooks"))
-_SETTINGS = (bool, int, float, str, tuple, type(None))
-_CODE = (
-    FunctionType,
-    BuiltinFunctionType,
-    MethodType,
-    type,
-)  # remembered as long as it lives: addresses are used again

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
+from itertools import islice
 from numbers import Number
 from typing import Any
 
@@ -92,7 +93,12 @@ def _has_samples(x: Any) -> bool:
 
 
 def _as_tensors(tree: Any, what: str) -> Any:
-    if isinstance(tree, Tensor) or (isinstance(tree, _SHARED) and not isinstance(tree, np.generic)):
+    if isinstance(tree, Tensor):
+        if tree.layout != torch.strided or tree.is_nested:
+            kind = "nested" if tree.is_nested else f"sparse ({tree.layout})"
+            raise ValueError(f"expected dense {what}, whose samples can be taken apart, got a {kind} tensor")
+        return tree
+    if isinstance(tree, _SHARED) and not isinstance(tree, np.generic):
         return tree
     if isinstance(tree, np.ndarray | np.generic):
         return as_tensor(np.asarray(tree))
@@ -109,11 +115,11 @@ def _as_list_of_numbers(targets: Any) -> Any:
     return torch.tensor(targets) if numbers else targets
 
 
-def batches(data: Any, batch_size: int) -> Iterator[Batch]:
-    """The data in batches of at most ``batch_size`` samples each."""
+def batches(data: Any, batch_size: int, most: int | None = None) -> Iterator[Batch]:
+    """The data, or the first ``most`` batches as they come, in batches of at most ``batch_size`` samples each."""
     if isinstance(data, Dataset) or hasattr(data, "set_format"):  # Hugging Face data sets are none of PyTorch's
-        data = DataLoader(data, batch_size)
-    for inputs, targets in map(_pair, [data] if _is_one_batch(data) else _iterated(data)):
+        data = DataLoader(data, batch_size, generator=torch.Generator())  # else it draws from the global one
+    for inputs, targets in map(_pair, islice([data] if _is_one_batch(data) else _iterated(data), most)):
         batch = Batch.of(inputs, targets)
         for start in range(0, batch.samples, batch_size):
             yield batch.part(slice(start, start + batch_size))
@@ -121,7 +127,8 @@ def batches(data: Any, batch_size: int) -> Iterator[Batch]:
 
 def _is_one_batch(data: Any) -> bool:
     if isinstance(data, tuple | list) and len(data) == 2:
-        return isinstance(_as_list_of_numbers(data[1]), Tensor | np.ndarray)
+        arrays = Tensor | np.ndarray  # which are no batches of their own
+        return isinstance(data[0], arrays) or isinstance(_as_list_of_numbers(data[1]), arrays)
     return isinstance(data, Mapping)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from fdcr_fast.importance.capture import Call, Capture
 from fdcr_fast.importance.data import Batch
 from fdcr_fast.importance.entries import Entry, entries
 from fdcr_fast.importance.graph import Graph, RowsOfSamples, visit_gradients
+from fdcr_fast.importance.hooks import noticed
 from fdcr_fast.importance.kinds import Kind, Pass
 from fdcr_fast.importance.losses import losses_of
 from fdcr_fast.importance.per_sample import PerSampleGradients, hides_parameters, plain_gradients
@@ -98,9 +99,11 @@ class Estimate:
         self.sums = {name: v.view(p.shape) for (name, p), v in zip(self._leaves.items(), views, strict=True)}
         self._reached: set[str] = set()  # parameters that some losses depend on
         self._mixed: set[str] = set()  # parts that were once seen to have no row for every sample
-        self._plain: set[str] = set()  # parameters for plain autograd
+        self._alone = False  # whether every sample goes through plain autograd on its own
         self._warned = False
-        self._hidden: bool | None = None  # whether checkpoints keep parameters out of graphs
+        self._tried = False  # whether graphs that may hide ways to parameters have shown that they do not
+        # Then parts of the model may be in the graph only if their inputs, too, need gradients.
+        self._partly = len(names) < sum(p.is_floating_point() for p in model.params.values())
         cpu = self._vector.device.type == "cpu"
         # How many samples the caller should add at a time.
         self.batch_size = _cpu_batch_size(sum(x.numel() for x in model.params.values())) if cpu else _GPU_SAMPLES
@@ -109,7 +112,7 @@ class Estimate:
         self.samples = 0
         self._weight = 0
         if model.hooked:  # which may do anything to gradients, also by what those of other samples are
-            self.one_by_one(names)
+            self.one_by_one()
 
     def add(self, batch: Batch) -> None:
         """Squared per-sample gradients of a batch: one forward pass, and one backward pass per pass of the kind."""
@@ -122,8 +125,10 @@ class Estimate:
         batch = batch.to(self._vector.device)
         rest = self._add_by_graph(batch)
         if rest is None:
-            self._hidden = hides_parameters(self._model, self._first_loss, batch.part(slice(0, 1)))
-            rest = self._add_by_graph(batch)
+            if hides_parameters(self._model, self._first_losses, batch):
+                self.one_by_one()
+            self._tried = True
+            rest = self._add_by_graph(batch, tried=True)
             assert rest is not None
         inputs, _ = batch.tree()
         for each, uncovered in rest:
@@ -138,14 +143,14 @@ class Estimate:
         self.samples += batch.samples
         self._weight += batch.samples
 
-    def _add_by_graph(self, batch: Batch) -> list[tuple[Pass, set[str]]] | None:
+    def _add_by_graph(self, batch: Batch, tried: bool = False) -> list[tuple[Pass, set[str]]] | None:
         """Adds what layers and entries give; what every pass lacks after that.
 
-        None, and nothing is added, if parameters are missing in the graph and it is not known whether checkpoints hide
-        them there.
+        None, and nothing is added, if the graph may hide ways to parameters: that should be tried.
         """
         with self._model.at(self._leaves) as call:
-            forward = self._forward_captured(call, batch)
+            with noticed() as hooks:  # which may look at what belongs to several samples
+                forward = self._forward_captured(call, batch)
             apart = not self._model.joins_samples()
             graph = Graph(forward.losses)
             if referred := graph.leaves_among(self._model.originals):
@@ -154,10 +159,12 @@ class Estimate:
                     "closure): it does not see the values that the Fisher is taken at; refer to it by its module"
                 )
             uses = {name for name, leaf in self._leaves.items() if graph.uses(leaf)}
-            if graph.reentrant or (len(uses) < len(self._leaves) and self._hidden):
-                self.one_by_one(self._leaves)
-                uses = set(self._leaves)
-            elif len(uses) < len(self._leaves) and self._hidden is None:
+            if hooks:
+                self.one_by_one()
+            missing = len(uses) < len(self._leaves)
+            if self._alone:
+                apart, uses = False, set(self._leaves)
+            elif not tried and ((graph.opaque and (missing or not self._tried)) or (missing and self._partly)):
                 return None
             else:
                 self._reached |= uses
@@ -165,12 +172,12 @@ class Estimate:
             forward.calls.clear()
             return [(each, uses - covered) for each, covered in self._add_parts(forward, graph, parts)]
 
-    def _first_loss(self, output: Any, targets: Any) -> Tensor:
+    def _first_losses(self, output: Any, targets: Any) -> Tensor:
         first = next(iter(self._kind(output, targets)))
         return losses_of(first.loss, output, first.targets)
 
-    def add_batch_gradient(self, batch: Batch) -> None:
-        """The squared gradient of the batch's mean loss, which is not a Fisher; every batch counts alike."""
+    def add_batch_gradient(self, batch: Batch, weight: int) -> None:
+        """The squared gradient of the batch's mean loss, which is not a Fisher, as often as ``weight`` says."""
         if batch.samples == 0:
             return
 
@@ -180,14 +187,14 @@ class Estimate:
 
         grads = plain_gradients(self._model, shares, self._leaves, batch.to(self._vector.device))
         for name, g in grads.items():
-            self.sums[name] += g.to(self._vector.dtype).square()
+            self.sums[name] += weight * g.to(self._vector.dtype).square()
         self._reached.update(grads)
         self.samples += batch.samples
-        self._weight += 1
+        self._weight += weight
 
-    def one_by_one(self, names: Iterable[str]) -> None:
-        """From now on these parameters are left to plain autograd."""
-        self._plain.update(names)
+    def one_by_one(self) -> None:
+        """From now on every sample goes through plain autograd on its own."""
+        self._alone = True
         self._fallback.one_by_one()
 
     def mean(self) -> Tensor:
@@ -262,11 +269,7 @@ class Estimate:
         n: int,
     ) -> dict[str, _Part]:
         """Those sources of which it is clear where the samples lie, or will be by their gradients."""
-        edges = {
-            name: source.edge
-            for name, (source, params) in sources.items()
-            if params and name not in self._mixed and self._plain.isdisjoint(params.values())
-        }
+        edges = {name: source.edge for name, (source, params) in sources.items() if params and name not in self._mixed}
         axes = graph.axes(edges) if n > 1 and edges else dict.fromkeys(edges, Axis(0))
         parts = {}
         for name in edges:

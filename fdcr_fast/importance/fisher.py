@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fdcr_fast.importance import workarounds
 from fdcr_fast.importance.check import Check
 from fdcr_fast.importance.data import batches
 from fdcr_fast.importance.estimate import Estimate
 from fdcr_fast.importance.kinds import BATCH_GRADIENT, resolve_kind
 from fdcr_fast.importance.losses import Loss, resolve_loss
 from fdcr_fast.importance.model import Inventory, selected, unwrapped, values_of
+from fdcr_fast.importance.modes import evaluation
 from fdcr_fast.importance.per_sample import PerSampleGradients
+from fdcr_fast.importance.settings import settings_of
 from fdcr_fast.importance.stateless import Stateless
 
 
@@ -29,11 +28,13 @@ def diagonal_fisher(
     *,
     kind: str = "empirical",
     loss_options: Mapping[str, Any] | None = None,
+    weigh_batches: bool = False,
     num_samples: int = 1,
     generator: torch.Generator | None = None,
     state: Mapping[str, Tensor] | None = None,
     params: Iterable[str] | None = None,
     batch_size: int | None = None,
+    max_batches: int | None = None,
     eval_mode: bool = True,
     check: str = "first",
     progress: Callable[[int], None] | None = None,
@@ -70,6 +71,8 @@ def diagonal_fisher(
             output (``bce_with_logits``, and ``mse`` with its normal distribution of variance 1/2).
             ``"squared_batch_gradient"`` is not a Fisher: the mean over batches of the squared gradient of the batch's
             mean loss. It depends on the batch size and is found in re-implementations; it is here to reproduce them.
+        weigh_batches: Of that kind: batches b count by their samples, ``sum_b |b| g_b^2 / N``, as in the published
+            experiments, instead of alike.
         loss_options: Of a loss by name. ``per_sample="sum"`` or ``"mean"``: how the values of a sample, such as those
             of its tokens, become its loss, by default their sum; the mean is over those not ignored. As in
             ``torch.nn.functional``: ``weight`` (per class), ``ignore_index`` and, of ``cross_entropy``,
@@ -85,6 +88,7 @@ def diagonal_fisher(
         params: Names of the parameters wanted, by default all of ``model.named_parameters()``.
         batch_size: Samples of one forward pass; larger batches are cut. By default what suits the device, but the
             batches as they come for ``"squared_batch_gradient"``.
+        max_batches: Batches of ``data`` that are used, as they come, for loaders without an end; by default all.
         eval_mode: Evaluate the model in eval mode and restore its modes afterwards, also after an error. With False
             the modules keep their modes, and dropout draws its masks from the global generator.
         check: ``"first"``: one sample of the first batch, chosen by a generator of fixed seed, is compared with plain
@@ -107,19 +111,23 @@ def diagonal_fisher(
     inventory = Inventory(unwrapped(model))
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be positive, got {max_batches}")
+    if weigh_batches and kind != BATCH_GRADIENT:
+        raise ValueError(f"weigh_batches is for kind={BATCH_GRADIENT!r}, got kind={kind!r}")
     resolved = resolve_loss(loss, {} if loss_options is None else loss_options)
     labels = resolve_kind(kind, resolved, num_samples, generator)
     names = selected(inventory, params)
-    with _evaluation(inventory, eval_mode), Stateless(inventory, values_of(inventory, state)) as stateless:
+    with evaluation(inventory, eval_mode), Stateless(inventory, values_of(inventory, state)) as stateless:
         fallback = PerSampleGradients(stateless)
         estimate = Estimate(stateless, names, labels, fallback)
-        label = kind, loss if isinstance(loss, str) else "callable"
-        compare = Check(check, stateless, names, labels, fallback, label, generator)
+        settings = inventory.settings, settings_of((kind, loss, loss_options))
+        compare = Check(check, stateless, names, labels, fallback, settings, generator)
         whole = kind == BATCH_GRADIENT  # what a batch is matters
         most = sys.maxsize if whole and batch_size is None else batch_size
-        for batch in batches(data, most or estimate.batch_size):
+        for batch in batches(data, most or estimate.batch_size, max_batches):
             if whole:
-                estimate.add_batch_gradient(batch)
+                estimate.add_batch_gradient(batch, batch.samples if weigh_batches else 1)
             else:
                 compare(estimate, batch)
                 estimate.add(batch)
@@ -171,27 +179,3 @@ def diagonal_fisher_stacked(
             progress(k + 1)
     assert rows is not None
     return rows
-
-
-@contextmanager
-def _evaluation(inventory: Inventory, eval_mode: bool) -> Iterator[None]:
-    """The modes wanted, put back at the end."""
-    before = {module: module.training for module in inventory.modules.values()}
-    try:
-        if eval_mode:
-            inventory.model.eval()
-        _refuse_batch_statistics(inventory)
-        with workarounds.evaluation():
-            yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
-def _refuse_batch_statistics(inventory: Inventory) -> None:
-    for name, module in inventory.modules.items():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"{name} normalises with the statistics of the batch, so no sample has a gradient of its own: "
-                "use running statistics in eval mode, or a normalisation within the sample (GroupNorm)"
-            )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from fdcr_fast.importance.provenance import Axis, Flow, source_axis
@@ -19,12 +20,12 @@ class Graph:
     """The graph of per-sample losses ``[N]``, walked once.
 
     Attributes:
-        reentrant: Whether some of it is only built in the backward pass (``torch.utils.checkpoint`` with
-            ``use_reentrant=True``), so that parameters may be missing.
+        opaque: Whether some functions in it are written in Python: their backward passes may go on where the graph
+            does not (``torch.utils.checkpoint`` with ``use_reentrant=True``), so that parameters may be missing.
     """
 
     def __init__(self, losses: Tensor) -> None:
-        self.reentrant = False
+        self.opaque = False
         self._samples = len(losses)
         self._root_output = losses.output_nr
         self._following: dict[Node, Any] = {}
@@ -51,7 +52,7 @@ class Graph:
                     if source not in self._following:
                         self._following[source] = ()
                         stack.append(source)
-            self.reentrant |= node.name() == "CheckpointFunctionBackward"
+            self.opaque |= isinstance(node, BackwardCFunction)
         ready = [root]
         while ready:
             node = ready.pop()
@@ -180,7 +181,8 @@ class RowsOfSamples:
     def are_in(self, name: str, grad: Tensor) -> bool:
         """Whether the rows of a gradient of the summed losses are those of the samples."""
         rows = _projected_rows(grad)
-        lost = torch.finfo(grad.dtype).tiny * grad[0].numel()  # by numbers too small for all their digits
+        # By numbers too small for all their digits.
+        lost = torch.finfo(grad.dtype).smallest_normal * torch.finfo(grad.dtype).eps * grad[0].numel()
         found = self._weighted[name]
         return len(found) == len(self._weights) and all(
             bool(((weighted - rows * weights).abs() <= lost * weights).all())

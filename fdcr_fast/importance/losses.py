@@ -276,8 +276,10 @@ def resolve_loss(loss: str | Loss, options: Mapping[str, Any]) -> Loss:
 def losses_of(loss: Loss, output: Any, targets: Any) -> Tensor:
     """The losses of the samples, checked to be one for each."""
     losses = loss(output, targets)
-    n = len(tree_leaves(targets)[0])
+    n = next(len(x) for x in tree_leaves(targets) if isinstance(x, Tensor) and x.dim() > 0)
     if not isinstance(losses, Tensor) or losses.shape != (n,):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"the loss must return one value per sample, [{n}], got {got}; use reduction='none'")
+    if losses.is_complex():
+        raise ValueError(f"losses must be real numbers, got {losses.dtype}")
     return losses

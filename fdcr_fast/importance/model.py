@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
+from fdcr_fast.importance.settings import settings_of
 from fdcr_fast.layout import as_tensor, inner_module, plain_name
 
 
@@ -76,6 +78,11 @@ class Inventory:
         """The first name of the tensor that is meant, whatever wrappers add to its names, or None."""
         return self._first.get(name) or self._by_plain_name.get(plain_name(name))
 
+    @cached_property
+    def settings(self) -> Hashable:
+        """Equal for models that behave alike, as far as can be seen without a call."""
+        return settings_of(self.model)
+
     @property
     def shared(self) -> set[str]:
         """Names of tensors that are in several places."""
@@ -85,8 +92,11 @@ class Inventory:
 def values_of(inventory: Inventory, state: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """The model's parameters and buffers by their first names, with the entries of ``state`` in place of its own.
 
+    These become the model's dtypes, as ``load_state_dict`` does it.
+
     Raises:
-        ValueError: An entry that the model has not, or has in another shape, or two that differ for one tied tensor.
+        ValueError: An entry that the model has not, or has in another shape, or two that differ for one tied tensor;
+            complex numbers for real ones.
     """
     own = {**inventory.parameters, **inventory.buffers}
     given: dict[str, tuple[str, Tensor]] = {}
@@ -97,10 +107,12 @@ def values_of(inventory: Inventory, state: Mapping[str, Any] | None) -> dict[str
         if name is None or own[name].shape != x.shape:
             expected = "no such entry" if name is None else f"{list(own[name].shape)}"
             raise ValueError(f"the model has {expected} for {entry} of state, got {list(x.shape)}")
+        if x.is_complex() and not own[name].is_complex():
+            raise ValueError(f"the model has {own[name].dtype} for {entry} of state, got {x.dtype}")
         other, known = given.setdefault(name, (entry, x))
         if known is not x and not torch.equal(known, x):
             raise ValueError(f"{other} and {entry} are one tensor in the model, but two in state")
-    return {name: given[name][1].to(x.device) if name in given else x.detach() for name, x in own.items()}
+    return {name: given[name][1].to(x) if name in given else x.detach() for name, x in own.items()}
 
 
 def selected(inventory: Inventory, params: Iterable[str] | None) -> list[str]:

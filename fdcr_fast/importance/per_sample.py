@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +31,7 @@ def plain_gradients(model: Stateless, loss: Loss, names: Collection[str], batch:
         losses = losses_of(loss, call(inputs), targets)
         wanted = [leaves[name] for name in names]
         grads: Iterable[Tensor | None] = ()
-        if Graph(losses).reentrant:  # such checkpoints support a backward pass to all parameters only
+        if Graph(losses).opaque:  # such checkpoints support a backward pass to all parameters only
             losses.sum().backward()
             grads = [leaf.grad for leaf in wanted]
         elif losses.requires_grad:
@@ -38,11 +39,18 @@ def plain_gradients(model: Stateless, loss: Loss, names: Collection[str], batch:
     return {name: g.to_dense() for name, g in zip(names, grads, strict=False) if g is not None}
 
 
-def hides_parameters(model: Stateless, loss: Loss, sample: Batch) -> bool:
-    """Whether parts of the model are in the graph of the loss only if their inputs, too, need gradients."""
-    inputs, targets = sample.private().tree()
-    with _all_differentiable(model) as (_, call):
-        return Graph(losses_of(loss, call(inputs), targets)).reentrant
+def hides_parameters(model: Stateless, loss: Callable[[Any, Any], Tensor], batch: Batch) -> bool:
+    """Whether backward passes reach parameters in ways that the graph of the losses does not show."""
+    inputs, targets = batch.private().tree()
+    reached: Counter[str] = Counter()
+    with _all_differentiable(model) as (leaves, call):
+        for name, leaf in leaves.items():
+            leaf.register_post_accumulate_grad_hook(lambda _, name=name: reached.update([name]))
+        losses = loss(call(inputs), targets)
+        graph = Graph(losses)
+        if losses.requires_grad:
+            losses.sum().backward()
+        return any(reached[name] > graph.uses(leaf) for name, leaf in leaves.items())
 
 
 @contextmanager

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from operator import is_
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.hooks import RemovableHandle
 
 from fdcr_fast.importance import workarounds
 from fdcr_fast.importance.model import Inventory
+from fdcr_fast.importance.snapshot import Snapshot
 from fdcr_fast.importance.values import Values
 
 
@@ -45,23 +43,18 @@ class Stateless:
         self._slots = inventory.slots
         self._values = Values(inventory, values)
         self.params = self._values.params
+        self._parameters = inventory.parameters
         self.originals = {id(p): name for name, p in inventory.parameters.items()}
         hooked = {name: p._backward_hooks for name, p in inventory.parameters.items() if p._backward_hooks}
         self.hooks = {name: list(hooks.values()) for name, hooks in hooked.items()}
         self.hooked = bool(self.hooks) or any(m._backward_hooks or m._backward_pre_hooks for m in self._modules)
-        self._attributes = _Snapshot()
-        self._registries = _Snapshot()
+        self._inventory = inventory
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Stateless:
         self._hooks = workarounds.lay_out_gradients_of_batch_norms(self._modules)
-        own = {id(registry[leaf]) for registry, leaf, _ in self._slots}
-        for module in self._modules:
-            attributes = vars(module)
-            self._attributes.add(attributes, own)
-            for name, x in attributes.items():
-                if isinstance(x, dict | list | set | deque):
-                    (self._registries if name in ("_parameters", "_buffers") else self._attributes).add(x, own)
+        self._attributes = Snapshot.of_attributes(self._inventory)
+        self._registries = Snapshot.of_registries(self._inventory)
         return self
 
     def __exit__(
@@ -84,6 +77,8 @@ class Stateless:
         own = [registry[leaf] for registry, leaf, _ in self._slots]
         for registry, leaf, name in self._slots:
             registry[leaf] = values[name]
+        for name, parameter in self._parameters.items():
+            _pass_for(values[name], parameter)
         if transformed:
             for module in self._modules:
                 vars(module)["_apply"] = workarounds.refuse_conversion
@@ -119,59 +114,12 @@ class Stateless:
         return exchanged or self._values.join_samples()
 
 
+def _pass_for(x: Tensor, parameter: Tensor) -> None:
+    """Models may ask whether a tensor is a parameter, and tell parameters by attributes that they have set."""
+    vars(x).update(vars(parameter), _is_param=True)
+
+
 def _called_with(module: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, dict):
         return module(**inputs)
     return module(*inputs) if isinstance(inputs, tuple | list) else module(inputs)
-
-
-class _Snapshot:
-    """What containers hold, most of them nothing."""
-
-    def __init__(self) -> None:
-        self._filled: list[_Contents] = []
-        self._empty: list[Any] = []
-
-    def add(self, container: Any, known: Collection[int]) -> None:
-        if container:
-            self._filled.append(_Contents(container, known))
-        else:
-            self._empty.append(container)
-
-    def restore(self) -> None:
-        for contents in self._filled:
-            contents.restore()
-        if any(self._empty):
-            for container in self._empty:
-                container.clear()
-
-
-class _Contents:
-    """What a container holds, and the values of the tensors among it, but for those in ``known``."""
-
-    def __init__(self, container: Any, known: Collection[int]) -> None:
-        self._container = container
-        kind = dict if isinstance(container, dict) else set if isinstance(container, set) else list
-        self._saved: Any = kind(container)
-        entries = container.values() if kind is dict else container
-        loose = [x for x in entries if isinstance(x, Tensor) and id(x) not in known and not x.is_inference()]
-        self._values = {x: (x._version, x.detach().clone()) for x in loose}
-
-    def restore(self) -> None:
-        if not self._same():
-            self._container.clear()
-            put = self._container.extend if isinstance(self._saved, list) else self._container.update
-            put(self._saved)
-        for x, (version, values) in self._values.items():
-            if x._version != version:
-                with torch.no_grad():
-                    x.copy_(values)
-                self._values[x] = x._version, values
-
-    def _same(self) -> bool:
-        now, saved = self._container, self._saved
-        if isinstance(saved, dict):
-            return now.keys() == saved.keys() and all(map(is_, now.values(), saved.values()))
-        if isinstance(saved, set):
-            return bool(now == saved)
-        return len(now) == len(saved) and all(map(is_, now, saved))

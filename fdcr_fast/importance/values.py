@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from weakref import WeakSet
+from collections.abc import Hashable, Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fdcr_fast.importance.model import Inventory
 
 # Models whose forward passes were seen to leave their parameters alone, so that they need no copies of these, and to
-# write to buffers, if at all, by operations that count as versions.
-_reading: WeakSet[nn.Module] = WeakSet()
+# write to buffers, if at all, by operations that count as versions; with the settings that they had then.
+_reading: WeakKeyDictionary[nn.Module, Hashable] = WeakKeyDictionary()
 
 
 class Values:
@@ -31,11 +31,11 @@ class Values:
     """
 
     def __init__(self, inventory: Inventory, values: Mapping[str, Tensor]) -> None:
-        self._model = inventory.model
+        self._inventory = inventory
         names = inventory.parameters.keys()
         shortened = _shortened(inventory)
         self._shortened_for_others = not shortened.isdisjoint(inventory.shared) if shortened else False
-        self._seen = self._model in _reading
+        self._seen = _reading.get(inventory.model) == inventory.settings
         self._copies = {
             name: _Copy(x)
             for name, x in values.items()
@@ -59,7 +59,7 @@ class Values:
         silently = [name for name in written if name in self.buffers and not self._copies[name].changed]
         self._writes = bool(silently) or not self._read.keys().isdisjoint(written)
         if not self._writes:
-            _reading.add(self._model)
+            _reading[self._inventory.model] = self._inventory.settings
 
     def join_samples(self) -> bool:
         """Whether a forward pass wrote what samples behind it in the batch may have read."""
@@ -79,9 +79,14 @@ class Values:
             self._read[name] = self.params[name]._version
         if written and self._seen and not self._writes:
             self._writes = True
-            _reading.discard(self._model)
+            _reading.pop(self._inventory.model, None)
             if lost := [name for name in written if name not in self._copies]:
                 raise ValueError(f"the forward pass has written to {', '.join(lost)}, and never before: call again")
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Of two tensors of one shape and dtype, NaN for NaN."""
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 class _Copy:
@@ -98,8 +103,7 @@ class _Copy:
 
     def differs(self) -> bool:
         """Whether it was changed, also by ways that do not count as versions, such as ``x.data.clamp_()``."""
-        a, b = self.tensor, self._source
-        return self.changed or not (torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+        return self.changed or not same_values(self.tensor, self._source)
 
     def restore(self, *, always: bool) -> None:
         if always or self.changed:

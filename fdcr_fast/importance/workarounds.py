@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from fdcr_fast.importance import hooks
+
 
 @contextmanager
 def evaluation() -> Iterator[None]:
@@ -74,4 +76,4 @@ def _lay_out_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> 
         return
     empty = torch.empty_like(input, requires_grad=False)
     # Reentrant checkpoints may call it without a gradient.
-    output.register_hook(lambda grad: grad if grad is None or grad.stride() == empty.stride() else empty.copy_(grad))
+    hooks.register(output, lambda grad: grad if grad is None or grad.stride() == empty.stride() else empty.copy_(grad))

@@ -1,7 +1,10 @@
 """One sample by plain autograd against the same sample by the fast way: what is found, and what is left alone."""
 
+import copy
 import warnings
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from fdcr_fast.importance.estimate import Estimate
 from fdcr_fast.importance.graph import Graph
 from fdcr_fast.importance.per_sample import PerSampleGradients
 from fdcr_fast.importance.provenance import Axis
+from fdcr_fast.importance.settings import settings_of
 
 N = 7
 
@@ -270,3 +274,92 @@ def test_diverged_models_are_left_alone():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert diagonal_fisher(model, (x, y), check="all").isnan().any()
+
+
+class Configured(nn.Module):
+    """Takes another way by what a dictionary, a list or an object of its own says."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.options, self.steps, self.config = {"centre": False}, [1], Options(centre=False)
+
+    def forward(self, x):
+        centre = self.options["centre"] or len(self.steps) > 1 or self.config.inner["centre"]
+        return self.layer(x - x.mean(0) if centre else x)
+
+
+class Options:
+    def __init__(self, centre):
+        self.inner = {"centre": centre}
+
+
+@pytest.mark.parametrize("where", ["dictionary", "list", "object", "loss", "options of the loss", "closure"])
+def test_what_has_passed_is_known_by_all_its_settings(where, monkeypatch):
+    sizes = compared(monkeypatch)
+
+    def centred(centre):
+        def loss(output, targets):
+            return F.cross_entropy(output - output.mean(0) if centre else output, targets, reduction="none")
+
+        return loss
+
+    model, (x, y) = Configured(), data()
+    first = centred(False) if where == "closure" else "cross_entropy"
+    for _ in range(2):
+        diagonal_fisher(model, (x, y), first)
+    assert sizes == [N]
+    if where == "dictionary":
+        model.options["centre"] = True
+    elif where == "list":
+        model.steps.append(2)
+    elif where == "object":
+        model.config.inner["centre"] = True
+    second = centred(where == "closure") if where in ("closure", "loss") else "cross_entropy"
+    options = {"label_smoothing": 0.1} if where == "options of the loss" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # most of them join samples now
+        diagonal_fisher(model, (x, y), second, loss_options=options)
+    assert sizes == [N, N]
+
+
+def test_models_made_alike_have_the_same_settings():
+    def made():
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+        model(torch.randn(2, 1, 5, 5))
+        model[2].register_forward_hook(print)
+        model.options, model.again = {"a": [1, 2.0, {"b"}], 3: None}, [model]
+        model.scale = partial(torch.mul, other=2)
+        return model
+
+    one, other = made(), made()
+    assert settings_of(one) == settings_of(other) == settings_of(copy.deepcopy(one))
+    assert hash(settings_of(one)) == hash(settings_of(other))
+    for change in ("options", "scale", "hook", "dtype", "stride"):
+        other = made()
+        if change == "options":
+            other.options["a"][2].add("c")
+        elif change == "scale":
+            other.scale = partial(torch.mul, other=3)
+        elif change == "hook":
+            other[2].register_forward_hook(print)
+        elif change == "dtype":
+            other.double()
+        else:
+            other[0].stride = (2, 2)
+        assert settings_of(other) != settings_of(one)
+
+
+def test_settings_of_what_is_odd():
+    """Cycles, long data, objects without attributes, closures that are not filled yet."""
+
+    def function():
+        return late
+
+    loop = [1]
+    loop.append(loop)
+    things = [function, loop, object(), iter([1]), {"x": range(9)}, np.zeros(3), Options, print, [0] * 10**6, [].append]
+    for thing in things:
+        assert hash(settings_of(thing)) == hash(settings_of(thing))
+        assert settings_of(thing) == settings_of(thing)
+    late = 1

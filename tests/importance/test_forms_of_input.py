@@ -1,5 +1,6 @@
 """Data, models and names in the forms in which people have them; errors that say what was expected and what came."""
 
+import itertools
 from collections import OrderedDict, UserDict, namedtuple
 from enum import Enum
 
@@ -362,3 +363,67 @@ def test_errors_of_data_and_arguments(data, call, error, message):
 def test_errors_of_models(model, error, message):
     with pytest.raises(error, match=message):
         diagonal_fisher(model(), (X, Y))
+
+
+def test_loaders_without_an_end():
+    model, (x, y) = network(), data()
+    expected = fisher_one_by_one(model, x, y)
+    endless = ((x, y) for _ in itertools.count())
+    assert (diagonal_fisher(model, endless, max_batches=3) - expected).norm() < 1e-5 * expected.norm()
+    assert torch.equal(diagonal_fisher(model, [(x, y), (x * 2, y)], max_batches=1), diagonal_fisher(model, (x, y)))
+    with pytest.raises(ValueError, match="max_batches must be positive, got 0"):
+        diagonal_fisher(model, (x, y), max_batches=0)
+
+
+def test_data_sets_leave_the_random_numbers_alone():
+    model, (x, y) = network(), data()
+    before = torch.get_rng_state()
+    diagonal_fisher(model, TensorDataset(x, y))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda x: x.to_sparse(), "sparse .torch.sparse_coo."),
+        (lambda x: x.to_sparse_csr(), "sparse .torch.sparse_csr."),
+        (lambda x: torch.nested.nested_tensor(list(x)), "nested"),
+        (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), "nested"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors).*:UserWarning")
+def test_tensors_that_are_not_dense(make, kind):
+    x, y = data()
+    with pytest.raises(
+        ValueError, match=f"expected dense inputs, whose samples can be taken apart, got a {kind} tensor"
+    ):
+        diagonal_fisher(network(), (make(x), y))
+
+
+def test_targets_with_flags():
+    x, y = data()
+
+    def loss(output, targets):
+        smooth, labels = targets
+        return nn.functional.cross_entropy(output, labels, reduction="none", label_smoothing=0.1 * smooth)
+
+    model = network()
+    fisher = diagonal_fisher(model, (x, (True, y)), loss)
+    assert torch.equal(fisher, diagonal_fisher(model, (x, y), loss_options={"label_smoothing": 0.1}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_state_of_another_dtype_is_taken_as_when_it_is_loaded(dtype):
+    model, (x, y) = network(), data()
+    state = {name: (value * 2).to(dtype) for name, value in model.state_dict().items()}
+    fisher = diagonal_fisher(model, (x, y), state=state)
+    model.load_state_dict(state)
+    assert torch.equal(fisher, diagonal_fisher(model, (x, y)))
+    state["0.bias"] = torch.zeros(6, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"torch.float32 for 0.bias of state, got torch.complex"):
+        diagonal_fisher(model, (x, y), state=state)
+
+
+def test_losses_that_are_no_real_numbers():
+    with pytest.raises(ValueError, match=r"losses must be real numbers, got torch\.complex64"):
+        diagonal_fisher(network(), data(), lambda output, targets: output.sum(1) * 1j)

@@ -206,6 +206,9 @@ def test_squared_batch_gradient(batch_size):
     model.float()
     result = diagonal_fisher(model, (x, y), kind="squared_batch_gradient", batch_size=batch_size)
     assert_close(result, torch.stack(squares).mean(0))
+    sizes = torch.tensor([len(yb) for yb in y.split(batch_size or 8)])
+    weighted = diagonal_fisher(model, (x, y), kind="squared_batch_gradient", batch_size=batch_size, weigh_batches=True)
+    assert_close(weighted, sizes.double() @ torch.stack(squares) / 8)
     fisher = diagonal_fisher(model, (x, y))
     assert ((result - fisher).norm() < 1e-5 * fisher.norm()) == (batch_size == 1)
 

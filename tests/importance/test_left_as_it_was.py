@@ -255,19 +255,39 @@ def test_given_states(model_type):
 
 def test_a_model_that_begins_to_write_to_its_parameters():
     """Nothing was copied, as nothing was written before: it says so, and the next call is right again."""
-    model = ClipsItsWeights().double().eval()
-    clip, model.forward = model.forward, lambda x: Base.forward(model, x)
+
+    class Sometimes(ClipsItsWeights):
+        def forward(self, x):
+            return super().forward(x) if x.max() > 9 else Base.forward(self, x)
+
+    model = Sometimes().double()
     x, y = torch.randn(N, 3).double(), torch.randint(0, 3, (N,))
     diagonal_fisher(model, (x, y), check="off")
-    model.forward = clip
+    x[:, 0] = 10
     with pytest.raises(ValueError, match="the forward pass has written to scale, and never before: call again"):
         diagonal_fisher(model, (x, y), check="off")
     nn.init.uniform_(model.scale)
     before = model.scale.clone()
     fisher = diagonal_fisher(model, (x, y), check="off")
     assert torch.equal(model.scale, before)
-    del model.forward
     torch.testing.assert_close(fisher, by_copies(model, x, y))
+
+
+@pytest.mark.parametrize("writer", [ClipsItsWeights, ClipsItsWeightsByData])
+def test_other_settings_with_which_a_model_writes_to_its_parameters(writer):
+    class Switched(writer):
+        clips = False
+
+        def forward(self, x):
+            return super().forward(x) if self.clips else Base.forward(self, x)
+
+    model = Switched().double()
+    x, y = torch.randn(N, 3).double(), torch.randint(0, 3, (N,))
+    diagonal_fisher(model, (x, y), check="off")
+    model.clips = True
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.testing.assert_close(diagonal_fisher(model, (x, y), check="off"), by_copies(model, x, y))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", lambda o, t: F.cross_entropy(o, t.clamp_(max=1), reduction="none")])

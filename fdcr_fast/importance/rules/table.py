@@ -27,6 +27,7 @@ class Rule:
         batched: Whether an input of such a layer has a dimension for the samples at all.
         params: Names of the parameters that such layers may have.
         forward: The forward pass that the rule is about; a replaced one may compute something else.
+        holds: Whether such a layer's parameters have the shapes that it makes them with, as far as others would do.
     """
 
     sum_squares: SumSquares
@@ -34,13 +35,15 @@ class Rule:
     batched: Callable[[nn.Module, Tensor], bool]
     params: tuple[str, ...]
     forward: Callable[..., Any]
+    holds: Callable[[nn.Module], bool]
 
     def holds_for(self, module: nn.Module) -> bool:
         """Whether a module of the rule's type computes what the type does, with the type's own parameters."""
         return (
-            "forward" not in vars(module)
+            vars(module).keys().isdisjoint(("forward", *self.params))
             and type(module).forward is self.forward
             and set(module._parameters) <= set(self.params)
+            and self.holds(module)
         )
 
     def leading_dims(self, module: nn.Module, input: Tensor) -> int:
@@ -58,11 +61,12 @@ def rule(
     own_dims: Callable[[nn.Module], int] | None = None,
     batched: Callable[[nn.Module, Tensor], bool] = lambda module, input: True,
     params: tuple[str, ...] = ("weight", "bias"),
+    holds: Callable[[nn.Module], bool] = lambda module: True,
 ) -> Callable[[SumSquares], SumSquares]:
     """Registers a function as the rule of exactly these types; a subclass may compute something else."""
 
     def register(function: SumSquares) -> SumSquares:
-        RULES.update({t: Rule(function, own_dims, batched, params, t.forward) for t in types})
+        RULES.update({t: Rule(function, own_dims, batched, params, t.forward, holds) for t in types})
         return function
 
     return register
