@@ -29,6 +29,8 @@ class PinnedRows(MemoryRows):
     def __init__(self, shape: StoreShape, device: torch.device) -> None:
         try:
             module = torch.get_device_module(device)
+            if not module.is_available():
+                raise RuntimeError(f"no {device.type} device is available here; compute_device may be left out")
             self._side = module.Stream(device=device)
             super().__init__(shape, torch.device("cpu"), pinned=True)
         except (RuntimeError, AssertionError, AttributeError) as error:

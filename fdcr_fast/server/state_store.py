@@ -108,6 +108,9 @@ class StateStore:
         self._maybe_tied = {name: twins for name, value in entries.items() if (twins := self._twins(name, value))}
         self._received: dict[Hashable, _Received] = {}
 
+    def __repr__(self) -> str:
+        return f"StateStore of {len(self.layout.names)} parameters: {self.updates!r}"
+
     @property
     def rejected(self) -> dict[Hashable, str]:
         """Reason by client id of those that were not accepted."""

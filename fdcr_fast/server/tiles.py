@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -162,7 +162,8 @@ WHOLE = Shard()
 def check_floating(name: str, tensor: object, shape: str) -> None:
     """Raise unless ``tensor`` is a real floating-point tensor with as many dimensions as ``shape`` names."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"expected {name} {shape} to be a torch.Tensor, got {type(tensor).__name__}")
+        hint = "; states by name are for aggregate_state_dicts and StateStore" if isinstance(tensor, Mapping) else ""
+        raise TypeError(f"expected {name} {shape} to be a torch.Tensor, got {type(tensor).__name__}{hint}")
     if not tensor.is_floating_point():
         raise TypeError(f"expected floating-point {name} {shape}, got {tensor.dtype}")
     if tensor.dim() != shape.count(",") + 1:

@@ -136,7 +136,7 @@ def test_overtaking_is_noticed():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_store_is_not_pinned_for_a_device_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="cannot be pinned for cuda"):
+    with pytest.raises(ValueError, match="cannot be pinned for cuda: no cuda device is available"):
         fdcr_fast.UpdateStore(10, 2, compute_device="cuda")
     for options in ({"path": tmp_path / "store"}, {"shared": True}, {"device": "meta"}):
         with pytest.raises(ValueError, match="compute_device of its own"):

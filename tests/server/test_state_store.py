@@ -36,6 +36,16 @@ def assert_same_state(state, expected):
         torch.testing.assert_close(state[name], value)
 
 
+def test_a_store_says_what_it_holds():
+    state = network().state_dict()
+    store = StateStore(state, K)
+    store.put_state(trained(state, 1), torch.rand(store.layout.numel), 3, "first")
+    store.put_state({}, torch.rand(store.layout.numel), 3, "second")
+    assert repr(store) == (
+        "StateStore of 6 parameters: UpdateStore(num_params=51, capacity=5, dtype=torch.float32): 1 clients, 1 rejected"
+    )
+
+
 def test_rounds_one_after_the_other_are_those_of_aggregate_state_dicts(tmp_path):
     model = network()
     layout, state = ParamLayout.from_module(model), model.state_dict()
