@@ -431,7 +431,11 @@ def good():
         ({"updates": torch.ones(3, 4, dtype=torch.complex64)}, TypeError, "floating-point updates"),
         ({"updates": "abc"}, TypeError, r"expected updates \[K, P\], K vectors or an UpdateStore, got str"),
         ({"updates": [torch.rand(4)]}, ValueError, "expected fishers of 1 clients like updates, got 3"),
-        ({"global_params": {"w": torch.zeros(4)}}, TypeError, r"\[P\] to be a torch.Tensor, got dict; .*aggregate_state_dicts"),
+        (
+            {"global_params": {"w": torch.zeros(4)}},
+            TypeError,
+            r"\[P\] to be a torch.Tensor, got dict; .*aggregate_state_dicts",
+        ),
         ({"fishers": None, "num_samples": None}, ValueError, "fishers must be given"),
         ({"on_empty": "ignore"}, ValueError, "on_empty must be one of"),
         (
