@@ -65,11 +65,11 @@ def lay_out_gradients_of_batch_norms(modules: Iterable[nn.Module]) -> list[Remov
     in another layout than the input had, as from tokens made of images: it is brought into the input's.
     """
     norms = [module for module in modules if isinstance(module, _BatchNorm)]
-    return [module.register_forward_hook(_lay_out_gradient, prepend=True) for module in norms]
+    return [module.register_forward_hook(_lay_out_gradient, prepend=True, with_kwargs=True) for module in norms]
 
 
-def _lay_out_gradient(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    input = next((x for x in args if isinstance(x, Tensor)), None)
+def _lay_out_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
     if input is None or input.dim() < 3 or 1 not in (input.shape[0], *input.shape[2:]):
         return
     if not isinstance(output, Tensor) or not output.requires_grad or output.shape != input.shape:

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from one_by_one import fisher_one_by_one
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -376,6 +377,22 @@ def test_an_eval_of_its_own_is_respected_and_undone():
     fisher = diagonal_fisher(model, (x, y))
     assert (model.training, model.factor, model.log) == (True, 1.0, [])
     torch.testing.assert_close(fisher, plain(model.eval(), x, y))
+
+
+def test_batch_normalisation_called_by_keyword_in_another_layout():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm2d(2), nn.Linear(4, 3)
+            self.norm.weight.register_hook(lambda g: g)  # all by plain autograd
+
+        def forward(self, x):
+            return self.head(self.norm(input=x).permute(2, 1, 0, 3).movedim(2, 0).flatten(1))
+
+    model, y = Tokens().double().eval(), torch.tensor([2])
+    nn.init.uniform_(model.norm.weight)
+    x = torch.randn(1, 2, 2, 1).double()
+    torch.testing.assert_close(diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y))
 
 
 @pytest.mark.parametrize("check", ["first", "off"])

@@ -255,7 +255,13 @@ def _options(d: Draft) -> tuple[list[str], list[str]]:
     named = d.loss.strip("'")
     if named in ("mse", "bce_with_logits") or (named == "cross_entropy" and len(d.shape) == 2):
         if d.odds(6):
-            kind = d.pick(["exact", "exact", "squared_batch_gradient"])
+            # Of a hook that is not linear there is no expectation over scores.
+            kinds = (
+                ["squared_batch_gradient"]
+                if "gradient_hook" in d.notes
+                else ["exact", "exact", "squared_batch_gradient"]
+            )
+            kind = d.pick(kinds)
             d.note(f"kind={kind}")
             options.append(f"options['kind'] = '{kind}'")
         elif named != "mse" and d.odds(6):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .draft import Draft, N, always, block, rows
+from .draft import Draft, N, always, block, features, rows
 
 
 def once(d: Draft) -> bool:
@@ -58,11 +58,20 @@ def tensor_stored_on_self(d: Draft) -> None:
         d.aliased = True
 
 
+GRADIENTS = ["g * 2", "-g", "g * (g.new_ones(()) / 3)", "g / (1 + g.norm())", "g.clamp(-0.1, 0.1)", "g - 0.1 * g.sum()"]
+
+
 @block(always, unusual=True)
 def gradient_hook(d: Draft) -> None:
     d.set(d.pick(["h * 1.5", "h + 0.1"]))
     d.add("if h.requires_grad:")
-    d.add(f"    h.register_hook(lambda g: {d.pick(['g * 2', '-g', 'g * (g.new_ones(()) / 3)'])})")
+    d.add(f"    h.register_hook(lambda g: {d.pick(GRADIENTS)})")
+
+
+@block(features, unusual=True)
+def parameter_told_from_tensors(d: Draft) -> None:
+    p = d.parameter(d.shape[-1])
+    d.set(f"h * {p} * (1.5 if isinstance({p}, nn.Parameter) else 1)")
 
 
 @block(lambda d: rows(d) and d.depth == 0, unusual=True)

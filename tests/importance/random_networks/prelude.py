@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = [
     "Affine",
+    "ComputedAgain",
     "Doubled",
     "F",
     "Gained",
@@ -115,6 +116,25 @@ class RootOfSquares(torch.autograd.Function):
     def backward(ctx, grad, _):
         x, root = ctx.saved_tensors
         return grad * x / root
+
+
+class ComputedAgain(torch.autograd.Function):
+    """A checkpoint of one's own, as reversible networks have it: the backward pass runs another one."""
+
+    @staticmethod
+    def forward(ctx, x, part):
+        ctx.part = part
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return part(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            torch.autograd.backward(ctx.part(x), grad)
+        return x.grad, None
 
 
 class ScaledLinear(nn.Linear):

@@ -200,7 +200,11 @@ def checkpointed(d: Draft) -> None:
         d.add("return h")
     d.repeated -= 1
     d.kept = kept
-    d.set(f"checkpoint({part}, h, use_reentrant={reentrant})", fresh=d.fresh and not reentrant)
+    if reentrant and d.odds(2):
+        d.note("function whose backward pass runs another one")
+        d.set(f"ComputedAgain.apply(h, {part})", fresh=False)
+    else:
+        d.set(f"checkpoint({part}, h, use_reentrant={reentrant})", fresh=d.fresh and not reentrant)
 
 
 @block(shallow, unusual=True)
