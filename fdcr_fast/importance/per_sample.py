@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,17 +39,23 @@ def plain_gradients(model: Stateless, loss: Loss, names: Collection[str], batch:
 
 
 def hides_parameters(model: Stateless, loss: Callable[[Any, Any], Tensor], batch: Batch) -> bool:
-    """Whether backward passes reach parameters in ways that the graph of the losses does not show."""
+    """Whether backward passes reach parameters in ways that the graph of the losses does not show.
+
+    Such a way ends where gradients are accumulated, which ``grad()`` does not do, or refuses ``grad()``.
+    """
     inputs, targets = batch.private().tree()
-    reached: Counter[str] = Counter()
+    reached: list[Tensor] = []
     with _all_differentiable(model) as (leaves, call):
-        for name, leaf in leaves.items():
-            leaf.register_post_accumulate_grad_hook(lambda _, name=name: reached.update([name]))
+        for leaf in leaves.values():
+            leaf.register_post_accumulate_grad_hook(reached.append)
         losses = loss(call(inputs), targets)
-        graph = Graph(losses)
-        if losses.requires_grad:
-            losses.sum().backward()
-        return any(reached[name] > graph.uses(leaf) for name, leaf in leaves.items())
+        try:
+            if losses.requires_grad:
+                torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+        except RuntimeError as error:
+            _log.info("one sample at a time: %s", error)
+            return True
+    return bool(reached)
 
 
 @contextmanager

@@ -256,12 +256,7 @@ def _options(d: Draft) -> tuple[list[str], list[str]]:
     if named in ("mse", "bce_with_logits") or (named == "cross_entropy" and len(d.shape) == 2):
         if d.odds(6):
             # Of a hook that is not linear there is no expectation over scores.
-            kinds = (
-                ["squared_batch_gradient"]
-                if "gradient_hook" in d.notes
-                else ["exact", "exact", "squared_batch_gradient"]
-            )
-            kind = d.pick(kinds)
+            kind = d.pick([*([] if d.seen["gradient_hook"] else ["exact", "exact"]), "squared_batch_gradient"])
             d.note(f"kind={kind}")
             options.append(f"options['kind'] = '{kind}'")
         elif named != "mse" and d.odds(6):
