@@ -102,7 +102,7 @@ class Estimate:
         self._alone = False  # whether every sample goes through plain autograd on its own
         self._warned = False
         self._tried = False  # whether graphs that may hide ways to parameters have shown that they do not
-        # Then parts of the model may be in the graph only if their inputs, too, need gradients.
+        # Of some parameters only: parts of the model may be missing in graphs because their inputs have no gradients.
         self._partly = len(names) < sum(p.is_floating_point() for p in model.params.values())
         cpu = self._vector.device.type == "cpu"
         # How many samples the caller should add at a time.
