@@ -113,10 +113,13 @@ def test_bad_input_ends_in_a_message(arguments: list[str], message: str) -> None
 
 def test_unknown_settings_of_a_file_are_named(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text("learning_rate: 0.1\n")
+    file.write_text("learning_rate: 0.1\ndatset: digits\n")
     result = invoke("simulate", "--config", str(file))
     assert result.exit_code == 1
-    assert "unknown setting 'learning_rate'" in result.output
+    assert result.output.splitlines() == [
+        "Error: unknown setting 'learning_rate'",
+        "unknown setting 'datset'; did you mean 'dataset'?",
+    ]
 
 
 def test_demo_compares_the_four_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,8 +273,8 @@ def test_selection() -> None:
     runs = study().runs()
     assert [run.row for run in select(runs, rows=["mean"])] == ["mean", "mean"]
     assert select(runs) == runs
-    with pytest.raises(ValueError, match=r"no row 'median'; there are 'mean', 'coalition'"):
-        select(runs, rows=["median"])
+    with pytest.raises(ValueError, match=r"no row 'meen'; there are 'mean', 'coalition'; did you mean 'mean'\?"):
+        select(runs, rows=["meen"])
     with pytest.raises(ValueError, match=r"no setting 'beta'"):
         select(runs, settings=["beta"])
 
@@ -282,7 +282,11 @@ def test_selection() -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"rows": [{"name": "bad", "servre": "fdcr"}]}, "row 'bad': unknown setting 'servre'"),
+        (
+            {"rows": [{"name": "bad", "servre": "fdcr"}]},
+            r"row 'bad': unknown setting 'servre'; did you mean 'server'\?",
+        ),
+        ({"base": {"local-epochs": 3}}, r"row 'mean': unknown setting 'local-epochs'; did you mean 'local_epochs'\?"),
         ({"rows": [{"name": "bad", "server": "magic"}]}, r"row 'bad': --server: expected one of .* \(got 'magic'\)"),
         ({"rows": [{"name": "bad", "malicious": [9]}]}, r"row 'bad': malicious: no clients \[9\]"),
         ({"settings": [{"name": "here", "beta": -1}]}, "row 'mean' in setting 'here': --beta: "),
@@ -293,7 +297,8 @@ def test_selection() -> None:
         ({"seeds": [1, 1]}, "seeds: .*given twice: 1"),
         ({"seeds": 0}, "seeds: "),
         ({"figures": ["pie"]}, "figures.0: "),
-        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"colour": "red"}, "^unknown entry 'colour'$"),
+        ({"titel": "Study"}, r"^unknown entry 'titel'; did you mean 'title'\?$"),
     ],
 )
 def test_bad_studies_are_refused_before_anything_runs(entries: dict[str, Any], message: str) -> None:
