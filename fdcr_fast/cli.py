@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
@@ -17,11 +16,13 @@ import fdcr_fast
 from fdcr_fast.sim.across_ranks import torchrun_group
 from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
 from fdcr_fast.sim.checkpoint import RunFolder
-from fdcr_fast.sim.config import OneOf, SimulationConfig, explain
+from fdcr_fast.sim.config import OneOf, SimulationConfig
+from fdcr_fast.sim.ending import Commands, clear_ending, command_line, resume_command
 from fdcr_fast.sim.federation import Progress, resume, simulate
-from fdcr_fast.sim.figures import accuracy_figure
-from fdcr_fast.sim.report import comparison_table, cost_line, progress_bar
-from fdcr_fast.sim.study import SCALES, Study, execute, pending, select, shipped_studies
+from fdcr_fast.sim.figures import accuracy_figure, save_figure
+from fdcr_fast.sim.metrics import Summary
+from fdcr_fast.sim.report import DEAD_MODELS, comparison_table, cost_line, problem_lines, progress_bar
+from fdcr_fast.sim.study import SCALES, Study, check, execute, pending, select, shipped_studies
 from fdcr_fast.sim.study.figures import write_figures
 from fdcr_fast.sim.study.pool import StudyEvent
 from fdcr_fast.sim.study.progress import study_progress
@@ -55,18 +56,7 @@ def config_option(name: str, field: FieldInfo) -> click.Option:
     return click.Option([flag], help=text, metavar="|".join(names) or "VALUE")
 
 
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Bad input ends in a message, not in a traceback."""
-    try:
-        yield
-    except ValidationError as error:
-        raise click.ClickException(explain(error)) from error
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-
-
-@click.group(invoke_without_command=True)
+@click.group(cls=Commands, invoke_without_command=True)
 @click.version_option(fdcr_fast.__version__)
 @click.pass_context
 def cli(context: click.Context) -> None:
@@ -80,6 +70,12 @@ def cli(context: click.Context) -> None:
 def info() -> None:
     """Show version, PyTorch, threads, and which backends are usable or why not."""
     click.echo(fdcr_fast.info())
+
+
+def _warn(name: str, summary: Summary) -> None:
+    """Say what is wrong with a run's global model, whatever its figures are."""
+    for line in problem_lines(name, summary):
+        click.echo(f"Warning: {line}. {DEAD_MODELS}", err=True)
 
 
 def _progress(name: str, config: SimulationConfig) -> AbstractContextManager[Progress]:
@@ -102,7 +98,7 @@ def simulate_command(config: Path | None, out: Path | None, resumed: Path | None
     the processes run it together: torchrun --nproc-per-node 2 -m fdcr_fast simulate ...
     """
     overrides = {name: value for name, value in flags.items() if value is not None}
-    with _clear_errors():
+    with clear_ending(lambda: resume_command(out or resumed)):
         if resumed is not None:
             if config or out or overrides:
                 raise click.UsageError("--resume takes every setting from its folder and goes with no other flag")
@@ -122,6 +118,7 @@ def simulate_command(config: Path | None, out: Path | None, resumed: Path | None
     console.print(cost_line(result.summary))
     if out or resumed:
         console.print(f"Results and figures are in {out or resumed}")
+    _warn(settings.server, result.summary)
 
 
 simulate_command.params += [config_option(name, field) for name, field in SimulationConfig.model_fields.items()]
@@ -135,14 +132,19 @@ simulate_command.params += [config_option(name, field) for name, field in Simula
     show_default=True,
     help="New folder for results and figures.",
 )
-def demo(out: Path) -> None:
+@click.option("--resume", "resumed", is_flag=True, help="Continue the demo in that folder.")
+def demo(out: Path, resumed: bool) -> None:
     """Compare FedAvg, FDCR and an oracle against a backdoor on the digits data; takes about a minute."""
     results = {}
-    with _clear_errors():
+    with clear_ending(lambda: f"Resume with: {command_line('demo', '--out', out, '--resume')}"):
         for name, config in DEMO_RUNS.items():
             with _progress(name, config) as progress:
-                results[name] = simulate(config, out / name, progress)
-    accuracy_figure({name: result.rounds for name, result in results.items()}).savefig(out / "comparison.png")
+                if resumed and RunFolder(out / name).config_path.exists():
+                    results[name] = resume(out / name, progress)
+                else:
+                    results[name] = simulate(config, out / name, progress)
+        comparison = accuracy_figure({name: result.rounds for name, result in results.items()})
+        save_figure(comparison, out / "comparison.png")
     console = Console()
     console.print(comparison_table({name: result.summary for name, result in results.items()}))
     console.print(
@@ -152,6 +154,13 @@ def demo(out: Path) -> None:
         f"Figures: {out / 'comparison.png'}, and accuracy.png, clients.png, similarity.png in each of\n"
         + "\n".join(f"  {out / name}" for name in results)
     )
+    for name, result in results.items():
+        _warn(name, result.summary)
+
+
+def _same_command() -> str:
+    command = click.get_current_context().find_root().obj
+    return f"Finished runs are kept, others resume from their last round with the same command: {command}"
 
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -198,6 +207,7 @@ def _run_study(
         overrides["data_dir"] = data_dir
     runs = study.runs(scale, overrides)
     chosen = pending(select(runs, rows, settings), runs_folder)
+    check(chosen)
     results = StudyResults.read(study, runs, runs_folder)
     results.write(out, command)
     with study_progress(Console(stderr=True), chosen) as progress:
@@ -214,6 +224,8 @@ def _run_study(
     click.echo(
         f"{len(results.finished)} of {len(runs)} runs have finished; results.md, results.csv and figures are in {out}"
     )
+    if results.dead:
+        click.echo(f"Warning: {len(results.dead)} of them have a dead global model: see results.md", err=True)
     failed = [run for run in chosen if run.folder in results.errors]
     if failed:
         raise click.ClickException(f"{len(failed)} runs failed: see results.md; the same command tries them again")
@@ -227,7 +239,7 @@ def _run_study(
 def study_command(file: Path, out: Path, scale: str | None, **options: Any) -> None:
     """Run all rows of a study, a YAML file, side by side; the same command resumes after a kill."""
     command = f"fdcr-fast study {file.name} --out DIR" + (f" --scale {scale}" if scale else "")
-    with _clear_errors():
+    with clear_ending(_same_command):
         study = Study.from_yaml(file.read_text())
         _run_study(study, command, scale=scale, overrides={}, runs_folder=out / "runs", out=out, **options)
 
@@ -253,7 +265,7 @@ def study_command(file: Path, out: Path, scale: str | None, **options: Any) -> N
 def reproduce(name: str, scale: str, leak: bool, out: Path, **options: Any) -> None:
     """Rerun a table or figure of the paper; the same command resumes after a kill."""
     command = f"fdcr-fast reproduce {name} --scale {scale} --data-dir DIR" + (" --leak" if leak else "")
-    with _clear_errors():
+    with clear_ending(_same_command):
         _run_study(
             Study.shipped(name),
             command,

@@ -1,6 +1,5 @@
 """Processes of torch.distributed on this machine, started once, in which tests run functions."""
 
-import multiprocessing
 import os
 import traceback
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fdcr_fast.sim.workers import IMPORTED_ONCE
+from fdcr_fast.sim.forkserver import forkserver_context
 
 _TIMEOUT = 400  # of a call that should hang for none of the reasons that tests look at
 
@@ -74,8 +73,7 @@ class PerRank(list):
 
 @contextmanager
 def started(folder, world=3, timeout=300):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_ONCE)  # there is one such server for all that a process starts
+    context = forkserver_context()
     ranks = Ranks(context, os.fspath(folder / "ranks"), world, timeout)
     try:
         yield ranks

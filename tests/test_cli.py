@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -12,7 +17,7 @@ from click.testing import CliRunner, Result
 
 import fdcr_fast
 from fdcr_fast import __main__, cli
-from fdcr_fast.sim import SimulationConfig
+from fdcr_fast.sim import ProgressEvent, SimulationConfig, SimulationResult, figures, simulate
 
 SMALL = {"max_train_samples": 240, "max_test_samples": 60, "clients": 4, "rounds": 2, "local_epochs": 1}
 TINY = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -20,6 +25,19 @@ TINY = [text for name, value in SMALL.items() for text in (f"--{name.replace('_'
 
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(cli.cli, arguments, catch_exceptions=False)
+
+
+def interrupted_in(server: str) -> Callable[..., SimulationResult]:
+    """A simulation that is interrupted in the second round under a server."""
+
+    def run(config: SimulationConfig, *arguments: Any) -> SimulationResult:
+        def progress(event: ProgressEvent) -> None:
+            if (config.server, event.round) == (server, 2):
+                raise KeyboardInterrupt
+
+        return simulate(config, arguments[0], progress)
+
+    return run
 
 
 def test_every_setting_has_its_flag_and_every_flag_its_setting() -> None:
@@ -113,10 +131,13 @@ def test_bad_input_ends_in_a_message(arguments: list[str], message: str) -> None
 
 def test_unknown_settings_of_a_file_are_named(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text("learning_rate: 0.1\n")
+    file.write_text("learning_rate: 0.1\ndatset: digits\n")
     result = invoke("simulate", "--config", str(file))
     assert result.exit_code == 1
-    assert "unknown setting 'learning_rate'" in result.output
+    assert result.output.splitlines() == [
+        "Error: unknown setting 'learning_rate'",
+        "unknown setting 'datset'; did you mean 'dataset'?",
+    ]
 
 
 def test_demo_compares_the_four_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +156,63 @@ def test_demo_compares_the_four_settings(tmp_path: Path, monkeypatch: pytest.Mon
         assert name in result.stdout
         assert (tmp_path / "demo" / name / "similarity.png").exists()
     assert (tmp_path / "demo" / "comparison.png").exists()
+
+
+def test_a_demo_that_was_interrupted_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {name: cli.DEMO_RUNS[name].model_copy(update=SMALL) for name in ("fedavg", "fdcr")}
+    monkeypatch.setattr(cli, "DEMO_RUNS", runs)
+    monkeypatch.setattr(figures, "write_figures", lambda *_: None)
+    out = tmp_path / "demo"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "simulate", interrupted_in("fdcr"))
+        result = invoke("demo", "--out", str(out))
+    assert result.exit_code == 130
+    assert f"Interrupted. Resume with: fdcr-fast demo --out {out} --resume" in result.output
+    assert "continue it with --resume" in invoke("demo", "--out", str(out)).output
+    begun = {name: (out / name / "rounds.csv").read_text() for name in runs}
+    assert {name: len(text.splitlines()) for name, text in begun.items()} == {"fedavg": 3, "fdcr": 2}
+    assert invoke("demo", "--out", str(out), "--resume").exit_code == 0
+    for name, text in begun.items():
+        assert (out / name / "rounds.csv").read_text().startswith(text), "what had finished was run again"
+
+
+def test_an_interrupted_run_says_how_to_resume_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "write_figures", lambda *_: None)
+    out = tmp_path / "my run"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "simulate", interrupted_in("fdcr"))
+        kept, lost = invoke("simulate", *TINY, "--out", str(out)), invoke("simulate", *TINY)
+    command = f"fdcr-fast simulate --resume '{out}'"
+    assert (kept.exit_code, lost.exit_code) == (130, 130)
+    assert f"Interrupted. Resume with: {command}\n" in kept.output
+    assert "Interrupted. Nothing is kept of a run without --out." in lost.output
+    assert invoke(*shlex.split(command)[1:]).exit_code == 0
+    assert (out / "summary.json").exists()
+
+
+def test_a_full_disk_is_said_with_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = invoke("simulate", *TINY, "--out", str(tmp_path / "run"))
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-2:] == [
+        f"Error: [Errno 28] No space left on device: '{tmp_path / 'run' / 'config.yaml'}'",
+        "The run had not begun: start it anew.",
+    ]
+
+
+def test_a_dead_model_is_warned_of() -> None:
+    dead = invoke("simulate", *TINY, "--lr", "1e30")
+    assert dead.exit_code == 0
+    assert "diverged" in dead.stdout
+    assert "Warning: fdcr: in 2 of the last 2 rounds the global model has diverged" in dead.stderr
+    alive = invoke("simulate", *TINY, "--lr", "0.1", "--local-epochs", "8", "--attack", "none")
+    assert "Warning" not in alive.output
+    assert "diverged" not in alive.output
+    (row,) = [line for line in alive.stdout.splitlines() if "fdcr" in line]
+    assert [cell.strip() for cell in row.split("│")[3:8]] == ["-"] * 5, "there is no attack to measure"
 
 
 def test_info_needs_no_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

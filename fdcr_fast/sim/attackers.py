@@ -13,13 +13,12 @@ from torch import Tensor
 from fdcr_fast import UpdateStore
 from fdcr_fast.server.tiles import WHOLE, Shard
 from fdcr_fast.sim.attacks.fishers import ATTACKER_FISHERS, OMNISCIENT_FISHERS, FisherKnowledge
-from fdcr_fast.sim.attacks.poison import ATTACKS, PoisonOptions
+from fdcr_fast.sim.attacks.poison import Poisoning
 from fdcr_fast.sim.attacks.schedule import attacks_in, parse_rounds
 from fdcr_fast.sim.attacks.training import ATTACKER_TRAININGS, TrainingKnowledge
 from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES, COLLUDING_UPDATES, Moments, UpdateKnowledge, moments
 from fdcr_fast.sim.clients import ClientData, ClientShares, LocalWork
 from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.data import Dataset
 from fdcr_fast.sim.seeding import torch_generator
 
 
@@ -33,38 +32,20 @@ class Attackers:
 
     Attributes:
         clients: Who they are.
-        poisoning: What is done to their data, and how success is measured.
+        poisoning: What is done to their data.
         wait: Whether they look at others' uploads, and so are the last to send theirs.
-
-    Raises:
-        FileNotFoundError: the attack's file is not there.
-        ValueError: the attack does not fit the data.
     """
 
-    def __init__(self, config: SimulationConfig, dataset: Dataset, clean: ClientShares) -> None:
+    def __init__(self, config: SimulationConfig, poisoning: Poisoning, clean: ClientShares) -> None:
         self.config = config
         self.clients = config.attackers()
         self._colluding = config.attacker_update in COLLUDING_UPDATES
         self._omniscient = config.attacker_fisher in OMNISCIENT_FISHERS
         self.wait = self._colluding or self._omniscient
-        self.poisoning = ATTACKS[config.attack](
-            PoisonOptions(
-                target=config.target,
-                poison_share=config.poison_share,
-                source=config.source,
-                trigger=config.trigger,
-                trigger_value=config.trigger_value,
-                blend_alpha=config.blend_alpha,
-                attack_file=config.attack_file,
-                attackers=len(self.clients),
-                image_shape=dataset.image_shape,
-                num_classes=dataset.num_classes,
-                seed=config.seed,
-            )
-        )
+        self.poisoning = poisoning
         self.clean = clean
         self._in_order = sorted(self.clients)
-        self._rounds = parse_rounds(config.attack_rounds)
+        self._rounds = parse_rounds(config.attack_rounds) if config.attacks() else ()
 
     def poisoned(self, client: int) -> ClientData:
         """A malicious client's data after poisoning: a copy made by every call, always the same."""
@@ -76,7 +57,10 @@ class Attackers:
         return ClientData(images, labels, torch.arange(len(labels)))
 
     def active(self, round: int, clients: Iterable[int]) -> frozenset[int]:
-        """Who attacks among the clients of a round: all malicious ones, or none, who then are as benign as anybody."""
+        """Who attacks among the clients of a round: all malicious ones, or none, who then are as benign as anybody.
+
+        It is none in rounds without an attack, and in all rounds where they have nothing to do that others do not.
+        """
         return self.clients.intersection(clients) if attacks_in(self._rounds, round) else frozenset()
 
     def draft(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,19 +22,42 @@ from fdcr_fast.sim.metrics import ClientRecord, RoundRecord
 Record = TypeVar("Record", bound=BaseModel)
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let errors of the system say which file they are about, as those of writing to a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: after a crash at any moment it holds the old content or the new."""
+    """Replace a file as a whole: after a crash at any moment, or an error, it holds the old content or the new.
+
+    Raises:
+        OSError: naming the file, such as where the disk is full.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with _named(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def append_records(path: Path, records: Sequence[BaseModel]) -> int:
-    """Add rows to a CSV file that begins with a header and return its new size; None is an empty cell."""
-    with path.open("a", newline="") as file:
+    """Add rows to a CSV file that begins with a header and return its new size; None is an empty cell.
+
+    Raises:
+        OSError: naming the file, such as where the disk is full; some of the rows may have been added.
+    """
+    with _named(path), path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(type(records[0]).model_fields), lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
@@ -44,9 +68,16 @@ def append_records(path: Path, records: Sequence[BaseModel]) -> int:
 
 
 def read_records(path: Path, record_type: type[Record]) -> list[Record]:
-    """Rows of a CSV file that :func:`append_records` wrote."""
+    """Rows of a CSV file that :func:`append_records` wrote.
+
+    Raises:
+        ValueError: it has other columns.
+    """
     with path.open(newline="") as file:
-        return [record_type.model_validate(row) for row in csv.DictReader(file)]
+        reader = csv.DictReader(file)
+        if reader.fieldnames != list(record_type.model_fields):
+            raise ValueError(f"{path} has other columns than this version of fdcr_fast writes: run it anew")
+        return [record_type.model_validate(row) for row in reader]
 
 
 @dataclass
@@ -131,7 +162,7 @@ class RunFolder:
         """The state after the last checkpoint, None before the first; removes rows of an unfinished round.
 
         Raises:
-            ValueError: the CSV files are shorter than when the checkpoint was made.
+            ValueError: the CSV files are shorter than when the checkpoint was made, or another version wrote them.
         """
         files = (self.rounds_path, self.clients_path)
         if not self.checkpoint_path.exists():

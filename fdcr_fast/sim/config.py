@@ -29,6 +29,7 @@ from fdcr_fast.sim.attacks.training import ATTACKER_TRAININGS
 from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES, COLLUDING_UPDATES
 from fdcr_fast.sim.data import DATASETS
 from fdcr_fast.sim.models import MODELS
+from fdcr_fast.sim.names import check_keys, did_you_mean
 from fdcr_fast.sim.partition import DRAWN, PARTITIONS
 from fdcr_fast.sim.seeding import torch_generator
 from fdcr_fast.sim.servers import INFORMED_BASELINES, NEED_DATA, SERVERS, assumed_byzantine
@@ -42,7 +43,7 @@ class OneOf(AfterValidator):
     def __init__(self, *choices: str) -> None:
         def check(name: str) -> str:
             if name not in choices:
-                raise ValueError(f"expected one of {', '.join(choices)}")
+                raise ValueError(f"expected one of {', '.join(choices)}{did_you_mean(name, choices)}")
             return name
 
         super().__init__(check)
@@ -104,7 +105,7 @@ def _check_dataset(name: str) -> str:
         return name
     if name.endswith(".npz"):
         return str(Path(name).expanduser().resolve())
-    raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz")
+    raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz{did_you_mean(name, DATASETS)}")
 
 
 class SimulationConfig(BaseModel):
@@ -113,7 +114,8 @@ class SimulationConfig(BaseModel):
     Each field is the flag of ``fdcr-fast simulate`` of the same name and a key of its YAML file.
 
     Raises:
-        pydantic.ValidationError: (a ValueError) an unknown field or an impossible value, naming all of them.
+        pydantic.ValidationError: (a ValueError) unknown fields, with the known ones that are most like them, or
+            impossible values; naming all of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -269,6 +271,12 @@ class SimulationConfig(BaseModel):
         "rounding of results depends on it.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, fields: Any) -> Any:
+        check_keys("setting", fields, cls.model_fields)
+        return fields
+
     @field_validator("device")
     @classmethod
     def _check_device(cls, value: str) -> str:
@@ -318,10 +326,14 @@ class SimulationConfig(BaseModel):
             raise ValueError(f"participants: {self.participants} of {self.clients} clients are {self.cohort()} clients")
         return self
 
+    def _deviations(self) -> list[str]:
+        """The ways other than their data in which malicious clients are to differ from benign ones."""
+        plain = {"attacker_training": "plain", "attacker_update": "plain", "attacker_fisher": "honest"}
+        return [f"{name} {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
+
     @model_validator(mode="after")
     def _check_attack(self) -> SimulationConfig:
-        plain = {"attacker_training": "plain", "attacker_update": "plain", "attacker_fisher": "honest"}
-        chosen = [f"{name} {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
+        chosen = self._deviations()
         if chosen and not self.attackers():
             raise ValueError(f"malicious: {', '.join(chosen)} needs at least one malicious client, there is none")
         if self.observes_benign() and len(self.attackers()) == self.clients:
@@ -331,6 +343,10 @@ class SimulationConfig(BaseModel):
         if all(span.start > self.rounds for span in parse_rounds(self.attack_rounds)):
             raise ValueError(f"attack_rounds: {self.attack_rounds} holds none of the rounds 1..{self.rounds}")
         return self
+
+    def attacks(self) -> bool:
+        """Whether malicious clients differ from benign ones in anything: their data, training, update or Fisher."""
+        return (self.attack != "none" and self.poison_share > 0) or bool(self._deviations())
 
     def observes_benign(self) -> bool:
         """Whether attackers look at what benign clients upload in the same round."""
@@ -399,10 +415,7 @@ def explain(error: ValidationError) -> str:
     lines: dict[str, list[str]] = {}
     for item in error.errors():
         where = f"--{str(item['loc'][0]).replace('_', '-')}: " if item["loc"] else ""
-        if item["type"] == "extra_forbidden":
-            where, reason = "", f"unknown setting {item['loc'][0]!r}"
-        else:
-            reason = item["msg"].removeprefix("Value error, ")
-            reason += f" (got {item['input']!r})" if item["loc"] else ""
+        reason = item["msg"].removeprefix("Value error, ")
+        reason += f" (got {item['input']!r})" if item["loc"] else ""
         lines.setdefault(where, []).append(reason)
     return "\n".join(where + "; or ".join(reasons) for where, reasons in lines.items())

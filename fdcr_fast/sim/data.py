@@ -46,6 +46,10 @@ class Dataset:
         _, channels, height, width = self.train_images.shape
         return channels, height, width
 
+    def without_pixels(self) -> Dataset:
+        """Images on the device ``meta``: of the same number and shape, but nothing to compute with."""
+        return replace(self, train_images=self.train_images.to("meta"), test_images=self.test_images.to("meta"))
+
     def subset(self, max_train: int | None, max_test: int | None, seed: int) -> Dataset:
         """At most so many images, drawn at random without replacement and kept in their order."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,25 @@ from fdcr_fast.sim.checkpoint import RunFolder, RunState, write_atomically
 from fdcr_fast.sim.clients import ClientShares, LocalWork
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.data import load_dataset
+from fdcr_fast.sim.evaluation import Evaluation, Evaluator
 from fdcr_fast.sim.execution import Clients, Executor, InProcess, Job
 from fdcr_fast.sim.metrics import (
     ClientRecord,
     RoundRecord,
     Stopwatch,
     Summary,
+    WallClock,
     importance_similarity,
-    match_rate,
     peak_rss_bytes,
     share,
     summarize,
 )
-from fdcr_fast.sim.models import build_model
 from fdcr_fast.sim.participation import Participants, draw_participants
-from fdcr_fast.sim.partition import PartitionOptions, partition
 from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions, assumed_byzantine
 from fdcr_fast.sim.stacked import Stacked
+from fdcr_fast.sim.task import Task
 from fdcr_fast.sim.training import Worker
 from fdcr_fast.sim.workers import WorkerPool
 
@@ -113,6 +113,10 @@ class Federation:
         config: What to run.
         group: Processes that run it together; None for this one alone.
 
+    Attributes:
+        clock: Read at the end of every round.
+        similarity: Of the importances of the last round's clients, see :class:`SimulationResult`; None before it.
+
     Raises:
         FileNotFoundError: the data set's files are not there.
         ValueError: the configuration does not fit the data (attack, model, partition), or the server cannot run in
@@ -120,28 +124,24 @@ class Federation:
     """
 
     def __init__(self, config: SimulationConfig, group: ProcessGroup | None = None) -> None:
+        self.clock = WallClock()
         self.config = config
-        dataset = load_dataset(config.dataset, config.data_dir)
-        dataset = dataset.subset(config.max_train_samples, config.max_test_samples, config.seed)
-        dataset, server_images, server_labels = dataset.hold_out(config.server_samples, config.seed)
-        rows = partition(
-            config.split,
-            dataset,
-            PartitionOptions(config.clients, config.min_samples, config.beta, config.seed, config.samples_per_client),
-        )
-        images = dataset.train_images.contiguous(memory_format=torch.channels_last)
-        self.data = ClientShares(images, dataset.train_labels, rows, shared=config.workers > 1)
-        self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
-        self.attackers = Attackers(config, dataset, self.data)
-        self.victims = self.attackers.poisoning.victims(self.test_images, self.test_labels)
-        self.build = partial(build_model, config.model, dataset.image_shape, dataset.num_classes, config.seed)
+        task = Task.of(config, load_dataset(config.dataset, config.data_dir))
+        images = task.dataset.train_images.contiguous(memory_format=torch.channels_last)
+        self.data = ClientShares(images, task.dataset.train_labels, task.partition, shared=config.workers > 1)
+        self.attackers = Attackers(config, task.poisoning, self.data)
+        test_images, test_labels = task.dataset.test_images, task.dataset.test_labels
+        victims = task.poisoning.victims(test_images, test_labels)
+        self.evaluate = Evaluator(test_images, test_labels, victims, config.target)
+        self.build = task.build
         self.worker = Worker(self.build())
         data = None
         if config.server_samples:
             seed = derive_seed(config.seed, "server data")
-            data = ServerData(self.worker, server_images, server_labels, config.training(), seed)
+            data = ServerData(self.worker, task.server_images, task.server_labels, config.training(), seed)
         self.rule = build_rule(config, self.attackers.clients, ParamGroups.from_module(self.worker.model), data)
         self.initial_params = self.worker.params()
+        self.similarity: Tensor | None = None
         num_params, several = len(self.initial_params), config.workers > 1
         self.ranks = None if group is None else ParamShard(num_params, group)
         fishers = config.fishers == "always" or self.rule.needs_fishers
@@ -216,16 +216,12 @@ class Federation:
             result = self.rule.aggregate(self.shard.own(params), self.store, on_empty="keep", shard=self.ranks)
             new = self.shard.gather(result.params)
         with clock.phase("evaluation"):
-            accuracy, success = on_first_rank(self.ranks, partial(self._evaluate, new))
+            evaluation = on_first_rank(self.ranks, partial(self.evaluate, self.worker, new))
         clients = self._client_records(round, drawn, result)
-        return new, self._round_record(round, accuracy, success, clients, clock), clients
-
-    def _evaluate(self, params: Tensor) -> tuple[float, float | None]:
-        """Accuracy, and success of the attack, if it has one."""
-        accuracy = match_rate(self.worker.predict(params, self.test_images), self.test_labels)
-        if not len(self.victims):
-            return accuracy, None
-        return accuracy, match_rate(self.worker.predict(params, self.victims), self.config.target)
+        if round == self.config.rounds and self.store.with_fishers:
+            compared = [record.client for record in clients[:MOST_COMPARED]]
+            self.similarity = importance_similarity(self.uploads(), compared)
+        return new, self._round_record(round, evaluation, clients, clock), clients
 
     def _client_records(self, round: int, drawn: Participants, result: AggregationResult) -> list[ClientRecord]:
         position = {client: index for index, client in enumerate(result.clients)}
@@ -252,25 +248,32 @@ class Federation:
     def _round_record(
         self,
         round: int,
-        accuracy: float,
-        success: float | None,
+        evaluation: Evaluation,
         clients: list[ClientRecord],
         clock: Stopwatch,
     ) -> RoundRecord:
         sent = [record for record in clients if record.sent]
         excluded = [record.client for record in sent if not record.kept]
+        attackers = self.attackers.active(round, [record.client for record in sent])
+        benign = [record.client for record in sent if not record.malicious] if attackers else []
+        rejected = sum(bool(record.reason) for record in sent)
+        accuracy, success = evaluation.accuracy, evaluation.attack_success_rate
         return RoundRecord(
             round=round,
             accuracy=accuracy,
+            loss=evaluation.loss,
+            problem="diverged" if sent and rejected == len(sent) else evaluation.problem,
             attack_success_rate=success,
             backdoor_failure_rate=None if success is None else 1 - success,
             tradeoff=None if success is None else (accuracy + 1 - success) / 2,
-            true_positive_rate=share(excluded, self.attackers.active(round, [record.client for record in sent])),
-            false_positive_rate=share(excluded, [record.client for record in sent if not record.malicious]),
+            true_positive_rate=share(excluded, attackers),
+            false_positive_rate=share(excluded, benign),
+            exclusion_rate=share(excluded, [record.client for record in sent]),
             participants=len(clients),
             missing=len(clients) - len(sent),
             kept=len(sent) - len(excluded),
-            rejected=sum(bool(record.reason) for record in sent),
+            rejected=rejected,
+            seconds=self.clock.lap(),
             peak_rss_bytes=peak_rss_bytes(),
             **{f"{phase}_seconds": seconds for phase, seconds in clock.seconds.items()},
         )
@@ -345,9 +348,7 @@ def _run(
         state.rounds.append(record)
         state.clients.extend(clients)
         state.memory = federation.rule.memory()
-        if round == config.rounds and federation.store.with_fishers:
-            compared = [record.client for record in clients[:MOST_COMPARED]]
-            state.similarity = importance_similarity(federation.uploads(), compared)
+        state.similarity = federation.similarity
         if folder is not None:
             folder.save(state, clients)
         if progress is not None:
@@ -363,6 +364,9 @@ def _run(
     if folder is not None:
         from fdcr_fast.sim.figures import write_figures
 
-        write_atomically(folder.path / "summary.json", result.summary.model_dump_json(indent=2).encode() + b"\n")
         write_figures(result, folder.path)
+    seconds = result.summary.seconds + federation.clock.lap()
+    result = replace(result, summary=result.summary.model_copy(update={"seconds": seconds}))
+    if folder is not None:
+        write_atomically(folder.path / "summary.json", result.summary.model_dump_json(indent=2).encode() + b"\n")
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from fdcr_fast.sim.checkpoint import write_atomically
 from fdcr_fast.sim.federation import SimulationResult
 from fdcr_fast.sim.metrics import RoundRecord
 
@@ -115,9 +117,20 @@ def similarity_figure(result: SimulationResult) -> Figure:
     return figure
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG file.
+
+    Raises:
+        OSError: naming the file, such as where the disk is full; there is no part of it then.
+    """
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_atomically(path, image.getvalue())
+
+
 def write_figures(result: SimulationResult, folder: Path) -> None:
     """Write accuracy.png, clients.png and, where there are Fishers, similarity.png."""
-    accuracy_figure({result.config.server: result.rounds}).savefig(folder / "accuracy.png")
-    clients_figure(result).savefig(folder / "clients.png")
+    save_figure(accuracy_figure({result.config.server: result.rounds}), folder / "accuracy.png")
+    save_figure(clients_figure(result), folder / "clients.png")
     if result.similarity is not None:
-        similarity_figure(result).savefig(folder / "similarity.png")
+        save_figure(similarity_figure(result), folder / "similarity.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Literal, get_args
@@ -20,12 +21,15 @@ Phase = Literal["training", "fisher", "aggregation", "evaluation"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 FINAL_ROUNDS = 5
 
+Problem = Literal["diverged", "constant", "chance"]
+
 
 def _undefined(value: object) -> object:
     return None if value == "" else value
 
 
 OptionalFloat = Annotated[float | None, BeforeValidator(_undefined)]
+OptionalProblem = Annotated[Problem | None, BeforeValidator(_undefined)]
 
 
 class RoundRecord(BaseModel):
@@ -34,17 +38,28 @@ class RoundRecord(BaseModel):
     Attributes:
         round: Counted from 1.
         accuracy: ``A``, of the new global model on the clean test images.
+        loss: Its mean cross-entropy on them; undefined where it is not finite.
+        problem: What is wrong with it: ``diverged``, its parameters or its loss are not finite, or no upload of the
+            round could be used (such as where none is finite); else ``constant``, it predicts one class for all test
+            images; else ``chance``, it is no better than always predicting the most frequent class. See
+            :func:`fdcr_fast.sim.evaluation.problem_of`. The shares say nothing of such a model.
         attack_success_rate: Share of the test images that the attack wants taken for the target class which are;
             for a trigger those of other classes, with it. See :meth:`fdcr_fast.sim.attacks.poison.Poisoning.victims`.
+            Where nobody is malicious, how often the trigger alone does that.
         backdoor_failure_rate: ``R = 1 - attack_success_rate``.
         tradeoff: ``(A + R) / 2``.
-        true_positive_rate: Share of the malicious clients that sent an upload which were excluded or rejected;
-            undefined in rounds in which they do not attack.
-        false_positive_rate: Share of the benign clients that sent one which were excluded or rejected.
+        true_positive_rate: Share of the attackers that sent an upload which were excluded or rejected; undefined in
+            rounds in which nobody attacks.
+        false_positive_rate: Share of the benign clients that sent one which were excluded or rejected; undefined in the
+            same rounds.
+        exclusion_rate: Share of all clients that sent one which were excluded or rejected.
         participants: Clients drawn for the round.
         missing: Those who sent nothing: dropped out, too late, or failed.
         kept: Those whose upload counted.
         rejected: Those whose upload could not be used.
+        seconds: Wall time since the end of the round before; for the first round of a run or of its resumption, since
+            its beginning.
+        training_seconds: Of the local training of all processes together, as are the next three of their phases.
         peak_rss_bytes: Largest resident memory of the process so far.
     """
 
@@ -52,15 +67,19 @@ class RoundRecord(BaseModel):
 
     round: int
     accuracy: float
+    loss: OptionalFloat
+    problem: OptionalProblem
     attack_success_rate: OptionalFloat
     backdoor_failure_rate: OptionalFloat
     tradeoff: OptionalFloat
     true_positive_rate: OptionalFloat
     false_positive_rate: OptionalFloat
+    exclusion_rate: OptionalFloat
     participants: int
     missing: int
     kept: int
     rejected: int
+    seconds: float
     training_seconds: float
     fisher_seconds: float
     aggregation_seconds: float
@@ -92,7 +111,19 @@ class ClientRecord(BaseModel):
 
 
 class Summary(BaseModel):
-    """Contents of summary.json: means over the last five rounds (fewer if fewer ran), seconds in total."""
+    """Contents of summary.json: means over the last five rounds (fewer if fewer ran) of what a round has.
+
+    Attributes:
+        problems: In how many of these rounds the global model had which problem; empty for a sound one.
+        seconds: Wall time from the call to the writing of this, all calls of a run that was resumed together, but for
+            rounds that were interrupted and have been done again.
+        phase_seconds: Of all processes and all rounds, by phase.
+        peak_rss_bytes: Largest resident memory of the process.
+        rounds: How many there were.
+        averaged_rounds: Over how many of them the means are.
+        missing: Clients drawn who sent nothing, over all rounds.
+        rejected: Uploads that could not be used, over all rounds.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -102,7 +133,10 @@ class Summary(BaseModel):
     tradeoff: float | None
     true_positive_rate: float | None
     false_positive_rate: float | None
-    seconds: dict[Phase, float]
+    exclusion_rate: float | None
+    problems: dict[Problem, int]
+    seconds: float
+    phase_seconds: dict[Phase, float]
     peak_rss_bytes: int
     rounds: int
     averaged_rounds: int
@@ -142,7 +176,10 @@ def summarize(rounds: Sequence[RoundRecord]) -> Summary:
         tradeoff=mean_of_defined([record.tradeoff for record in last]),
         true_positive_rate=mean_of_defined([record.true_positive_rate for record in last]),
         false_positive_rate=mean_of_defined([record.false_positive_rate for record in last]),
-        seconds={phase: sum(getattr(record, f"{phase}_seconds") for record in rounds) for phase in PHASES},
+        exclusion_rate=mean_of_defined([record.exclusion_rate for record in last]),
+        problems=Counter(record.problem for record in last if record.problem is not None),
+        seconds=sum(record.seconds for record in rounds),
+        phase_seconds={phase: sum(getattr(record, f"{phase}_seconds") for record in rounds) for phase in PHASES},
         peak_rss_bytes=max(record.peak_rss_bytes for record in rounds),
         rounds=len(rounds),
         averaged_rounds=len(last),
@@ -186,6 +223,18 @@ def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class WallClock:
+    """Wall time between events."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since the clock was made."""
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
 
 
 class Stopwatch:

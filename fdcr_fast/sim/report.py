@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fdcr_fast.sim import federation
 from fdcr_fast.sim.federation import ProgressEvent
-from fdcr_fast.sim.metrics import Summary
+from fdcr_fast.sim.metrics import Problem, RoundRecord, Summary
 
 
 def percent(value: float | None) -> str:
@@ -19,13 +19,46 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+PROBLEMS: dict[Problem, str] = {
+    "diverged": "has diverged: its loss is not finite, or no upload could be used",
+    "constant": "predicts one class for all test images",
+    "chance": "is no better than always predicting the most frequent class",
+}
+DEAD_MODELS = "A low attack success rate of such a model is no sign of a defence."
+
+
+def model_state(summary: Summary) -> str:
+    """The problems of the global model, with the number of rounds that have them; ``ok`` if there is none."""
+    return (
+        ", ".join(f"{problem} {count}/{summary.averaged_rounds}" for problem, count in summary.problems.items()) or "ok"
+    )
+
+
+def problem_lines(name: str, summary: Summary) -> list[str]:
+    """A line for each problem of a run's global model."""
+    averaged = summary.averaged_rounds
+    return [
+        f"{name}: in {count} of the last {averaged} rounds the global model {PROBLEMS[problem]}"
+        for problem, count in summary.problems.items()
+    ]
+
+
+def figures_of(record: RoundRecord) -> str:
+    """A round's figures for a progress bar."""
+    problem = "" if record.problem is None else f" ({record.problem})"
+    return f"A {percent(record.accuracy)} ASR {percent(record.attack_success_rate)}{problem}"
+
+
 def comparison_table(summaries: Mapping[str, Summary]) -> Table:
-    """One row per run, figures in per cent."""
+    """One row per run, figures in per cent; with a column for the state of the global models if one is dead."""
     averaged = max(summary.averaged_rounds for summary in summaries.values())
     table = Table(title=f"Mean of the last {averaged} rounds, in per cent", title_justify="left")
     table.add_column("server")
     for heading in ("A", "ASR", "R", "(A+R)/2", "TPR", "FPR", "seconds"):
         table.add_column(heading, justify="right")
+    dead = any(summary.problems for summary in summaries.values())
+    if dead:
+        table.add_column("model")
     for name, summary in summaries.items():
         table.add_row(
             name,
@@ -35,7 +68,8 @@ def comparison_table(summaries: Mapping[str, Summary]) -> Table:
             percent(summary.tradeoff),
             percent(summary.true_positive_rate),
             percent(summary.false_positive_rate),
-            f"{sum(summary.seconds.values()):.1f}",
+            f"{summary.seconds:.1f}",
+            *([model_state(summary)] if dead else []),
         )
     table.caption = "A accuracy, ASR attack success rate, R = 100 - ASR,\nTPR/FPR malicious/benign clients excluded"
     table.caption_justify = "left"
@@ -43,10 +77,13 @@ def comparison_table(summaries: Mapping[str, Summary]) -> Table:
 
 
 def cost_line(summary: Summary) -> str:
-    """Seconds by phase and peak memory."""
-    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary.seconds.items())
-    uploads = f"uploads rejected {summary.rejected}, missing {summary.missing}"
-    return f"{phases}; peak memory {summary.peak_rss_bytes / 2**20:.0f} MiB; {uploads}"
+    """Wall time, seconds of all processes by phase, peak memory, and what became of the uploads."""
+    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary.phase_seconds.items())
+    uploads = (
+        f"uploads excluded {percent(summary.exclusion_rate)} %, rejected {summary.rejected}, missing {summary.missing}"
+    )
+    memory = f"peak memory {summary.peak_rss_bytes / 2**20:.0f} MiB"
+    return f"wall time {summary.seconds:.1f} s; {phases}; {memory}; {uploads}"
 
 
 @contextmanager
@@ -67,7 +104,6 @@ def progress_bar(console: Console, name: str, rounds: int, clients: int) -> Iter
         def update(event: ProgressEvent) -> None:
             bar.update(task, completed=(event.round - 1) * clients + event.clients_done, visible=True)
             if event.record is not None:
-                accuracy, success = event.record.accuracy, event.record.attack_success_rate
-                bar.update(task, figures=f"round {event.round}: A {percent(accuracy)} ASR {percent(success)}")
+                bar.update(task, figures=f"round {event.round}: {figures_of(event.record)}")
 
         yield update

@@ -19,6 +19,18 @@ NO_ROWS = torch.empty(0, dtype=torch.int64)
 MOST_GRADIENTS = 1 << 26  # numbers of gradients of single samples that are kept at a time
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, if this machine has it.
+
+    Raises:
+        ValueError: it has not.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # whatever this build of PyTorch makes of it
+        raise ValueError(f"device: no such device here: {str(error).partition(chr(10))[0]}") from None
+
+
 class StackedModel:
     """Copies of one architecture with parameters ``[K, P]`` of their own; one call for all of them.
 
@@ -97,11 +109,9 @@ class Stacked:
     def __init__(self, clients: Clients, model: nn.Module, device: torch.device | str, most: int) -> None:
         self._clients = clients
         self._one_by_one: Executor = InProcess(clients)
-        try:
-            self._model = StackedModel(model.to(device))
-            self._images, self._labels = clients.data.images.to(device), clients.data.labels.to(device)
-        except (RuntimeError, AssertionError) as error:  # whatever this build of PyTorch makes of it
-            raise ValueError(f"device: no such device here: {str(error).partition(chr(10))[0]}") from None
+        device = usable_device(device)
+        self._model = StackedModel(model.to(device))
+        self._images, self._labels = clients.data.images.to(device), clients.data.labels.to(device)
         self._most = most
 
     def run(self, work: LocalWork, jobs: Sequence[Job], store: UpdateStore) -> Iterator[Outcome]:

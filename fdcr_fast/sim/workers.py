@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +20,12 @@ from fdcr_fast.server.shared_memory import SharedTensor
 from fdcr_fast.sim.clients import LocalWork
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.execution import Clients, Job, Outcome, describe
+from fdcr_fast.sim.forkserver import forkserver_context
 from fdcr_fast.sim.metrics import Phase, Stopwatch
 from fdcr_fast.sim.training import Worker
 
 AHEAD = 2  # orders that a worker is given at a time, so that it need not wait for the next one
 SECONDS_OF_AN_ORDER = 0.02  # an order takes a tenth of a millisecond on its way to and fro
-
-# Processes are forked from one that has imported all that a run imports on its way (4 s), and has used none of it.
-IMPORTED_ONCE = ["fdcr_fast.sim.study.pool", "fdcr_fast.sim.figures", "sklearn.datasets", "torch._dynamo"]
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,7 @@ class WorkerPool:
     ) -> None:
         self._vectors = SharedTensor((2, store.num_params), torch.float32)
         self._supplies = _Supplies(config, clients, build, store.writer(), self._vectors)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(IMPORTED_ONCE)
+        self._context = forkserver_context()
         self._workers: list[_Process] = []
         self._seconds_of_a_job = SECONDS_OF_AN_ORDER
 

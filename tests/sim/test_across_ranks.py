@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from test_checkpoint import without_costs
-from tiny import tiny_config, write_npz
+from tiny import tiny_config, without_costs, write_npz
 from torch.distributed import ProcessGroup
 
 from fdcr_fast.sim import ClientRecord, ProgressEvent, SimulationConfig, resume, simulate

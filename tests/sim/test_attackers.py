@@ -258,7 +258,7 @@ def test_the_success_of_label_flipping_is_counted_on_the_source_class() -> None:
     params, record, _ = federation.run_round(1, federation.initial_params, None)
     federation.worker.load(params)
     hits = sources = 0
-    for image, label in zip(federation.test_images, federation.test_labels.tolist(), strict=True):
+    for image, label in zip(federation.evaluate.images, federation.evaluate.labels.tolist(), strict=True):
         if label == 7:
             sources += 1
             hits += federation.worker.model(image[None]).argmax().item() == 1

@@ -1,17 +1,35 @@
 from __future__ import annotations
 
+import errno
+import itertools
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config
+from matplotlib.figure import Figure
+from tiny import tiny_config, without_costs
 
-from fdcr_fast.sim import SimulationConfig, SimulationResult, resume, simulate
-from fdcr_fast.sim.checkpoint import RunFolder, write_atomically
+from fdcr_fast.sim import ProgressEvent, RoundRecord, SimulationConfig, figures, resume, simulate
+from fdcr_fast.sim.checkpoint import RunFolder, read_records, write_atomically
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
+    """Let all writes fail, but for the first ones."""
+    fsync, writes = os.fsync, itertools.count()
+
+    def fail(file: int) -> None:
+        if next(writes) >= after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", fail)
+
 
 KILLED = """
 import os, sys
@@ -28,11 +46,6 @@ simulate(SimulationConfig.from_yaml(sys.argv[1]), sys.argv[2], kill)
 def kill_in(config: SimulationConfig, folder: Path, round: int, clients_done: int) -> None:
     command = [sys.executable, "-c", KILLED, config.to_yaml(), str(folder), str(round), str(clients_done)]
     assert subprocess.run(command, check=False).returncode == 9
-
-
-def without_costs(result: SimulationResult) -> list[dict[str, object]]:
-    costs = {name for name in type(result.rounds[0]).model_fields if name.endswith("_seconds")} | {"peak_rss_bytes"}
-    return [record.model_dump(exclude=costs) for record in result.rounds]
 
 
 ATTACKS: dict[str, dict[str, Any]] = {
@@ -80,7 +93,7 @@ def test_resuming_a_finished_run_only_reports_it(tmp_path: Path) -> None:
     again = resume(tmp_path, lambda event: pytest.fail("nothing is left to train"))
     assert torch.equal(again.params, finished.params)
     assert torch.equal(again.similarity, finished.similarity)
-    assert again.summary == finished.summary
+    assert again.summary.model_copy(update={"seconds": finished.summary.seconds}) == finished.summary
     assert (tmp_path / "summary.json").exists()
     assert (tmp_path / "similarity.png").exists()
 
@@ -99,10 +112,68 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "file"
     write_atomically(path, b"old")
 
-    def fail(_: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    fill_the_disk(monkeypatch)
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path], "something is left that takes space"
+
+
+WRITES_OF_A_RUN = {
+    "config.yaml": 1,
+    "rounds.csv": 5,
+    "clients.csv": 6,
+    "checkpoint.npz": 7,
+    "accuracy.png": 8,
+    "clients.png": 9,
+    "similarity.png": 10,
+    "summary.json": 11,
+}
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "clients.csv", "checkpoint.npz", "similarity.png", "summary.json"])
+def test_a_full_disk_is_said_by_file_and_leaves_a_run_that_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config, folder = tiny_config(), tmp_path / "run"
+    monkeypatch.setattr(Figure, "savefig", lambda _figure, file, format: file.write(b"pixels"))  # which takes a second
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch, after=WRITES_OF_A_RUN[name] - 1)
+        with pytest.raises(OSError, match=rf"No space left on device: '{folder / name}'"):
+            simulate(config, folder)
+    assert not list(folder.glob(".*"))
+    expected = simulate(config)
+    result = simulate(config, folder) if name == "config.yaml" else resume(folder)
+    assert torch.equal(result.params, expected.params)
+    assert without_costs(result) == without_costs(expected)
+    assert {path.name for path in folder.iterdir()} == set(WRITES_OF_A_RUN)
+
+
+def test_records_of_other_versions_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.csv"
+    path.write_text("round,accuracy\n1,0.5\n")
+    with pytest.raises(ValueError, match=r"rounds\.csv has other columns than this version"):
+        read_records(path, RoundRecord)
+
+
+def test_the_wall_time_of_a_run_is_that_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "write_figures", lambda *_: time.sleep(0.05))
+
+    def idle(event: ProgressEvent) -> None:
+        time.sleep(0.01)
+        if stop and (event.round, event.clients_done) == (3, 1):
+            raise KeyboardInterrupt
+
+    stop, start = True, time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        simulate(tiny_config(rounds=3), tmp_path, idle)
+    first, stop, start = time.perf_counter() - start, False, time.perf_counter()
+    resumed = resume(tmp_path, idle)
+    second = time.perf_counter() - start
+    rounds, seconds = resumed.rounds, resumed.summary.seconds
+    before = sum(record.seconds for record in rounds[:2])
+    assert before < first
+    assert before + rounds[2].seconds + 0.05 < seconds < before + second
+    assert json.loads((tmp_path / "summary.json").read_text())["seconds"] == seconds
+    idled = 3 * 4 + 1  # after every client, and after the first round; after the second one it was interrupted
+    assert seconds - sum(resumed.summary.phase_seconds.values()) > 0.01 * idled + 0.05

@@ -47,7 +47,13 @@ def test_defaults_are_the_papers_setting() -> None:
     ("fields", "message"),
     [
         ({"dataset": "imagenet"}, "expected one of digits, .* or a file FILE.npz"),
-        ({"colour": 1}, "colour"),
+        (
+            {"colour": 1, "datset": "digits"},
+            r"unknown setting 'colour'.*\n.*unknown setting 'datset'; did you mean 'dataset'\?",
+        ),
+        ({"dataset": "CIFAR-10"}, r"or a file FILE.npz; did you mean 'cifar10'\?"),
+        ({"attack": "bad-nets"}, r"label-flip; did you mean 'badnets'\?"),
+        ({"server": "FDCR"}, r"oracle; did you mean 'fdcr'\?"),
         ({"clients": 0}, "clients"),
         ({"clients": 3, "malicious": "1,3"}, r"no clients \[3\], the clients are 0\.\.2"),
         ({"malicious": "1,1"}, "twice"),
@@ -176,7 +182,8 @@ def test_overrides_win_over_yaml() -> None:
     [
         ("- 1\n- 2", "expected a mapping"),
         ("a: [", "not valid YAML"),
-        ("round: 3", "round"),
+        ("round: 3", r"unknown setting 'round'; did you mean 'rounds'\?"),
+        ("local-epochs: 3", r"unknown setting 'local-epochs'; did you mean 'local_epochs'\?"),
         ("1: 2", "Keys should be strings"),
     ],
 )

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import without_costs
-from tiny import tiny_config
+from tiny import tiny_config, without_costs
 
 from fdcr_fast.sim import ProgressEvent, SimulationConfig, resume, simulate
 from fdcr_fast.sim.clients import LocalWork
@@ -181,8 +180,11 @@ def test_failures_are_recorded_and_the_round_goes_on(tmp_path: Path, monkeypatch
         assert all(client.reason for client in mine if not client.sent)
         assert (record.participants, record.missing) == (6, len(missing))
         assert record.kept == sum(client.kept for client in mine)
-        benign = [client for client in mine if client.sent and not client.malicious]
-        assert record.false_positive_rate == sum(not client.kept for client in benign) / len(benign)
+        sent = [client for client in mine if client.sent]
+        benign = [not client.kept for client in sent if not client.malicious]
+        attacked = len(benign) < len(sent)
+        assert record.false_positive_rate == (sum(benign) / len(benign) if attacked else None)
+        assert record.exclusion_rate == sum(not client.kept for client in sent) / len(sent)
     assert result.similarity.shape == (6, 6)
     labels = [text.get_text() for text in similarity_figure(result).axes[0].get_xticklabels()]
     last = [client for client in result.clients if client.round == 3]
@@ -197,7 +199,8 @@ def test_a_round_in_which_nobody_sends_anything_leaves_the_model() -> None:
     result = simulate(config)
     assert {client.reason for client in result.clients} == {MISSED_DEADLINE}
     assert torch.equal(result.params, Federation(config).initial_params)
-    assert (result.rounds[0].true_positive_rate, result.rounds[0].false_positive_rate) == (None, None)
+    (record,) = result.rounds
+    assert (record.true_positive_rate, record.false_positive_rate, record.exclusion_rate) == (None, None, None)
 
 
 def test_fishers_are_left_out_where_nobody_reads_them(tmp_path: Path) -> None:

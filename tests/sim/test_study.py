@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from tiny import write_npz
 
 from fdcr_fast import cli
 from fdcr_fast.sim import SimulationConfig, simulate
+from fdcr_fast.sim.data import Dataset, load_dataset
 from fdcr_fast.sim.metrics import summarize
-from fdcr_fast.sim.study import SCALES, Study, StudyEvent, execute, pending, select, shipped_studies
+from fdcr_fast.sim.study import SCALES, Study, StudyEvent, check, execute, pending, select, shipped_studies
 from fdcr_fast.sim.study.figures import write_figures
 from fdcr_fast.sim.study.results import FinishedRun, StudyResults
 
@@ -103,7 +105,7 @@ def test_a_killed_study_resumes_to_the_same_results_with_any_number_of_workers(
 def test_a_run_is_what_simulate_gives(runs_folder: Path) -> None:
     run = study().runs()[2]
     assert (run.row, run.config.seed, run.config.server) == ("coalition", 0, "coalition-fdcr")
-    summary = simulate(run.config).summary.model_dump(exclude={"seconds", "peak_rss_bytes"})
+    summary = simulate(run.config).summary.model_dump(exclude={"seconds", "phase_seconds", "peak_rss_bytes"})
     stored = json.loads((runs_folder / run.folder / "summary.json").read_text())
     assert {name: stored[name] for name in summary} == summary
 
@@ -216,6 +218,42 @@ def test_failures_are_recorded_tried_again_and_stop_nobody(tmp_path: Path) -> No
     assert [line["row"] for line in results_csv(failing, tmp_path / "runs") if line["error"]] == ["trigger"]
 
 
+def test_all_runs_are_tried_on_their_data_before_the_first_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_npz(tmp_path / "data.npz", train=240)
+    loaded = []
+
+    def load(name: str, data_dir: Path | None) -> Dataset:
+        loaded.append(name)
+        return load_dataset(name, data_dir)
+
+    monkeypatch.setattr("fdcr_fast.sim.study.readiness.load_dataset", load)
+    good = [{"name": "good"}, {"name": "file", "dataset": str(file)}]
+    check(study(rows=good).runs())
+    assert sorted(loaded) == sorted([str(file), "digits"]), "a data set was loaded twice"
+    bad = {
+        "target": ({"target": 10}, "target: class 10 does not exist"),
+        "trigger": ({"trigger": "9:0"}, "outside the 8x8 image"),
+        "model": ({"model": "cnn"}, "model: cnn needs images"),
+        "clients": ({"clients": 100}, "100 clients with at least 10 samples"),
+        "server data": ({"server": "fltrust", "server_samples": 240}, "would leave none to the clients"),
+        "attack": ({"attack": "edge-case", "attack_file": str(tmp_path / "no.npz")}, "attack_file: no file"),
+        "device": ({"device": "xpu" if torch.cuda.is_available() else "cuda"}, "device: no such device here"),
+        "data": ({"dataset": "mnist"}, "give --data-dir"),
+    }
+    rows = [*good, *({"name": name, **fields} for name, (fields, _) in bad.items())]
+    with pytest.raises(
+        ValueError, match=f"nothing was run, as {2 * len(bad)} of {2 * len(rows)} runs cannot start"
+    ) as error:
+        check(study(rows=rows).runs())
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == len(bad)
+    for name, (_, message) in bad.items():
+        (line,) = [line for line in lines if line.startswith(f"- 2 runs ({name}, seed 0 and others): ")]
+        assert message in line
+
+
 def test_a_run_made_under_other_defaults_is_not_taken_for_this_one(runs_folder: Path, tmp_path: Path) -> None:
     runs = study().runs()[:1]
     folder = tmp_path / runs[0].folder
@@ -273,8 +311,8 @@ def test_selection() -> None:
     runs = study().runs()
     assert [run.row for run in select(runs, rows=["mean"])] == ["mean", "mean"]
     assert select(runs) == runs
-    with pytest.raises(ValueError, match=r"no row 'median'; there are 'mean', 'coalition'"):
-        select(runs, rows=["median"])
+    with pytest.raises(ValueError, match=r"no row 'meen'; there are 'mean', 'coalition'; did you mean 'mean'\?"):
+        select(runs, rows=["meen"])
     with pytest.raises(ValueError, match=r"no setting 'beta'"):
         select(runs, settings=["beta"])
 
@@ -282,7 +320,11 @@ def test_selection() -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"rows": [{"name": "bad", "servre": "fdcr"}]}, "row 'bad': unknown setting 'servre'"),
+        (
+            {"rows": [{"name": "bad", "servre": "fdcr"}]},
+            r"row 'bad': unknown setting 'servre'; did you mean 'server'\?",
+        ),
+        ({"base": {"local-epochs": 3}}, r"row 'mean': unknown setting 'local-epochs'; did you mean 'local_epochs'\?"),
         ({"rows": [{"name": "bad", "server": "magic"}]}, r"row 'bad': --server: expected one of .* \(got 'magic'\)"),
         ({"rows": [{"name": "bad", "malicious": [9]}]}, r"row 'bad': malicious: no clients \[9\]"),
         ({"settings": [{"name": "here", "beta": -1}]}, "row 'mean' in setting 'here': --beta: "),
@@ -293,7 +335,8 @@ def test_selection() -> None:
         ({"seeds": [1, 1]}, "seeds: .*given twice: 1"),
         ({"seeds": 0}, "seeds: "),
         ({"figures": ["pie"]}, "figures.0: "),
-        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"colour": "red"}, "^unknown entry 'colour'$"),
+        ({"titel": "Study"}, r"^unknown entry 'titel'; did you mean 'title'\?$"),
     ],
 )
 def test_bad_studies_are_refused_before_anything_runs(entries: dict[str, Any], message: str) -> None:
@@ -338,7 +381,7 @@ def test_tables_agree_on_what_the_paper_reports() -> None:
     assert rows["table3"]["neither"] == rows["table4"]["FedAvg"][:4]
 
 
-def test_the_command_runs_a_study_and_reports(tmp_path: Path) -> None:
+def test_the_command_runs_a_study_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump({**TINY, "rows": [*TINY["rows"], {"name": "bad", "trigger": "9:0"}]}))
     arguments = ["study", str(file), "--out", str(out), "--workers", "2", "--seeds", "1"]
@@ -347,12 +390,59 @@ def test_the_command_runs_a_study_and_reports(tmp_path: Path) -> None:
     assert "1 of 3 runs have finished" in done.output
     assert {path.name for path in out.iterdir()} == {"runs", "results.csv", "results.md", "summary.png", "rounds.png"}
     assert "`fdcr-fast study study.yaml --out DIR --seeds 1`" in (out / "results.md").read_text()
-    failed = CliRunner().invoke(cli.cli, [*arguments, "--row", "bad"], catch_exceptions=False)
+    bad = [*arguments, "--row", "bad"]
+    refused = CliRunner().invoke(cli.cli, bad, catch_exceptions=False)
+    assert refused.exit_code == 1
+    assert "nothing was run, as 1 of 1 runs cannot start:\n- bad, seed 0: trigger: pixels" in refused.output
+    assert len(list((out / "runs").iterdir())) == 1
+    monkeypatch.setattr(cli, "check", lambda runs: None)
+    failed = CliRunner().invoke(cli.cli, bad, catch_exceptions=False)
     assert failed.exit_code == 1
     assert "1 runs failed" in failed.output
     unknown = CliRunner().invoke(cli.cli, [*arguments, "--row", "median"], catch_exceptions=False)
     assert unknown.exit_code == 1
     assert "no row 'median'" in unknown.output
+
+
+def test_dead_models_are_listed(runs_folder: Path, tmp_path: Path) -> None:
+    results = StudyResults.read(study(), study().runs(), runs_folder)
+    assert results.dead == []
+    assert "Dead models" not in results.to_markdown("command")
+    first = results.finished[0]
+    rounds = [record.model_copy(update={"problem": "constant"}) for record in first.result.rounds]
+    dead = replace(first, result=replace(first.result, summary=summarize(rounds)))
+    results = replace(results, finished=(dead, *results.finished[1:]))
+    assert results.dead == [dead]
+    assert (
+        "- mean, seed 0: in 5 of the last 5 rounds the global model predicts one class for all test images"
+        in results.to_markdown("command").splitlines()
+    )
+    assert [line["global_model"] for line in csv.DictReader(io.StringIO(results.to_csv()))] == [
+        "constant 5/5",
+        *["ok"] * 3,
+    ]
+
+
+def test_an_interrupted_study_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "execute", interrupt)
+    file = tmp_path / "my study.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    done = CliRunner().invoke(cli.cli, ["study", str(file), "--out", str(tmp_path / "out"), "--seeds", "1"])
+    assert done.exit_code == 130
+    assert "Interrupted. Finished runs are kept" in done.output
+    assert f"the same command: fdcr-fast study '{file}' --out {tmp_path / 'out'} --seeds 1" in done.output
+
+
+def test_reproducing_without_data_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "execute", lambda *_: pytest.fail("there are no data"))
+    done = CliRunner().invoke(cli.cli, ["reproduce", "table2", "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert done.exit_code == 1
+    assert "nothing was run, as 12 of 12 runs cannot start" in done.output
+    assert done.output.count("cifar10: give --data-dir") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_reproduces_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_federation import figures
-from tiny import tiny_config
+from tiny import tiny_config, without_costs
 
 from fdcr_fast.sim import ProgressEvent, simulate
 from fdcr_fast.sim.clients import LocalWork
@@ -33,7 +32,7 @@ def test_any_number_of_workers_gives_the_same_bits(fields: dict[str, Any]) -> No
         assert torch.equal(other.params, expected.params)
         assert torch.equal(other.similarity.nan_to_num(9), expected.similarity.nan_to_num(9))
         assert other.clients == expected.clients
-        assert figures(other.rounds) == figures(expected.rounds)
+        assert without_costs(other) == without_costs(expected)
 
 
 class Hostile(Clients):

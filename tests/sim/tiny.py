@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fdcr_fast.sim import SimulationConfig
+from fdcr_fast.sim import RoundRecord, SimulationConfig, SimulationResult
 
 
 def tiny_config(**fields: Any) -> SimulationConfig:
@@ -22,6 +22,12 @@ def tiny_config(**fields: Any) -> SimulationConfig:
         "lr": 0.05,
     }
     return SimulationConfig(**{**defaults, **fields})
+
+
+def without_costs(result: SimulationResult) -> list[dict[str, object]]:
+    """The records of all rounds, but for the time and memory that they took."""
+    costs = {name for name in RoundRecord.model_fields if name.endswith("seconds")} | {"peak_rss_bytes"}
+    return [record.model_dump(exclude=costs) for record in result.rounds]
 
 
 def write_npz(path: Path, shape: tuple[int, ...] = (16, 16), train: int = 60, test: int = 20, **arrays: Any) -> Path:

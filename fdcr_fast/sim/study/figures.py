@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fdcr_fast.sim.figures import clients_figure, column, rounds_axis, similarity_figure
+from fdcr_fast.sim.figures import clients_figure, column, rounds_axis, save_figure, similarity_figure
 from fdcr_fast.sim.study.results import StudyResults
 
 COLUMNS = 3
@@ -25,14 +25,14 @@ def write_figures(results: StudyResults, out: Path) -> None:
         return
     for name in results.study.figures:
         if name in OF_THE_STUDY:
-            OF_THE_STUDY[name](results).savefig(out / f"{name}.png")
+            save_figure(OF_THE_STUDY[name](results), out / f"{name}.png")
             continue
         for setting in results.study.settings:
             for row in results.study.rows:
                 for done in results.seeds(setting.name, row.name)[:1]:
                     figure = OF_A_RUN[name](done.result)
                     figure.suptitle(done.run.label)
-                    figure.savefig(out / f"{_slug(f'{name}-{setting.name}-{row.name}')}.png")
+                    save_figure(figure, out / f"{_slug(f'{name}-{setting.name}-{row.name}')}.png")
 
 
 def _slug(text: str) -> str:

@@ -17,7 +17,7 @@ from fdcr_fast._version import __version__
 from fdcr_fast.sim.checkpoint import RunFolder, write_atomically
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.federation import Progress, SimulationResult, resume, simulate
-from fdcr_fast.sim.metrics import summarize
+from fdcr_fast.sim.metrics import Summary
 
 
 class Origin(BaseModel):
@@ -91,7 +91,7 @@ class StudyRunFolder:
             tuple(state.rounds),
             tuple(state.clients),
             state.similarity,
-            summarize(state.rounds),
+            Summary.model_validate_json((self.path / "summary.json").read_text()),
         )
 
     def origin(self) -> Origin:

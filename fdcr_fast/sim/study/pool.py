@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.federation import ProgressEvent
+from fdcr_fast.sim.forkserver import forkserver_context
 from fdcr_fast.sim.study.folder import StudyRunFolder
 from fdcr_fast.sim.study.spec import Run
 
@@ -36,9 +36,6 @@ class StudyEvent:
 
 StudyProgress = Callable[[StudyEvent], None]
 
-# Processes are forked from one that has imported all that a run imports on its way (4 s), and has used none of it.
-IMPORTED_ONCE = [__name__, "fdcr_fast.sim.figures", "sklearn.datasets", "torch._dynamo"]
-
 
 def pending(runs: Sequence[Run], runs_folder: Path) -> list[Run]:
     """The runs without a result, each once: those that failed are tried again."""
@@ -57,8 +54,7 @@ def execute(
 
     A script must call this under ``if __name__ == "__main__"``, as its processes import the script.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_ONCE)
+    context = forkserver_context()
     waiting = pending(runs, runs_folder)[::-1]
     running: dict[Connection, tuple[Run, ForkServerProcess]] = {}
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fdcr_fast.sim.report import percent
+from fdcr_fast.sim.report import figures_of
 from fdcr_fast.sim.study.pool import StudyEvent, StudyProgress
 from fdcr_fast.sim.study.spec import Run
 
@@ -49,7 +49,6 @@ def study_progress(console: Console, runs: Sequence[Run]) -> Iterator[StudyProgr
                 bar.update(tasks[name], completed=trained[name])
                 bar.update(total, completed=sum(trained.values()))
                 if progress.record is not None:
-                    accuracy, success = progress.record.accuracy, progress.record.attack_success_rate
-                    bar.update(tasks[name], figures=f"A {percent(accuracy)} ASR {percent(success)}")
+                    bar.update(tasks[name], figures=figures_of(progress.record))
 
         yield update

@@ -15,7 +15,7 @@ from fdcr_fast.sim.checkpoint import write_atomically
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.federation import SimulationResult
 from fdcr_fast.sim.metrics import FINAL_ROUNDS, mean_of_defined
-from fdcr_fast.sim.report import percent
+from fdcr_fast.sim.report import DEAD_MODELS, model_state, percent, problem_lines
 from fdcr_fast.sim.study.folder import Origin, StudyRunFolder
 from fdcr_fast.sim.study.spec import Row, Run, Study
 
@@ -30,11 +30,13 @@ MEASURES = {
     "FPR": "false_positive_rate",
     "TPR, all rounds": "true_positive_rate_all_rounds",
     "FPR, all rounds": "false_positive_rate_all_rounds",
+    "excluded": "exclusion_rate",
+    "excluded, all rounds": "exclusion_rate_all_rounds",
 }
 LEGEND = (
     f"In per cent, mean and sample standard deviation over the seeds; of each run the mean of the last {FINAL_ROUNDS} "
     "rounds, for max ASR their maximum. A accuracy, ASR attack success rate, R = 100 - ASR, TPR and FPR malicious and "
-    "benign clients excluded."
+    "benign clients excluded, of rounds in which somebody attacks; excluded: clients of either kind, of any round."
 )
 
 
@@ -63,6 +65,8 @@ class FinishedRun:
             "false_positive_rate": summary.false_positive_rate,
             "true_positive_rate_all_rounds": mean_of_defined([record.true_positive_rate for record in rounds]),
             "false_positive_rate_all_rounds": mean_of_defined([record.false_positive_rate for record in rounds]),
+            "exclusion_rate": summary.exclusion_rate,
+            "exclusion_rate_all_rounds": mean_of_defined([record.exclusion_rate for record in rounds]),
         }
 
 
@@ -103,6 +107,11 @@ class StudyResults:
                 errors[run.folder] = folder.error
         return cls(study, tuple(runs), tuple(finished), errors)
 
+    @property
+    def dead(self) -> list[FinishedRun]:
+        """The finished runs whose global model had a problem in one of the last rounds."""
+        return [done for done in self.finished if done.result.summary.problems]
+
     def seeds(self, setting: str, row: str) -> list[FinishedRun]:
         """The finished runs of one row in one setting."""
         return [done for done in self.finished if (done.run.setting, done.run.row) == (setting, row)]
@@ -116,8 +125,8 @@ class StudyResults:
     def to_csv(self) -> str:
         """One line per run that has finished or failed; shares in [0, 1], an empty cell where undefined.
 
-        Columns: setting, row, the fields that differ between the runs, the seed, ``MEASURES``, seconds of computation,
-        machine, date, the run's folder, the error.
+        Columns: setting, row, the fields that differ between the runs, the seed, ``MEASURES``, the state of
+        the global model, seconds of wall time, machine, date, the run's folder, the error.
         """
         dumps = [run.config.model_dump(mode="json") for run in self.runs]
         varying = [
@@ -126,7 +135,7 @@ class StudyResults:
             if name != "seed" and any(dump[name] != dumps[0][name] for dump in dumps)
         ]
         columns = ["setting", "row", *varying, "seed", *MEASURES.values()]
-        columns += ["seconds", "machine", "date", "folder", "error"]
+        columns += ["global_model", "seconds", "machine", "date", "folder", "error"]
         done = {finished.run: finished for finished in self.finished}
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -137,7 +146,7 @@ class StudyResults:
             if run in done:
                 summary, origin = done[run].result.summary, done[run].origin
                 line |= done[run].measures
-                line |= {"seconds": round(sum(summary.seconds.values()), 3)}
+                line |= {"global_model": model_state(summary), "seconds": round(summary.seconds, 3)}
                 line |= {"machine": origin.machine, "date": origin.date}
             elif run.folder in self.errors:
                 line["error"] = self.errors[run.folder]
@@ -157,6 +166,9 @@ class StudyResults:
         untried = [setting.name for setting in self.study.settings if setting.name and setting.name not in tried]
         if untried:
             parts.append(f"Not run yet: {'; '.join(untried)}.")
+        if self.dead:
+            lines = [f"- {line}" for done in self.dead for line in problem_lines(done.run.label, done.result.summary)]
+            parts += ["## Dead models", DEAD_MODELS, "\n".join(lines)]
         if self.errors:
             lines = [
                 f"- {run.label}: {self.errors[run.folder]} (`{run.folder}`)"
@@ -172,10 +184,10 @@ class StudyResults:
         origins = [done.origin for done in self.finished]
         days = sorted({origin.date[:10] for origin in origins})
         made = " and ".join(sorted({f"fdcr_fast {o.fdcr_fast}, torch {o.torch}, {o.machine}" for o in origins}))
-        seconds = statistics.mean(sum(done.result.summary.seconds.values()) for done in self.finished)
+        seconds = statistics.mean(done.result.summary.seconds for done in self.finished)
         return (
-            f"{len(self.finished)} of {len(self.runs)} runs have finished, {seconds:.0f} s of computation each on "
-            f"average. {made}; {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
+            f"{len(self.finished)} of {len(self.runs)} runs have finished, {seconds:.0f} s each on average. "
+            f"{made}; {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
         )
 
     def _table(self, index: int, setting: str) -> str:

@@ -10,9 +10,20 @@ from importlib import resources
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from fdcr_fast.sim.config import SimulationConfig, explain
+from fdcr_fast.sim.names import check_keys, did_you_mean
 
 Figure = Literal["summary", "rounds", "clients", "similarity"]
 
@@ -122,12 +133,18 @@ class Study(BaseModel):
     ] = (0, 1, 2)
     figures: tuple[Figure, ...] = ("summary", "rounds")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, entries: Any) -> Any:
+        check_keys("entry", entries, cls.model_fields)
+        return entries
+
     @classmethod
     def from_yaml(cls, text: str) -> Study:
         """Read a study.
 
         Raises:
-            ValueError: not a YAML mapping, or an entry that no study has, naming it.
+            ValueError: not a YAML mapping, or an entry that no study has, naming it and the one that is most like it.
         """
         try:
             content = yaml.safe_load(text)
@@ -138,9 +155,7 @@ class Study(BaseModel):
         try:
             study = cls.model_validate(content)
         except ValidationError as error:
-            raise ValueError(
-                "\n".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-            ) from error
+            raise ValueError("\n".join(map(_describe, error.errors()))) from error
         for row in study.rows:
             if row.paper and len(row.paper) != len(study.settings):
                 raise ValueError(
@@ -184,6 +199,11 @@ class Study(BaseModel):
             raise ValueError(f"{where}: {explain(error)}") from error
 
 
+def _describe(problem: ErrorDetails) -> str:
+    """What is wrong with a study, after the place where it is."""
+    return ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))
+
+
 _SHIPPED = resources.files("fdcr_fast.sim") / "studies"
 
 
@@ -204,5 +224,7 @@ def select(runs: Collection[Run], rows: Collection[str] = (), settings: Collecti
     ):
         for name in wanted:
             if name not in known:
-                raise ValueError(f"no {kind} {name!r}; there are {', '.join(map(repr, known))}")
+                raise ValueError(
+                    f"no {kind} {name!r}; there are {', '.join(map(repr, known))}{did_you_mean(name, known)}"
+                )
     return [run for run in runs if (not rows or run.row in rows) and (not settings or run.setting in settings)]
