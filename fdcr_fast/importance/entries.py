@@ -99,6 +99,10 @@ def _sum_with_matrix_product(node: Any, argument: int, shape: Sequence[int]) -> 
     return RightFactor(_saved(node, "mat1")) if argument == 2 and node._saved_alpha == 1 else None
 
 
+def _known_map(node: Any, argument: int, shape: Sequence[int]) -> Term | RightFactor:
+    return Term(1.0, shape) if argument == 2 else RightFactor(node.saved_tensors[0])
+
+
 def _prelu(node: Any, argument: int, shape: Sequence[int]) -> Term | None:
     return Term(_saved(node, "self").clamp_max(0), shape) if argument == 1 else None
 
@@ -129,6 +133,7 @@ _READERS: dict[str, Reader] = {
     "ExpandBackward0": _expanded,
     "MmBackward0": _matrix_product,
     "AddmmBackward0": _sum_with_matrix_product,
+    "_FdcrKnownMapBackward": _known_map,
     "PreluKernelBackward0": _prelu,
     "NativeLayerNormBackward0": _layer_norm,
     "NativeBatchNormBackward0": _batch_norm,
