@@ -24,10 +24,10 @@ from fdcr_fast.importance.provenance import Axis
 class Term:
     """An argument that is broadcast to the result's shape, times a factor, and added to what else there is.
 
-    ``shape`` is that of the argument, with as many dimensions as the result.
+    ``shape`` is that of the argument, with as many dimensions as the result. No factor is a factor of 1.
     """
 
-    factor: Tensor | float
+    factor: Tensor | float | None
     shape: Sequence[int]
 
     def takes_samples_along(self, axis: Axis) -> bool:
@@ -36,7 +36,7 @@ class Term:
 
     def sum_squares(self, grad: Tensor, axis: Axis, n: int) -> Tensor:
         """Of the argument's elements, in any shape."""
-        x = _samples_first(grad * self.factor, axis, n)
+        x = _samples_first(grad if self.factor is None else grad * self.factor, axis, n)
         shape = self.shape if n == 1 else (*self.shape[: axis.dim], 1, *self.shape[axis.dim :])
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if summed := [dim for dim, size in enumerate(shape, 1) if size == 1]:
@@ -78,7 +78,7 @@ def _saved(node: Any, name: str) -> Tensor:
 
 
 def _sum(node: Any, argument: int, shape: Sequence[int]) -> Term:
-    return Term(1.0 if argument == 0 else float(node._saved_alpha), shape)
+    return Term(None if argument == 0 else float(node._saved_alpha), shape)
 
 
 def _product(node: Any, argument: int, shape: Sequence[int]) -> Term:
@@ -86,7 +86,7 @@ def _product(node: Any, argument: int, shape: Sequence[int]) -> Term:
 
 
 def _expanded(node: Any, argument: int, shape: Sequence[int]) -> Term:
-    return Term(1.0, shape)
+    return Term(None, shape)
 
 
 def _matrix_product(node: Any, argument: int, shape: Sequence[int]) -> RightFactor | None:
@@ -99,13 +99,17 @@ def _sum_with_matrix_product(node: Any, argument: int, shape: Sequence[int]) -> 
     return RightFactor(_saved(node, "mat1")) if argument == 2 and node._saved_alpha == 1 else None
 
 
+def _known_map(node: Any, argument: int, shape: Sequence[int]) -> Term | RightFactor:
+    return Term(None, shape) if argument == 2 else RightFactor(node.saved_tensors[0])
+
+
 def _prelu(node: Any, argument: int, shape: Sequence[int]) -> Term | None:
     return Term(_saved(node, "self").clamp_max(0), shape) if argument == 1 else None
 
 
 def _layer_norm(node: Any, argument: int, shape: Sequence[int]) -> Term | None:
     if argument == 2:
-        return Term(1.0, shape)
+        return Term(None, shape)
     return (
         Term((_saved(node, "input") - _saved(node, "result1")) * _saved(node, "result2"), shape)
         if argument == 1
@@ -119,7 +123,7 @@ def _batch_norm(node: Any, argument: int, shape: Sequence[int]) -> Term | None:
     input, mean, variance = _saved(node, "input"), _saved(node, "running_mean"), _saved(node, "running_var")
     channels = (-1, *[1] * (input.dim() - 2))
     factor = (input - mean.view(channels)) * (variance.view(channels) + node._saved_eps).rsqrt()
-    return Term(factor if argument == 1 else 1.0, (*shape, *channels[1:]))
+    return Term(factor if argument == 1 else None, (*shape, *channels[1:]))
 
 
 _READERS: dict[str, Reader] = {
@@ -129,6 +133,7 @@ _READERS: dict[str, Reader] = {
     "ExpandBackward0": _expanded,
     "MmBackward0": _matrix_product,
     "AddmmBackward0": _sum_with_matrix_product,
+    "_FdcrKnownMapBackward": _known_map,
     "PreluKernelBackward0": _prelu,
     "NativeLayerNormBackward0": _layer_norm,
     "NativeBatchNormBackward0": _batch_norm,

@@ -20,6 +20,7 @@ from fdcr_fast.importance.kinds import Kind, Pass
 from fdcr_fast.importance.losses import losses_of
 from fdcr_fast.importance.per_sample import PerSampleGradients, hides_parameters, plain_gradients
 from fdcr_fast.importance.provenance import Axis
+from fdcr_fast.importance.recurrent import Unrolled
 from fdcr_fast.importance.stateless import Stateless
 
 _log = logging.getLogger("fdcr_fast")
@@ -109,6 +110,7 @@ class Estimate:
         self.batch_size = _cpu_batch_size(sum(x.numel() for x in model.params.values())) if cpu else _GPU_SAMPLES
         # Pools and convolutions of several channels are faster so on CPUs.
         self._channels_last = cpu and any(type(m) is nn.Conv2d for m in model.module.modules())
+        self._unrolled = Unrolled(model.module.modules())
         self.samples = 0
         self._weight = 0
         if model.hooked:  # which may do anything to gradients, also by what those of other samples are
@@ -148,7 +150,7 @@ class Estimate:
 
         None, and nothing is added, if the graph may hide ways to parameters: that should be tried.
         """
-        with self._model.at(self._leaves) as call:
+        with self._model.at(self._leaves) as call, self._unrolled:
             with noticed() as hooks:  # which may look at what belongs to several samples
                 forward = self._forward_captured(call, batch)
             apart = not self._model.joins_samples()
@@ -216,6 +218,15 @@ class Estimate:
         return [name for name in self._leaves if name not in self._reached]
 
     def _forward_captured(self, call: Callable[[Any], Any], batch: Batch) -> _Forward:
+        if self._unrolled.wanted:
+            try:
+                return self._forward_laid_out(call, batch)
+            except RuntimeError as error:  # such as a second derivative in the forward pass
+                _log.info("recurrent layers are not unrolled: %s", error)
+                self._unrolled.wanted = False
+        return self._forward_laid_out(call, batch)
+
+    def _forward_laid_out(self, call: Callable[[Any], Any], batch: Batch) -> _Forward:
         if self._channels_last:
             try:
                 return self._forward_as_given(call, batch.private(channels_last=True))

@@ -44,10 +44,10 @@ def diagonal_fisher(
     .. math:: F = \frac{1}{N} \sum_{n=1}^N \left( \nabla_w \, \ell(f_w(x_n), y_n) \right)^2
 
     with :math:`\ell = -\log p(y | x)` for the default loss, exact for any model that treats the samples of a batch
-    independently of each other. Linear, convolution, embedding and norm layers go through the library's own kernels,
-    which need no memory for per-sample gradients, and so do parameters outside of layers that enter the computation as
-    terms or factors; whatever else there is goes through ``vmap(grad)`` in chunks, or one sample at a time. The
-    autograd graph of each batch decides which way is taken (docs/fisher.md).
+    independently of each other. Linear, convolution, embedding, norm and recurrent layers go through the library's own
+    kernels, which need no memory for per-sample gradients, and so do parameters outside of layers that enter the
+    computation as terms or factors; whatever else there is goes through ``vmap(grad)`` in chunks, or one sample at a
+    time. The autograd graph of each batch decides which way is taken (docs/fisher.md).
 
     Model and data are afterwards what they were before, whatever forward passes write to: parameters, buffers,
     attributes, inputs, ``.grad``, ``requires_grad``, modes, hooks. Every pass begins with what the model has now.

@@ -12,6 +12,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from fdcr_fast.importance.provenance import Axis, Flow, source_axis
+from fdcr_fast.importance.recurrent import FUNCTIONS
 
 _LEAF: type = torch._C._functions.AccumulateGrad
 
@@ -20,8 +21,9 @@ class Graph:
     """The graph of per-sample losses ``[N]``, walked once.
 
     Attributes:
-        opaque: Whether some functions in it are written in Python: their backward passes may go on where the graph
-            does not (``torch.utils.checkpoint`` with ``use_reentrant=True``), so that parameters may be missing.
+        opaque: Whether some functions in it are written in Python, by others: their backward passes may go on where
+            the graph does not (``torch.utils.checkpoint`` with ``use_reentrant=True``), so that parameters may be
+            missing.
     """
 
     def __init__(self, losses: Tensor) -> None:
@@ -52,7 +54,8 @@ class Graph:
                     if source not in self._following:
                         self._following[source] = ()
                         stack.append(source)
-            self.opaque |= isinstance(node, BackwardCFunction)
+            if isinstance(node, BackwardCFunction):
+                self.opaque |= type(node)._forward_cls not in FUNCTIONS
         ready = [root]
         while ready:
             node = ready.pop()

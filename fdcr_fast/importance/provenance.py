@@ -214,6 +214,11 @@ def _recurrent_layer(flow: Flow, axis: Axis) -> Axis | None:
     return Axis(1, axis.inner) if flow.argument == 0 and of_samples else None
 
 
+def _recursion(flow: Flow, axis: Axis) -> Axis | None:
+    """Maps ``[T, N, G]`` and states ``[N, H]`` in, outputs ``[T, N, H]`` and states out: see ``recurrent``."""
+    return Axis(len(flow.source) - 2, axis.inner) if axis.dim == len(flow.result) - 2 else None
+
+
 def _overwritten(flow: Flow, axis: Axis) -> Axis | None:
     """What is left of the first argument stays where it was; of what replaces the rest, nothing is known."""
     return axis if flow.argument == 0 and flow.source == flow.result else None
@@ -319,4 +324,9 @@ _KINDS: tuple[tuple[Transfer, str], ...] = (
 # PyTorch numbers the variants of a function: with a scalar instead of a tensor, in place, along dimensions or over all.
 _TRANSFERS: dict[str, Transfer] = {
     f"{name}Backward{variant}": transfer for transfer, names in _KINDS for name in names.split() for variant in range(6)
-} | {"AsStridedBackward1": _restrided, "CopyBackwards": _elementwise, "BackwardHookFunctionBackward": _hooked}
+} | {
+    "AsStridedBackward1": _restrided,
+    "CopyBackwards": _elementwise,
+    "BackwardHookFunctionBackward": _hooked,
+    "_FdcrRecursionBackward": _recursion,
+}
