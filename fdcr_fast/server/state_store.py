@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from fdcr_fast.layout import ParamLayout, as_tensor, by_plain_name, inner_module
 from fdcr_fast.server.buffers import Buffers
 from fdcr_fast.server.intake import OnEmpty, OnInvalid, plain_id
-from fdcr_fast.server.rules import AggregationResult, AggregationRule
+from fdcr_fast.server.rules import AggregationResult, AggregationRule, as_rule
 from fdcr_fast.server.store import UpdateStore
-from fdcr_fast.server.vectors import FLOATS, shared, shown
+from fdcr_fast.server.vectors import FLOATS, shared, shown, vector_pieces
 
 State: TypeAlias = Mapping[str, Any] | nn.Module
 
@@ -190,7 +190,7 @@ class StateStore:
         The state has the keys, order, types, dtypes and devices of the global one and no memory in common with any
         input.
         """
-        result = rule.aggregate(self._vector, self.updates, on_invalid=on_invalid, on_empty=on_empty)
+        result = as_rule(rule).aggregate(self._vector, self.updates, on_invalid=on_invalid, on_empty=on_empty)
         params = self.layout.unflatten(result.params)
         owners = {**self._owners, **self._ties_of_most()}
         counting = result.weights.nonzero().flatten()
@@ -226,7 +226,9 @@ class StateStore:
             known = all(name in entries for name in self._plain.values())
             return entries if known else by_plain_name(entries), not difference
         if isinstance(state, Tensor | np.ndarray):
-            pieces = list(self.layout.unflatten(as_tensor(state)).values())
+            name = "update" if difference else "state"
+            (vector,) = vector_pieces(name, state, self.layout.numel, None, self._vector.dtype)
+            pieces = list(self.layout.unflatten(vector).values())
         elif isinstance(state, list | tuple):
             pieces = self.layout.tensors(state)
         else:
