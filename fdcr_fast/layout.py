@@ -67,6 +67,13 @@ def as_tensor(values: Any) -> Tensor:
     return torch.from_numpy(native if shareable else native.copy())
 
 
+def _parameter(name: str, values: Any) -> Tensor:
+    try:
+        return as_tensor(values)
+    except TypeError as error:
+        raise TypeError(f"parameter {name}: {error}") from None
+
+
 @dataclass(frozen=True)
 class ParamLayout:
     """Names and shapes of ``P`` parameters in the order in which they lie in a flat vector.
@@ -171,7 +178,7 @@ class ParamLayout:
 
         Raises:
             ValueError: parameters are missing, too many, or of another shape; the message names them.
-            TypeError: an entry is neither tensor nor array.
+            TypeError: an entry is neither tensor nor array; the message names it.
         """
         if isinstance(source, nn.Module):
             source = dict(source.named_parameters(remove_duplicate=False))
@@ -187,7 +194,7 @@ class ParamLayout:
             raise ValueError(f"expected {len(self.names)} parameters, got {len(source)}")
         else:
             entries = source
-        tensors = [as_tensor(entry) for entry in entries]
+        tensors = [_parameter(name, entry) for name, entry in zip(self.names, entries, strict=True)]
         wrong = [
             f"{name} {tuple(tensor.shape)}, expected {shape}"
             for name, shape, tensor in zip(self.names, self.shapes, tensors, strict=True)

@@ -233,6 +233,8 @@ def different_ids(client_ids: Iterable[Any] | None, count: int) -> tuple[Hashabl
         TypeError: one cannot be an id.
         ValueError: they are not so many different ones.
     """
+    if client_ids is not None and not isinstance(client_ids, Iterable):
+        raise TypeError(f"expected {count} different client ids, got {client_ids!r}")
     ids = tuple(range(count)) if client_ids is None else tuple(map(plain_id, client_ids))
     if len(ids) != count or len(set(ids)) != count:
         raise ValueError(f"expected {count} different client ids, got {list(ids)}")
@@ -271,6 +273,8 @@ def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:
 
 def _sample_counts(num_samples: Any, K: int) -> Tensor:
     try:
+        if isinstance(num_samples, Tensor | np.ndarray) and torch.as_tensor(num_samples).is_complex():
+            raise TypeError("counts have no imaginary part")
         counts = torch.as_tensor(num_samples, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"expected num_samples to be {K} numbers, got {num_samples!r}") from error

@@ -28,7 +28,7 @@ from fdcr_fast.server.shares import limited_shares
 from fdcr_fast.server.store import UpdateStore
 from fdcr_fast.server.tiles import check_device, check_floating
 from fdcr_fast.server.transfer import fetch
-from fdcr_fast.server.vectors import matrix, shared
+from fdcr_fast.server.vectors import argument, matrix
 
 _SHOWN = 8  # ids in the text of a result
 _FEWEST_LOOKED_AT, _LOOKED_AT = 16, 512  # parameters by which states are told from updates
@@ -248,8 +248,10 @@ class AggregationRule:
         """
 
         finite: Tensor | None = None
+        if shard is not None and not isinstance(shard, ParamShard):
+            raise TypeError(f"expected shard to be a ParamShard, got {shard!r}")
         if isinstance(global_params, np.ndarray):
-            global_params = shared(global_params)
+            global_params = argument("global_params", global_params)
 
         def take_in() -> ClientUpdates:
             nonlocal finite
@@ -390,7 +392,7 @@ class AggregationRule:
         if isinstance(updates, list | tuple):
             return _stored(global_params, updates, fishers, num_samples, client_ids).client_updates()
         return ClientUpdates.from_matrices(
-            shared(updates),
+            argument("updates", updates),
             None if fishers is None else matrix("fishers", fishers),
             num_samples,
             client_ids,
@@ -426,6 +428,13 @@ def _check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | Non
         return finite
     require_finite(finite)
     return None
+
+
+def as_rule(rule: Any) -> AggregationRule:
+    """The rule, or TypeError for anything else, such as a rule's name or class."""
+    if not isinstance(rule, AggregationRule):
+        raise TypeError(f"expected rule to be an AggregationRule, such as FedAvg(), got {rule!r}")
+    return rule
 
 
 def looks_like_states(global_params: Tensor, clients: ClientUpdates) -> bool:

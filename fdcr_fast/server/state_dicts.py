@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Sized
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fdcr_fast.layout import ParamLayout, by_plain_name
 from fdcr_fast.server.fdcr import FDCR
-from fdcr_fast.server.intake import OnEmpty, OnInvalid, plain_id, reasons
-from fdcr_fast.server.rules import AggregationResult, AggregationRule
+from fdcr_fast.server.intake import OnEmpty, OnInvalid, different_ids, reasons
+from fdcr_fast.server.rules import AggregationResult, AggregationRule, as_rule
 from fdcr_fast.server.state_store import State, StateStore, floating_layout, parameter_layout, without_ties
 
 PerClient: TypeAlias = Sequence[Any] | Mapping[Hashable, Any]
@@ -94,7 +94,7 @@ def aggregate_state_dicts(
             used. A client with missing or misshaped entries, or with buffers that are not finite, is rejected
             instead.
     """
-    rule = FDCR() if rule is None else rule
+    rule = FDCR() if rule is None else as_rule(rule)
     ids = _client_ids(client_states, client_ids)
     states = _per_client("client_states", client_states, ids)
     _, num_samples = rule.needed(fishers, num_samples, len(ids))  # Fishers also tell what the parameters are
@@ -121,11 +121,9 @@ def _client_ids(client_states: PerClient, client_ids: Sequence[Hashable] | None)
             raise ValueError("client_states is a mapping by client id: do not give client_ids as well")
         ids = list(client_states)
     else:
-        ids = list(range(len(client_states)) if client_ids is None else map(plain_id, client_ids))
+        ids = list(different_ids(client_ids, _count("client_states", client_states)))
     if not ids:
         raise ValueError("expected the state of at least one client")
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"expected different client ids, got {ids}")
     return ids
 
 
@@ -137,9 +135,15 @@ def _per_client(name: str, values: PerClient | Tensor, ids: list[Hashable]) -> l
         if unknown:
             raise ValueError(f"{name} of clients without a state: {unknown}")
         return [values.get(client) for client in ids]
-    if len(values) != len(ids):
+    if _count(name, values) != len(ids):
         raise ValueError(f"expected {name} of {len(ids)} clients, got {len(values)}")
     return list(values)
+
+
+def _count(name: str, values: Any) -> int:
+    if not isinstance(values, Sized):
+        raise TypeError(f"expected {name} of every client, in a sequence or a mapping, got {values!r}")
+    return len(values)
 
 
 def _infer_layout(global_state: Mapping[str, Any], states: list[Any], fishers: list[Any]) -> ParamLayout:

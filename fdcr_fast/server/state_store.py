@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from fdcr_fast.layout import ParamLayout, as_tensor, by_plain_name, inner_module
 from fdcr_fast.server.buffers import Buffers
 from fdcr_fast.server.intake import OnEmpty, OnInvalid, plain_id
-from fdcr_fast.server.rules import AggregationResult, AggregationRule
+from fdcr_fast.server.rules import AggregationResult, AggregationRule, as_rule
 from fdcr_fast.server.store import UpdateStore
-from fdcr_fast.server.vectors import FLOATS, shared, shown
+from fdcr_fast.server.vectors import FLOATS, shared, shown, vector_pieces
 
 State: TypeAlias = Mapping[str, Any] | nn.Module
 
@@ -52,7 +52,8 @@ class StateStore:
     :meth:`clear` nothing more is taken in. Like the store, it may be filled from many threads.
 
     Args:
-        global_state: State that was sent out, ``w``: a state dict of tensors or arrays, or a module.
+        global_state: State that was sent out, ``w``: a state dict of tensors or arrays, or a module. It is copied, so
+            that clients may be trained in the same module.
         capacity: Largest number of accepted clients in a round.
         layout: Which entries are parameters; by default all floating-point entries without BatchNorm's running
             statistics, of a module its parameters.
@@ -91,21 +92,28 @@ class StateStore:
         )
 
     def _set_global(self, global_state: State) -> None:
-        """Entries are known by their plain names from here on, parameters by those in the layout."""
-        self._global = _entries(global_state)
-        names = by_plain_name({name: name for name in self._global})
-        own = {plain: _as_entry(self._global[name]) for plain, name in names.items()}
+        """Entries are known by their plain names from here on, parameters by those in the layout.
+
+        What is no parameter is copied too: a model goes on changing, as where clients are trained in it one by one.
+        """
+        entries = _entries(global_state)
+        names = by_plain_name({name: name for name in entries})
+        own = {plain: _as_entry(entries[name]) for plain, name in names.items()}
         plain_layout = by_plain_name({name: name for name in self.layout.names})
         params = {plain: plain_layout[plain] for plain in own if plain in plain_layout}
-        vector = self.layout.flatten(own)
+        vector = self.layout.flatten(own)  # raises where they are missing, before anything is changed
         self._vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
         self._plain = {name: plain for plain, name in names.items()}
         self._owners = {**params, **_known_ties(own, params, by_plain_name(dict(self.layout.tied)))}
-        rest = {name: value for name, value in own.items() if name not in self._owners and _is_real(value)}
+        self._global = {
+            name: value if self._plain[name] in self._owners else _copied(value) for name, value in entries.items()
+        }
+        others = {plain: _as_entry(self._global[name]) for plain, name in names.items() if plain not in self._owners}
+        rest = {plain: value for plain, value in others.items() if _is_real(value)}
         self._buffers = Buffers(rest)
         self._params = {name: own[name] for name in params}
-        entries = {**self._params, **rest}
-        self._maybe_tied = {name: twins for name, value in entries.items() if (twins := self._twins(name, value))}
+        candidates = {**self._params, **rest}
+        self._maybe_tied = {name: twins for name, value in candidates.items() if (twins := self._twins(name, value))}
         self._received: dict[Hashable, _Received] = {}
 
     def __repr__(self) -> str:
@@ -182,7 +190,7 @@ class StateStore:
         The state has the keys, order, types, dtypes and devices of the global one and no memory in common with any
         input.
         """
-        result = rule.aggregate(self._vector, self.updates, on_invalid=on_invalid, on_empty=on_empty)
+        result = as_rule(rule).aggregate(self._vector, self.updates, on_invalid=on_invalid, on_empty=on_empty)
         params = self.layout.unflatten(result.params)
         owners = {**self._owners, **self._ties_of_most()}
         counting = result.weights.nonzero().flatten()
@@ -218,7 +226,9 @@ class StateStore:
             known = all(name in entries for name in self._plain.values())
             return entries if known else by_plain_name(entries), not difference
         if isinstance(state, Tensor | np.ndarray):
-            pieces = list(self.layout.unflatten(as_tensor(state)).values())
+            name = "update" if difference else "state"
+            (vector,) = vector_pieces(name, state, self.layout.numel, None, self._vector.dtype)
+            pieces = list(self.layout.unflatten(vector).values())
         elif isinstance(state, list | tuple):
             pieces = self.layout.tensors(state)
         else:

@@ -54,10 +54,10 @@ def matrix(name: str, values: Any) -> Tensor:
         ValueError: the vectors of a list differ in length.
     """
     if isinstance(values, Tensor | np.ndarray):
-        return shared(values)
+        return argument(name, values)
     if not isinstance(values, list | tuple):
         raise TypeError(f"expected {name} [K, P] to be a tensor, an array or a list of vectors, got {shown(values)}")
-    rows = [shared(row) for row in values]
+    rows = [argument(name, row) for row in values]
     if len({row.shape for row in rows}) > 1:
         raise ValueError(f"expected {name} to be vectors of one length, got {[list(row.shape) for row in rows]}")
     return torch.stack(rows)
@@ -108,6 +108,14 @@ def shared(values: Any) -> Tensor:
         if values.dtype == writable.dtype:
             return _borrowed(values, torch.from_numpy(writable).dtype).reshape(values.shape)
     return as_tensor(values)
+
+
+def argument(name: str, values: Any) -> Tensor:
+    """:func:`shared` of what the caller gave, by name in the message."""
+    try:
+        return shared(values)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
 
 
 def _borrowed(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:

@@ -97,3 +97,27 @@ def test_a_second_contribution_changes_nothing():
     assert store.put(first, None, 1, "a")
     assert not store.put(trained(state, 2), None, 1, "a")
     assert_same_state(store.aggregate(FedAvg())[0], aggregate_state_dicts(state, [first], None, [1], rule=FedAvg()))
+
+
+def test_clients_may_be_trained_in_the_model_that_was_sent():
+    model, layout = network(), ParamLayout.from_module(network())
+    sent = {**copy.deepcopy(model.state_dict()), "flags": torch.tensor([True, False])}
+    own = {**model.state_dict(), "flags": sent["flags"].clone()}
+    store = StateStore(own, K, layout=layout, with_fishers=False)
+    clients = [{**trained(model.state_dict(), k), "flags": sent["flags"]} for k in range(K)]
+    for k, client in enumerate(clients):
+        for name, value in own.items():
+            value.copy_(client[name])
+        own["flags"].fill_(True)
+        assert store.put_state(own, None, COUNTS[k], k)
+    expected = aggregate_state_dicts(sent, clients, None, COUNTS, rule=FedAvg(), layout=layout)
+    assert_same_state(store.aggregate(FedAvg())[0], expected)
+
+
+def test_a_clear_that_fails_changes_nothing():
+    state = network().state_dict()
+    store = StateStore(state, K, with_fishers=False)
+    assert store.put_state(trained(state, 0), None, 1, 0)
+    with pytest.raises(ValueError, match="missing parameters"):
+        store.clear(nn.Linear(3, 2))
+    assert_same_state(store.aggregate(FedAvg())[0], trained(state, 0))
