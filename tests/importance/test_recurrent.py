@@ -262,7 +262,7 @@ class SecondDerivative(Classifier):
     def results(self, x):
         with torch.enable_grad():
             outputs, states = super().results(x)
-            (force,) = torch.autograd.grad(outputs.square().sum(), x, create_graph=True)
+            (force,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
         return torch.cat([outputs, force], -1), states
 
 
