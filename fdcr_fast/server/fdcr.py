@@ -74,6 +74,7 @@ class FDCR(AggregationRule):
     max_weight_share: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_options()
         if self.discrepancy not in SCORES:
             raise ValueError(f"discrepancy must be one of {sorted(SCORES)}, got {self.discrepancy!r}")
         if self.cluster is not None and self.cluster not in CLUSTERINGS:
@@ -82,7 +83,6 @@ class FDCR(AggregationRule):
         check_density(self.eps, self.min_samples)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        self._check_options()
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Cluster the discrepancies and drop the cluster with the largest mean."""

@@ -23,6 +23,7 @@ from fdcr_fast.server.intake import (
     refuse_empty,
     sample_shares,
 )
+from fdcr_fast.server.options import check_types
 from fdcr_fast.server.sharded import ParamShard
 from fdcr_fast.server.shares import limited_shares
 from fdcr_fast.server.store import UpdateStore
@@ -136,6 +137,7 @@ class AggregationRule:
     importance: bool = False
 
     def _check_options(self) -> None:
+        check_types(self)
         if self.norm_bound is not None and not self.norm_bound >= 1:
             raise ValueError(f"norm_bound must be None or at least 1 (the median client itself), got {self.norm_bound}")
         if self.max_weight_share is not None and not 0 < self.max_weight_share <= 1:

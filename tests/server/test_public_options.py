@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 
+import numpy as np
 import pytest
 
 import fdcr_fast
@@ -23,13 +25,22 @@ NEEDED = {
     "refine": lambda w: w,
     "evaluate": lambda w: fdcr_fast.ModelQuality(0.0, 0.0),
 }
-WRONG = {"float": (math.nan, -math.inf, -1.5), "str": ("text",), "Callable": ("text", None)}
+WRONG = {
+    "float": (math.nan, -math.inf, -1.5, "1", [1.0], True),
+    "int": (math.nan, "1", 1.5j, True),
+    "bool": ("no", 2, None),
+    "str": ("text", 1.5, []),
+    "Callable": ("text", None),
+    "State": ({}, None),
+    "ParamGroups": ("layers", 3),
+    "slice": (3, -1.5, None),
+}
 OPTIONS = [
     (name, option, value)
     for name in RULES
     for option, parameter in inspect.signature(getattr(fdcr_fast, name)).parameters.items()
     for kind, values in WRONG.items()
-    if kind in parameter.annotation
+    if re.search(rf"{kind}\b", parameter.annotation)
     for value in values
 ]
 
@@ -44,3 +55,13 @@ def made(name, **options):
 def test_a_value_that_no_option_has(name, option, value):
     with pytest.raises((TypeError, ValueError), match=option):
         made(name, **{option: value})
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_numbers_of_numpy(name):
+    numbers = {
+        option: np.float64(parameter.default) if isinstance(parameter.default, float) else np.int64(parameter.default)
+        for option, parameter in inspect.signature(getattr(fdcr_fast, name)).parameters.items()
+        if type(parameter.default) in (int, float)
+    }
+    assert made(name, **numbers) == made(name)

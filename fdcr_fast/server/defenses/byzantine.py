@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.rules import AggregationRule
@@ -26,8 +27,7 @@ class ByzantineRule(AggregationRule):
     def __post_init__(self) -> None:
         self._check_options()
         f = self.num_byzantine
-        number = isinstance(f, int) and not isinstance(f, bool) and f >= 0
-        if not number and not (isinstance(f, float) and 0 <= f < 0.5):
+        if not (f >= 0 if isinstance(f, Integral) else 0 <= f < 0.5):
             raise ValueError(f"num_byzantine must be a number of clients, 0 or more, or a share below 0.5, got {f!r}")
 
     @classmethod
@@ -45,8 +45,7 @@ class ByzantineRule(AggregationRule):
         """
         took_part = len({*clients.clients, *clients.rejected})
         f = self.num_byzantine
-        if isinstance(f, float):
-            f = int(f * took_part + _ROUNDING)
+        f = int(f) if isinstance(f, Integral) else int(f * took_part + _ROUNDING)
         if took_part < self.min_clients(f):
             raise ValueError(
                 f"{type(self).__name__} with num_byzantine={f} needs at least {self.min_clients(f)} clients, "

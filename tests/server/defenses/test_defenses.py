@@ -547,7 +547,7 @@ def test_what_one_client_counts_for_is_limited(name):
     ],
 )
 def test_options_are_checked(rule, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
         rule(**options)
 
 
