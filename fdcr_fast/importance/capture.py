@@ -43,6 +43,8 @@ class Call:
     def takes_samples_along(self, axis: Axis, n: int) -> bool:
         """Whether the layer's rule can be given samples that lie so in the first dimensions."""
         leading = self.rule.leading_dims(self.module, self.input)
+        if self.input.numel() == 0:
+            return False
         if leading == 0:
             return n == 1
         if self.rule.own_dims is None:

@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules import module as _module
+from torch.overrides import _get_current_function_mode_stack
 
 from fdcr_fast.importance.data import Batch
 from fdcr_fast.importance.estimate import Estimate
 from fdcr_fast.importance.kinds import Kind, Pass
 from fdcr_fast.importance.per_sample import PerSampleGradients, plain_gradients
+from fdcr_fast.importance.settings import settings_of
 from fdcr_fast.importance.stateless import Stateless
 
 _log = logging.getLogger("fdcr_fast")
@@ -27,8 +31,9 @@ _TOLERANCE = 0.05
 # Gradients that are nothing but rounding, such as those of key biases in attention, relative to all others.
 _NOISE = 1e-5
 
-# What has passed, so that the Fishers of many clients are not all checked.
-_passed: set[Any] = set()
+# The parameters that differed, by what there was to check; none of what has passed. So the Fishers of many clients are
+# not all checked, and what was wrong for one client is not taken to be right because another one's sample shows nothing.
+_verdicts: dict[Any, frozenset[str]] = {}
 
 
 class Check:
@@ -73,18 +78,23 @@ class Check:
             return
         self._shown = batch.samples > 1
         alike = self._alike(batch)
-        if self._how == "first" and alike in _passed:
-            return
-        try:
-            differing = sorted(self._differing(batch))
-        except Exception as error:  # the batch itself will say so
-            _log.info("not checked: %s", error)
-            return
+        differing = _verdicts.get(alike)
         if not differing:
-            if batch.samples > 1:  # one sample alone cannot be confused with others
-                _passed.add(alike)
+            if differing is not None and self._how == "first":
+                return
+            try:
+                differing = self._differing(batch)
+            except Exception as error:  # the batch itself will say so
+                _log.info("not checked: %s", error)
+                return
+            if differing is None:
+                self._shown = False
+                return
+            if differing or batch.samples > 1:  # one sample alone cannot be confused with others
+                _verdicts[alike] = differing
+        if not differing:
             return
-        message = f"per-sample gradients of {', '.join(differing)} are not those of plain autograd"
+        message = f"per-sample gradients of {', '.join(sorted(differing))} are not those of plain autograd"
         if self._how == "all" and estimate.samples > 0:
             raise RuntimeError(
                 f"{message} after the first {estimate.samples} samples: what was added before may be wrong, too. "
@@ -99,9 +109,11 @@ class Check:
         estimate.one_by_one()
         self._how = "off"  # nothing is left to compare, nor may what follows count as passed
 
-    def _differing(self, batch: Batch) -> set[str]:
-        """The parameters whose squared gradients differ for one sample of the batch."""
-        chosen = int(torch.randint(batch.samples, (1,), generator=self._samples))
+    def _differing(self, batch: Batch) -> frozenset[str] | None:
+        """The parameters whose squared gradients differ for one sample of the batch; None if that shows nothing."""
+        # Not the first one, which models may compare the others with.
+        first = int(batch.samples > 1)
+        chosen = int(torch.randint(first, batch.samples, (1,), generator=self._samples))
         batch = batch.to(self._device)
         passes: list[Pass] = []
 
@@ -118,25 +130,26 @@ class Check:
             plain = plain_gradients(self._model, passes[0].loss, list(self._params), sample)
             if not torch.equal(before, self._random_state()):
                 _log.info("not checked: the forward pass draws random numbers")
-                return set()
+                self._how = "off"
+                return None
         return self._unlike(fast.sums, plain)
 
-    def _unlike(self, squares: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> set[str]:
+    def _unlike(self, squares: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> frozenset[str] | None:
         wanted = {
             name: grads[name].to(s).abs() if name in grads else torch.zeros_like(s) for name, s in squares.items()
         }
         total = torch.stack([g.norm() for g in wanted.values()]).norm()
-        if not total.isfinite():
-            return set()
+        if not total.isfinite() or total == 0:
+            return None
         dtype = next(iter(self._params.values())).dtype
         if torch.is_autocast_enabled(self._device.type):
             dtype = torch.get_autocast_dtype(self._device.type)
         tolerance = max(_TOLERANCE, 64 * torch.finfo(dtype).eps)
-        return {
+        return frozenset(
             name
             for name, g in wanted.items()
             if not (squares[name].sqrt() - g).norm() <= tolerance * g.norm() + _NOISE * total
-        }
+        )
 
     @property
     def _device(self) -> torch.device:
@@ -144,9 +157,9 @@ class Check:
 
     def _alike(self, batch: Batch) -> tuple[Any, ...]:
         """The same for batches, also of other models, that go the same way, as far as can be seen without calling."""
-        data = tuple((x.shape[1:], x.dtype) for x in batch.tensors)
+        data = tuple((x.shape[1:], x.dtype) for x in batch.tensors), settings_of(batch.shared)
         params = tuple((name, p.shape, p.dtype) for name, p in self._params.items())
-        return self._settings, data, params, torch.is_autocast_enabled(self._device.type)
+        return self._settings, data, params, torch.is_autocast_enabled(self._device.type), _surroundings()
 
     def _random_state(self) -> Tensor:
         return torch.get_rng_state() if self._device.type == "cpu" else torch.cuda.get_rng_state(self._device)
@@ -158,3 +171,12 @@ class Check:
             yield
         if self._generator is not None and state is not None:
             self._generator.set_state(state)
+
+
+def _surroundings() -> Hashable:
+    """What is done to all models: hooks of all modules, functions that were exchanged, and modes."""
+    hooks = [settings_of(list(x.values())) for name, x in vars(_module).items() if name in _GLOBAL_HOOKS]
+    return *hooks, hash(tuple(map(id, vars(F).values()))), len(_get_current_function_mode_stack())
+
+
+_GLOBAL_HOOKS = frozenset(name for name in vars(_module) if name.startswith("_global") and name.endswith("hooks"))

@@ -19,10 +19,24 @@ from fdcr_fast.layout import as_tensor
 _SHARED = (type(None), Number, str, Enum, torch.dtype, torch.device)
 
 
+class _Rows:
+    """A list of text or numbers, an entry per sample, that can be cut like a tensor."""
+
+    def __init__(self, entries: list[Any] | tuple[Any, ...]) -> None:
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, samples: slice) -> _Rows:
+        return _Rows(self.entries[samples])
+
+
 class Batch:
     """Inputs and targets of some samples.
 
-    Tensors have the samples in dimension 0. Tensors without dimensions, flags, None and the like go with every sample.
+    Tensors have the samples in dimension 0, and so have lists of text and numbers that are as long. Tensors without
+    dimensions, flags, None and the like go with every sample.
     """
 
     def __init__(self, leaves: Sequence[Any], structure: TreeSpec, samples: int) -> None:
@@ -45,18 +59,31 @@ class Batch:
             raise ValueError(
                 f"all tensors must have the samples in dimension 0, got {rows[0]} inputs, {rows[1]} targets"
             )
-        return cls(*tree_flatten((inputs, targets)), rows[1][0])
+        n = rows[1][0]
+        leaves, structure = tree_flatten((inputs, targets), is_leaf=_may_be_rows)
+        return cls([_Rows(x) if _may_be_rows(x) and len(x) == n else x for x in leaves], structure, n)
 
     def part(self, samples: slice) -> Batch:
         """Some of the samples, not copied."""
         if samples.start == 0 and samples.stop >= self.samples:
             return self
-        return self.with_tensors([x[samples] for x in self.tensors])
+        leaves = [x[samples] if _has_samples(x) or isinstance(x, _Rows) else x for x in self._leaves]
+        return Batch(leaves, self._structure, len(range(self.samples)[samples]))
 
     @property
     def tensors(self) -> list[Tensor]:
         """Those that have the samples in dimension 0."""
         return [x for x in self._leaves if _has_samples(x)]
+
+    @property
+    def shared(self) -> list[Any]:
+        """What goes with all samples."""
+        return [x for x in self._leaves if not _has_samples(x) and not isinstance(x, _Rows)]
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether something else than tensors differs from sample to sample."""
+        return any(isinstance(x, _Rows) for x in self._leaves)
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> Batch:
         """The same, but for other tensors with the samples in dimension 0."""
@@ -66,7 +93,8 @@ class Batch:
 
     def tree(self) -> tuple[Any, Any]:
         """``(inputs, targets)``."""
-        inputs, targets = tree_unflatten(self._leaves, self._structure)
+        leaves = [x.entries if isinstance(x, _Rows) else x for x in self._leaves]
+        inputs, targets = tree_unflatten(leaves, self._structure)
         return inputs, targets
 
     def to(self, device: torch.device) -> Batch:
@@ -81,15 +109,23 @@ class Batch:
 
 
 def _copied(x: Tensor, channels_last: bool) -> Tensor:
+    copy = x.detach()
     if channels_last and x.dim() == 4 and x.is_floating_point():
-        copy = x.contiguous(memory_format=torch.channels_last)
-        if copy.data_ptr() != x.data_ptr():
-            return copy.detach()
-    return x.detach().clone()
+        copy = copy.contiguous(memory_format=torch.channels_last)
+    if copy.data_ptr() == x.data_ptr():
+        copy = copy.clone()
+    return copy.requires_grad_(x.requires_grad)  # for models that differentiate by their inputs
 
 
 def _has_samples(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() > 0
+
+
+def _may_be_rows(x: Any) -> bool:
+    """Tuples of numbers are sizes and the like."""
+    return (isinstance(x, list) and bool(x) and all(isinstance(entry, str | Number) for entry in x)) or (
+        type(x) is tuple and bool(x) and all(isinstance(entry, str) for entry in x)
+    )
 
 
 def _as_tensors(tree: Any, what: str) -> Any:

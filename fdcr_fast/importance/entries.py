@@ -218,12 +218,21 @@ def entries(graph: Graph, leaves: Mapping[str, Tensor]) -> list[Entry]:
             argument = _READERS[node.name()](node, _number_of_argument(node, source), shape)
         except RuntimeError:  # what the function read is no longer as it was
             continue
+        if any(node._input_metadata[0].dtype.is_complex for node, _ in moves) or _is_odd(node, argument):
+            continue
         if isinstance(argument, Term):
             missing = len(_shape_of(node)) - len(argument.shape)
             argument = Term(argument.factor, (*[1] * missing, *argument.shape))
         if argument is not None:
             found.setdefault(node, {})[name] = argument, moves, shape
     return [Entry(GradientEdge(node, 0), _shape_of(node), params) for node, params in found.items()]
+
+
+def _is_odd(node: Any, argument: Term | RightFactor | None) -> bool:
+    """Complex numbers, whose gradients are squared otherwise, and sparse factors."""
+    factor = argument.left if isinstance(argument, RightFactor) else argument and argument.factor
+    sparse = isinstance(factor, Tensor) and factor.layout != torch.strided
+    return sparse or node._input_metadata[0].dtype.is_complex
 
 
 def _shape_of(node: Node) -> torch.Size:

@@ -69,6 +69,10 @@ class _Part:
         return {param: squares[name] for name, param in self.params.items() if name in squares}
 
 
+class _NotTakenError(Exception):
+    """The model does not take what should make its forward pass fast."""
+
+
 class Estimate:
     """Mean over samples of squared gradients for the parameters ``names``.
 
@@ -88,16 +92,17 @@ class Estimate:
         self._only = only
         self._kind = kind
         self._fallback = fallback
-        self._leaves = {name: model.params[name].detach().requires_grad_() for name in names}
-        self._names = {id(leaf): name for name, leaf in self._leaves.items()}
-        parts = list(self._leaves.values())
+        self._wanted = list(names)
+        self._leaves: dict[str, Tensor] = {}  # what stands for these parameters, in every forward pass another one
+        self._names: dict[int, str] = {}
+        parts = [model.params[name] for name in names]
         double = any(p.dtype == torch.float64 for p in parts)
         self._vector = torch.zeros(
             sum(p.numel() for p in parts), dtype=torch.float64 if double else torch.float32, device=parts[0].device
         )
         views = self._vector.split([p.numel() for p in parts])
         # The sums of squares by name, views of the vector.
-        self.sums = {name: v.view(p.shape) for (name, p), v in zip(self._leaves.items(), views, strict=True)}
+        self.sums = {name: v.view(p.shape) for name, p, v in zip(names, parts, views, strict=True)}
         self._reached: set[str] = set()  # parameters that some losses depend on
         self._mixed: set[str] = set()  # parts that were once seen to have no row for every sample
         self._alone = False  # whether every sample goes through plain autograd on its own
@@ -125,16 +130,16 @@ class Estimate:
             _log.warning("the losses of the first %d samples do not depend on %s", self.samples, ", ".join(unreached))
             self._warned = True
         batch = batch.to(self._vector.device)
-        rest = self._add_by_graph(batch)
+        rest = self._add_somehow(batch)
         if rest is None:
             if hides_parameters(self._model, self._first_losses, batch):
                 self.one_by_one()
             self._tried = True
-            rest = self._add_by_graph(batch, tried=True)
+            rest = self._add_somehow(batch, tried=True)
             assert rest is not None
         inputs, _ = batch.tree()
         for each, uncovered in rest:
-            names = [name for name in self._leaves if name in uncovered]
+            names = [name for name in self._wanted if name in uncovered]
             samples = Batch.of(inputs, each.targets)
             if self._only is not None:
                 samples = samples.part(slice(self._only, self._only + 1))
@@ -145,11 +150,21 @@ class Estimate:
         self.samples += batch.samples
         self._weight += batch.samples
 
+    def _add_somehow(self, batch: Batch, tried: bool = False) -> list[tuple[Pass, set[str]]] | None:
+        """:meth:`_add_by_graph`, begun again without what makes it fast where the model does not take that."""
+        try:
+            return self._add_by_graph(batch, tried)
+        except _NotTakenError as error:
+            _log.info("a forward pass is run again, as the model is: %s", error.__cause__)
+            return self._add_somehow(batch, tried)
+
     def _add_by_graph(self, batch: Batch, tried: bool = False) -> list[tuple[Pass, set[str]]] | None:
         """Adds what layers and entries give; what every pass lacks after that.
 
         None, and nothing is added, if the graph may hide ways to parameters: that should be tried.
         """
+        self._leaves = self._model.leaves(self._wanted)
+        self._names = {id(leaf): name for name, leaf in self._leaves.items()}
         with self._model.at(self._leaves) as call, self._unrolled:
             with noticed() as hooks:  # which may look at what belongs to several samples
                 forward = self._forward_captured(call, batch)
@@ -187,7 +202,7 @@ class Estimate:
             (each,) = self._kind(output, targets)
             return losses_of(each.loss, output, each.targets) / batch.samples
 
-        grads = plain_gradients(self._model, shares, self._leaves, batch.to(self._vector.device))
+        grads = plain_gradients(self._model, shares, self._wanted, batch.to(self._vector.device))
         for name, g in grads.items():
             self.sums[name] += weight * g.to(self._vector.dtype).square()
         self._reached.update(grads)
@@ -215,25 +230,19 @@ class Estimate:
         return self._vector.div_(self._weight)
 
     def _unreached(self) -> list[str]:
-        return [name for name in self._leaves if name not in self._reached]
+        return [name for name in self._wanted if name not in self._reached and self.sums[name].numel()]
 
     def _forward_captured(self, call: Callable[[Any], Any], batch: Batch) -> _Forward:
-        if self._unrolled.wanted:
-            try:
-                return self._forward_laid_out(call, batch)
-            except RuntimeError as error:  # such as a second derivative in the forward pass
-                _log.info("recurrent layers are not unrolled: %s", error)
-                self._unrolled.wanted = False
-        return self._forward_laid_out(call, batch)
-
-    def _forward_laid_out(self, call: Callable[[Any], Any], batch: Batch) -> _Forward:
-        if self._channels_last:
-            try:
-                return self._forward_as_given(call, batch.private(channels_last=True))
-            except RuntimeError as error:  # such as a model's own view() of what is not contiguous
-                _log.info("the model does not take images with channels last: %s", error)
+        try:
+            return self._forward_as_given(call, batch.private(channels_last=self._channels_last))
+        except RuntimeError as error:
+            if self._channels_last:  # a model's own view() of what is not contiguous
                 self._channels_last = False
-        return self._forward_as_given(call, batch.private())
+            elif self._unrolled.wanted:  # a second derivative in the forward pass
+                self._unrolled.wanted = False
+            else:
+                raise
+            raise _NotTakenError from error
 
     def _forward_as_given(self, call: Callable[[Any], Any], batch: Batch) -> _Forward:
         inputs, targets = batch.tree()

@@ -15,10 +15,11 @@ from fdcr_fast.importance.estimate import Estimate
 from fdcr_fast.importance.kinds import BATCH_GRADIENT, resolve_kind
 from fdcr_fast.importance.losses import Loss, resolve_loss
 from fdcr_fast.importance.model import Inventory, selected, unwrapped, values_of
-from fdcr_fast.importance.modes import evaluation
+from fdcr_fast.importance.modes import evaluation, one_thread_at_a_time
 from fdcr_fast.importance.per_sample import PerSampleGradients
 from fdcr_fast.importance.settings import settings_of
 from fdcr_fast.importance.stateless import Stateless
+from fdcr_fast.layout import as_tensor
 
 
 def diagonal_fisher(
@@ -108,7 +109,6 @@ def diagonal_fisher(
         TypeError: No ``torch.nn.Module``, or one of TorchScript.
         RuntimeError: With ``check="all"``, a later batch differs from plain autograd.
     """
-    inventory = Inventory(unwrapped(model))
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     if max_batches is not None and max_batches < 1:
@@ -117,28 +117,31 @@ def diagonal_fisher(
         raise ValueError(f"weigh_batches is for kind={BATCH_GRADIENT!r}, got kind={kind!r}")
     resolved = resolve_loss(loss, {} if loss_options is None else loss_options)
     labels = resolve_kind(kind, resolved, num_samples, generator)
-    names = selected(inventory, params)
-    with evaluation(inventory, eval_mode), Stateless(inventory, values_of(inventory, state)) as stateless:
-        fallback = PerSampleGradients(stateless)
-        estimate = Estimate(stateless, names, labels, fallback)
-        settings = inventory.settings, settings_of((kind, loss, loss_options))
-        compare = Check(check, stateless, names, labels, fallback, settings, generator)
-        whole = kind == BATCH_GRADIENT  # what a batch is matters
-        most = sys.maxsize if whole and batch_size is None else batch_size
-        for batch in batches(data, most or estimate.batch_size, max_batches):
-            if whole:
-                estimate.add_batch_gradient(batch, batch.samples if weigh_batches else 1)
-            else:
-                compare(estimate, batch)
-                estimate.add(batch)
-            if progress is not None:
-                progress(estimate.samples)
-        return estimate.mean()
+    model = unwrapped(model)
+    with one_thread_at_a_time(model):
+        inventory = Inventory(model)
+        names = selected(inventory, params)
+        with evaluation(inventory, eval_mode), Stateless(inventory, values_of(inventory, state)) as stateless:
+            fallback = PerSampleGradients(stateless)
+            estimate = Estimate(stateless, names, labels, fallback)
+            settings = inventory.settings, settings_of((kind, loss, loss_options))
+            compare = Check(check, stateless, names, labels, fallback, settings, generator)
+            whole = kind == BATCH_GRADIENT  # what a batch is matters
+            most = sys.maxsize if whole and batch_size is None else batch_size
+            for batch in batches(data, most or estimate.batch_size, max_batches):
+                if whole:
+                    estimate.add_batch_gradient(batch, batch.samples if weigh_batches else 1)
+                else:
+                    compare(estimate, batch)
+                    estimate.add(batch)
+                if progress is not None:
+                    progress(estimate.samples)
+            return estimate.mean()
 
 
 def diagonal_fisher_stacked(
     model: nn.Module,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Any],
     data: Sequence[Any],
     loss: str | Loss = "cross_entropy",
     *,
@@ -164,6 +167,9 @@ def diagonal_fisher_stacked(
         ValueError: No clients, numbers of clients differ, or anything that :func:`diagonal_fisher` raises, with the
             client's number.
     """
+    state = {name: as_tensor(x) for name, x in state.items()}
+    if options.get("params") is not None:
+        options["params"] = [options["params"]] if isinstance(options["params"], str) else list(options["params"])
     sizes = {name: len(x) if x.dim() > 0 else 0 for name, x in state.items()}
     if set(sizes.values()) != {len(data)} or not data:
         raise ValueError(f"expected state [K, ...] and data of the same K >= 1 clients, got {sizes} and {len(data)}")

@@ -72,7 +72,10 @@ class Inventory:
                     found[first] = x
                     if new:
                         self.slots.append((registry, leaf, first))
-        self._by_plain_name = {plain_name(name): first for name, first in self._first.items()}
+        plain: dict[str, set[str]] = {}
+        for name, first in self._first.items():
+            plain.setdefault(plain_name(name), set()).add(first)
+        self._by_plain_name = {name: firsts.pop() for name, firsts in plain.items() if len(firsts) == 1}
 
     def find(self, name: str) -> str | None:
         """The first name of the tensor that is meant, whatever wrappers add to its names, or None."""
@@ -122,7 +125,9 @@ def selected(inventory: Inventory, params: Iterable[str] | None) -> list[str]:
         ValueError: A name that no parameter has, no name at all, or parameters that are not real numbers.
     """
     parameters = inventory.parameters
-    asked = list(parameters if params is None else [params] if isinstance(params, str) else params)
+    asked = list(
+        dict(inventory.model.named_parameters()) if params is None else [params] if isinstance(params, str) else params
+    )
     found = {inventory.find(name): name for name in asked}
     if unknown := [name for own, name in found.items() if own not in parameters]:
         raise ValueError(f"the model has no parameter {', '.join(unknown)}; it has {', '.join(parameters)}")

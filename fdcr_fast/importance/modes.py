@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,6 +15,18 @@ from fdcr_fast.importance import workarounds
 from fdcr_fast.importance.model import Inventory
 from fdcr_fast.importance.snapshot import Snapshot
 from fdcr_fast.importance.values import same_values
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@contextmanager
+def one_thread_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Other threads that want the same model wait: its values and modes are exchanged while it is called."""
+    with _lock:
+        own = _locks.setdefault(model, threading.RLock())
+    with own:
+        yield
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def hides_parameters(model: Stateless, loss: Callable[[Any, Any], Tensor], batch
 
 @contextmanager
 def _all_differentiable(model: Stateless) -> Iterator[tuple[dict[str, Tensor], Callable[[Any], Any]]]:
-    leaves = {name: p.detach().requires_grad_() for name, p in model.params.items() if p.is_floating_point()}
+    leaves = model.leaves(name for name, p in model.params.items() if p.is_floating_point())
     for name, hooks in model.hooks.items():
         for hook in hooks:
             leaves[name].register_hook(hook)
@@ -98,7 +98,7 @@ class PerSampleGradients:
 
     def _vectorised_gradients(self, loss: Loss, params: dict[str, Tensor], batch: Batch) -> dict[str, Tensor] | None:
         """Gradients of all samples ``[n, *shape]``, or None where ``vmap`` cannot do it."""
-        if not self._vectorised:
+        if not self._vectorised or batch.has_lists or self._model.has_own_classes(params):
             return None
         private = batch.private()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.modules import module as _modules
 from torch.utils.hooks import RemovableHandle
 
 from fdcr_fast.importance import workarounds
@@ -47,7 +48,13 @@ class Stateless:
         self.originals = {id(p): name for name, p in inventory.parameters.items()}
         hooked = {name: p._backward_hooks for name, p in inventory.parameters.items() if p._backward_hooks}
         self.hooks = {name: list(hooks.values()) for name, hooks in hooked.items()}
-        self.hooked = bool(self.hooks) or any(m._backward_hooks or m._backward_pre_hooks for m in self._modules)
+        self.hooked = (
+            bool(self.hooks)
+            or any(m._backward_hooks or m._backward_pre_hooks for m in self._modules)
+            or bool(_modules._global_backward_hooks or _modules._global_backward_pre_hooks)
+        )
+        self._known = {(id(registry), leaf) for registry, leaf, _ in self._slots}
+        self._frozen = [p for p in inventory.parameters.values() if _can_be_frozen(p) and not p.requires_grad]
         self._inventory = inventory
         self._hooks: list[RemovableHandle] = []
 
@@ -55,6 +62,8 @@ class Stateless:
         self._hooks = workarounds.lay_out_gradients_of_batch_norms(self._modules)
         self._attributes = Snapshot.of_attributes(self._inventory)
         self._registries = Snapshot.of_registries(self._inventory)
+        for p in self._frozen:  # graphs show whether they are used
+            p.requires_grad_()
         return self
 
     def __exit__(
@@ -62,8 +71,18 @@ class Stateless:
     ) -> None:
         self._attributes.restore()
         self._registries.restore()
+        for p in self._frozen:
+            p.requires_grad_(False)
         for hook in self._hooks:
             hook.remove()
+
+    def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters to differentiate by, of the classes that the model's own have."""
+        return {name: _of_class(self.params[name].detach(), self._parameters[name]).requires_grad_() for name in names}
+
+    def has_own_classes(self, names: Iterable[str]) -> bool:
+        """Whether some of these parameters are of classes that ``torch.func`` would not keep."""
+        return any(type(self._parameters[name]) not in _CLASSES for name in names)
 
     @contextmanager
     def at(self, params: Mapping[str, Tensor]) -> Iterator[Callable[[Any], Any]]:
@@ -73,8 +92,9 @@ class Stateless:
         transformations of ``torch.func``, what is written to tensors is only forgotten by :meth:`restore`, after them.
         """
         transformed = any(map(is_functorch_wrapped_tensor, params.values()))
-        values = {**self._values.params, **self._values.buffers, **params}
-        own = [registry[leaf] for registry, leaf, _ in self._slots]
+        others = {name: x.detach() for name, x in self._values.params.items() if name not in params}
+        values = {**others, **self._values.buffers, **params}
+        self._attributes.restore()  # callers may have changed modes in between
         for registry, leaf, name in self._slots:
             registry[leaf] = values[name]
         for name, parameter in self._parameters.items():
@@ -92,8 +112,7 @@ class Stateless:
         try:
             yield call
         finally:
-            for (registry, leaf, _), x in zip(self._slots, own, strict=True):
-                registry[leaf] = x
+            self._registries.restore()
             self._attributes.restore()
             if not transformed:
                 self.restore()
@@ -111,7 +130,24 @@ class Stateless:
         exchanged = any(
             name in buffers and registry.get(leaf) is not buffers[name] for registry, leaf, name in self._slots
         )
-        return exchanged or self._values.join_samples()
+        made = any(
+            x.is_floating_point() and (id(module._buffers), leaf) not in self._known
+            for module in self._modules
+            for leaf, x in module._buffers.items()
+            if x is not None
+        )
+        return exchanged or made or self._values.join_samples()
+
+
+_CLASSES = (Tensor, nn.Parameter)
+
+
+def _of_class(x: Tensor, parameter: Tensor) -> Tensor:
+    return x if type(parameter) in _CLASSES else x.as_subclass(type(parameter))
+
+
+def _can_be_frozen(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.is_leaf and not parameter.is_inference()
 
 
 def _pass_for(x: Tensor, parameter: Tensor) -> None:

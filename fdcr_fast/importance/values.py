@@ -85,8 +85,8 @@ class Values:
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Of two tensors of one shape and dtype, NaN for NaN."""
-    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    """Of two tensors of one dtype, NaN for NaN."""
+    return torch.equal(a, b) or (a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 class _Copy:
@@ -108,7 +108,7 @@ class _Copy:
     def restore(self, *, always: bool) -> None:
         if always or self.changed:
             with torch.no_grad():
-                self.tensor.copy_(self._source)
+                self.tensor.resize_(self._source.shape).copy_(self._source)
             self._version = self.tensor._version
 
 

@@ -3,17 +3,71 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from fdcr_fast.importance import hooks
+
+
+class _Off:
+    """Context manager: a switch of the process is off, and as before when the last thread leaves."""
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any], off: Any = False) -> None:
+        self._read, self._write, self._off = read, write, off
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = self._read()
+                self._write(self._off)
+            self._inside += 1
+
+    def __exit__(self, *_: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._write(self._before)
+
+
+def _attention_kernels() -> tuple[bool, ...]:
+    return tuple(enabled() for enabled, _ in _ATTENTION)
+
+
+def _set_attention_kernels(enabled: Sequence[bool]) -> None:
+    for (_, enable), on in zip(_ATTENTION, enabled, strict=True):
+        enable(on)
+
+
+def _parametrisations_cached() -> tuple[int, dict[Any, Any]]:
+    return parametrize._cache_enabled, parametrize._cache
+
+
+def _cache_parametrisations(cached: tuple[int, dict[Any, Any]] | None) -> None:
+    parametrize._cache_enabled, parametrize._cache = cached or (0, {})
+
+
+_fastpath = _Off(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
+_onednn = _Off(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
+# What is computed from other parameters than those of the moment, and what would be kept beyond them.
+_cache_of_parametrisations = _Off(_parametrisations_cached, _cache_parametrisations, None)
+_ATTENTION: list[tuple[Callable[[], bool], Callable[[bool], Any]]] = [
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+]
+_fused_attention = _Off(_attention_kernels, _set_attention_kernels, (False, False, False, True))
 
 
 @contextmanager
@@ -23,13 +77,8 @@ def evaluation() -> Iterator[None]:
     The graphs of ``torch.compile`` have no place in which to record layers. The fast path of ``nn.TransformerEncoder``
     goes over nested tensors, which have no gradients; it is taken where all its parameters are frozen.
     """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with _fastpath, _cache_of_parametrisations, torch.inference_mode(False), torch.enable_grad(), _uncompiled():
+        yield
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -44,13 +93,8 @@ def vectorisation(model: nn.Module) -> Iterator[None]:
     Fused attention has no batching rule. oneDNN's recurrent layers give wrong bias gradients.
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    onednn = torch._C._get_mkldnn_enabled()
-    try:
-        torch._C._set_mkldnn_enabled(onednn and not recurrent)
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch._C._set_mkldnn_enabled(onednn)
+    with _onednn if recurrent else nullcontext(), _fused_attention:
+        yield
 
 
 def refuse_conversion(*_: Any) -> None:

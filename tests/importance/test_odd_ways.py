@@ -443,3 +443,239 @@ def test_layers_with_odd_parameters(odd, check):
         grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
         expected = expected + torch.cat([g.flatten() for g in grads]) ** 2
     torch.testing.assert_close(fisher, expected[used] / N)
+
+
+def test_text_and_lengths_in_lists():
+    class Domains(nn.Module):
+        """A head by name, and sequences cut by lengths."""
+
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleDict({name: nn.Linear(4, 3) for name in "ab"})
+
+        def forward(self, x, names, lengths=None, size=(4, 4), title="t"):
+            assert size == (4, 4)
+            assert title == "t"
+            lengths = [3] * len(x) if lengths is None else lengths
+            return torch.stack([self.heads[n](xi[:t].sum(0)) for xi, n, t in zip(x, names, lengths, strict=True)])
+
+    model, x, y = Domains().double(), torch.randn(N, 3, 4).double(), torch.randint(0, 3, (N,))
+    names, lengths = list("abaabb"), [3, 1, 2, 3, 2, 1]
+    expected = 0
+    for n in range(N):
+        loss = F.cross_entropy(model(x[n : n + 1], names[n : n + 1], lengths[n : n + 1]), y[n : n + 1])
+        grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+        expected = expected + torch.cat([g.flatten() for g in grads]) ** 2 / N
+    whole = {"x": x, "names": names, "lengths": lengths, "size": (4, 4), "title": "t", "labels": y}
+    for batch_size in (None, 2, 4):
+        torch.testing.assert_close(diagonal_fisher(model, whole, batch_size=batch_size), expected)
+    torch.testing.assert_close(diagonal_fisher(model, ((x, tuple(names), lengths), y), check="off"), expected)
+
+
+@pytest.mark.parametrize("given", ["model", "state"])
+def test_frozen_parameters_by_a_reference_outside_of_the_modules(given):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Linear(4, 3), nn.Linear(3, 4)
+            self.embedding.weight.requires_grad_(False)
+            self.held = [self.embedding.weight]
+
+        def forward(self, x):
+            return self.head(self.embedding(x)) @ self.held[0].t()
+
+    model = Tied().double()
+    state = {name: x * 2 for name, x in model.state_dict().items()} if given == "state" else None
+    with pytest.raises(ValueError, match=r"uses embedding\.weight by a reference outside of the modules"):
+        diagonal_fisher(model, problem(), state=state)
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_buffers_made_in_the_forward_pass(registered):
+    class Lazy(nn.Module):
+        """An input normalisation that the first batch makes."""
+
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+            if registered:
+                self.register_buffer("mean", None)
+
+        def forward(self, x):
+            if getattr(self, "mean", None) is None:
+                if registered:
+                    self.mean = x.detach().mean(0)
+                else:
+                    self.register_buffer("mean", x.detach().mean(0))
+            return self.a(x - 0.5 * self.mean)
+
+    model, (x, y) = Lazy().double(), problem()
+    expected = 0
+    for xi, yi in zip(x.split(1), y.split(1), strict=True):
+        grads = torch.autograd.grad(F.cross_entropy(model.a(xi - 0.5 * xi.mean(0)), yi), list(model.parameters()))
+        expected = expected + torch.cat([g.flatten() for g in grads]) ** 2 / N
+    for batch_size in (None, 4):
+        torch.testing.assert_close(diagonal_fisher(model, (x, y), batch_size=batch_size), expected)
+    assert list(model.state_dict()) == ["a.weight", "a.bias"]
+
+
+@pytest.mark.parametrize("register", ["register_module_full_backward_hook", "register_module_full_backward_pre_hook"])
+def test_hooks_on_the_gradients_of_all_modules(register):
+    model, (x, y) = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), problem()
+    handle = getattr(nn.modules.module, register)(
+        lambda m, grads, *_: (grads[0] / grads[0].norm(),) if isinstance(m, nn.Tanh) else None
+    )
+    try:
+        torch.testing.assert_close(diagonal_fisher(model, (x, y)), plain(model, x, y))
+    finally:
+        handle.remove()
+
+
+def test_values_assigned_to_parameters_in_the_forward_pass():
+    class Assigns(Net):
+        def between(self, h):
+            nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(self.b.parameters()) * 0.9, self.b.parameters())
+            return h
+
+    model, (x, y) = Assigns().double(), problem()
+    whole = diagonal_fisher(model, (x, y))
+    torch.testing.assert_close(diagonal_fisher(model, (x, y), batch_size=2), whole)
+
+
+class Manifold(nn.Parameter):
+    """A parameter class of one's own."""
+
+    def projected(self):
+        return self / (1 + self.norm())
+
+
+@checks
+def test_classes_of_parameters(check):
+    class Projected(Net):
+        def __init__(self):
+            super().__init__()
+            self.p = Manifold(torch.randn(5))
+
+        def between(self, h):
+            return h * self.p.projected() * (2 if isinstance(self.p, Manifold) else 1)
+
+    model, (x, y) = Projected().double(), problem()
+    model.p = Manifold(model.p.detach())
+    torch.testing.assert_close(diagonal_fisher(model, (x, y), check=check), plain(model, x, y))
+
+
+def test_names_that_wrappers_make_ambiguous():
+    class Outer(Net):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.ModuleDict({"a": nn.Linear(5, 5)})
+
+        def between(self, h):
+            return self.module["a"](h)
+
+    model, (x, y) = Outer().double(), problem()
+    state = {f"module.{name}": value * 2 for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="the model has .* of state"):
+        diagonal_fisher(model, (x, y), state=state)
+
+
+@checks
+@pytest.mark.parametrize("how", ["product", "sum", "of a complex copy"])
+def test_real_parameters_of_complex_tensors(how, check):
+    class Spectral(Net):
+        """A gate in the Fourier domain."""
+
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Parameter(torch.randn(3))
+
+        def between(self, h):
+            spectrum = torch.fft.rfft(h)
+            gate = self.gate.to(spectrum.dtype) if how == "of a complex copy" else self.gate
+            return torch.fft.irfft(spectrum + gate if how == "sum" else spectrum * gate, 5)
+
+    model, (x, y) = Spectral().double(), problem()
+    torch.testing.assert_close(diagonal_fisher(model, (x, y), check=check), plain(model, x, y))
+
+
+def test_models_that_differentiate_by_their_inputs():
+    class Potential(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 1)
+
+        def forward(self, x):
+            return torch.autograd.grad(self.b(torch.tanh(self.a(x))).sum(), x, create_graph=True)[0]
+
+    model, (x, _) = Potential().double(), problem()
+    x.requires_grad_()
+    y = torch.randn(N, 4).double()
+    expected = 0
+    for n in range(N):
+        loss = F.mse_loss(model(x[n : n + 1]), y[n : n + 1], reduction="sum")
+        grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+        expected = expected + torch.cat([g.flatten() for g in grads]) ** 2 / N
+    torch.testing.assert_close(
+        diagonal_fisher(model, (x, y), "mse", params=["a.weight", "a.bias", "b.weight"]), expected[:-1]
+    )
+    assert x.grad is None
+
+
+@checks
+def test_parameters_without_elements(check):
+    class Empty(Net):
+        """With a parameter that only tells the device, and a layer of no inputs."""
+
+        def __init__(self):
+            super().__init__()
+            self.device, self.none = nn.Parameter(torch.empty(0)), nn.Linear(0, 5)
+
+        def between(self, h):
+            return h + self.none(h[:, :0])
+
+    model, (x, y) = Empty().double(), problem()
+    torch.testing.assert_close(diagonal_fisher(model, (x, y), check=check), plain(model, x, y))
+
+
+def test_a_sparse_factor():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            return torch.mm(x.to_sparse(), self.weight)
+
+    model, (x, y) = Bag().double(), problem()
+    torch.testing.assert_close(diagonal_fisher(model, (x.relu(), y)), plain(model, x.relu(), y))
+
+
+def test_a_second_try_begins_anew():
+    class Counts(nn.Module):
+        """Its view() does not take images with channels last."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head, self.calls = nn.Conv2d(3, 4, 3), nn.Linear(16, 3), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.head(self.conv(x).view(len(x), -1)) / self.calls
+
+    model, x, y = Counts().double(), torch.randn(N, 3, 4, 4).double(), torch.randint(0, 3, (N,))
+    fisher = diagonal_fisher(model, (x, y), check="off")
+    model.forward = lambda x: model.head(model.conv(x).view(len(x), -1))
+    torch.testing.assert_close(fisher, plain(model, x, y))
+
+
+def test_parameters_are_those_that_the_model_names():
+    class HeadOnly(Net):
+        def between(self, h):
+            return h
+
+        def named_parameters(self, *args, **kwargs):
+            return self.b.named_parameters("b")
+
+    model, (x, y) = HeadOnly().double(), problem()
+    assert torch.equal(diagonal_fisher(model, (x, y)), diagonal_fisher(model, (x, y), params=["b.weight", "b.bias"]))
