@@ -32,7 +32,7 @@ _TOLERANCE = 0.05
 _NOISE = 1e-5
 
 # The parameters that differed, by what there was to check; none of what has passed. So the Fishers of many clients are
-# not all checked, and what was wrong for one client is not taken to be right because another one's sample shows nothing.
+# not all checked, and what was wrong for one client is not right for the next one whose sample does not show it.
 _verdicts: dict[Any, frozenset[str]] = {}
 
 

@@ -576,7 +576,7 @@ def test_names_that_wrappers_make_ambiguous():
 
     model, (x, y) = Outer().double(), problem()
     state = {f"module.{name}": value * 2 for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="the model has .* of state"):
+    with pytest.raises(ValueError, match=r"the model has .* of state"):
         diagonal_fisher(model, (x, y), state=state)
 
 
