@@ -41,7 +41,7 @@ class ClientUpdates:
         valid: bool ``[K]``, the rows that are not rejected.
         rejected: Reason by client id, of rejected rows and of clients that got no row.
         shard: Which parameters the tiles hold; everything else is about all parameters.
-        rows: Numbers of the valid rows, int64; None for all of them. Follows from ``valid``.
+        rows: Numbers of the valid rows, int64; None for all of them. Follows from ``valid``; see :meth:`with_valid`.
     """
 
     tiles: ClientTiles
@@ -54,10 +54,6 @@ class ClientUpdates:
     rejected: dict[Hashable, str]
     shard: Shard = WHOLE
     rows: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.valid.device.type == "cpu":
-            object.__setattr__(self, "rows", None if self.valid.all() else self.valid.nonzero().flatten())
 
     @classmethod
     def from_matrices(
@@ -90,6 +86,10 @@ class ClientUpdates:
     def with_norms(self, squared_norm: Tensor) -> ClientUpdates:
         """The same round with these squared norms, wherever they lie."""
         return replace(self, squared_norm=squared_norm)
+
+    def with_valid(self, valid: Tensor) -> ClientUpdates:
+        """The same round of which these rows, told on the CPU, are not rejected."""
+        return replace(self, valid=valid, rows=None if valid.all() else valid.nonzero().flatten())
 
     def fetched(self) -> ClientUpdates:
         """The same round with all vectors on the CPU; waits for the device, once, where they are not."""
@@ -155,26 +155,27 @@ class ClientUpdates:
                 scale). Updates of zero do not count in it: clients that send nothing new would else have all
                 others rejected. None for no bound.
         """
-        reasons: list[str | None] = []
-        for n, norm, low, high in zip(
-            self.num_samples.tolist(), self.squared_norm.tolist(), *self._fisher_ranges(), strict=True
+        reasons: dict[Hashable, str | None] = {}
+        norms: dict[Hashable, float] = {}
+        for client, n, square, low, high in zip(
+            self.clients, self.num_samples.tolist(), self.squared_norm.tolist(), *self._fisher_ranges(), strict=True
         ):
-            reason = rejection_reason(n, norm, low, high)
+            reason = rejection_reason(n, square, low, high)
             if reason is None and importance and low is not None and high is not None and high - low < _NARROWEST:
                 reason = f"the Fisher is constant (every entry is {low:g}): importance is undefined"
-            reasons.append(reason)
-        usable = torch.tensor([reason is None for reason in reasons], dtype=torch.bool)
-        if norm_bound is not None and usable.any():
-            norms = self.squared_norm.sqrt()
-            median = median_size(norms[usable])
-            for k in torch.nonzero(usable & (norms > norm_bound * median)).flatten().tolist():
-                reasons[k] = f"the update's norm {norms[k]:.4g} is beyond {norm_bound:g} times the median {median:.4g}"
-        rejected = {client: reason for client, reason in zip(self.clients, reasons, strict=True) if reason}
-        return replace(
-            self,
-            valid=torch.tensor([reason is None for reason in reasons], dtype=torch.bool),
-            rejected={**self.rejected, **rejected},
-        )
+            if reason is None:
+                norms[client] = math.sqrt(square)
+            reasons[client] = reason
+        if norm_bound is not None:
+            median = median_size(norms.values())
+            for client, norm in norms.items():
+                if norm > norm_bound * median:
+                    reasons[client] = (
+                        f"the update's norm {norm:.4g} is beyond {norm_bound:g} times the median {median:.4g}"
+                    )
+        rejected = {client: reason for client, reason in reasons.items() if reason is not None}
+        valid = torch.tensor([reason is None for reason in reasons.values()], dtype=torch.bool)
+        return replace(self.with_valid(valid), rejected={**self.rejected, **rejected})
 
     def _fisher_ranges(self) -> tuple[list[float] | list[None], list[float] | list[None]]:
         if self.fisher_min is None or self.fisher_max is None:
@@ -256,17 +257,16 @@ def rejection_reason(
     return None
 
 
-def median_size(sizes: Tensor) -> float:
+def median_size(sizes: Iterable[float]) -> float:
     """The lower median of those that are not zero; infinity where all are."""
-    sizes = sizes[sizes > 0]
-    return sizes.median().item() if len(sizes) else math.inf
+    ascending = sorted(size for size in sizes if size > 0)
+    return ascending[(len(ascending) - 1) // 2] if ascending else math.inf
 
 
 def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:
     """``n_k / sum n`` over the chosen clients, 0 for the others (eq. 11); float64 ``[K]``."""
     counts = torch.where(chosen, num_samples, 0.0)
-    total = counts.sum()
-    return counts / torch.where(total > 0, total, 1.0)
+    return counts / counts.sum().clamp(min=_FEWEST_SAMPLES)
 
 
 def _sample_counts(num_samples: Any, K: int) -> Tensor:

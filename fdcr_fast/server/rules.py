@@ -280,7 +280,7 @@ class AggregationRule:
         refuse(clients.rejected, on_invalid)
         refuse_empty(clients, on_empty)
         valid, rows = clients.valid, len(clients.clients)
-        if foreseen is not None and valid.all():
+        if foreseen is not None and clients.rows is None:
             selection, weights, params = foreseen
         elif valid.any():
             selection, weights, params = self._apply(global_params.detach(), clients, finite)
@@ -299,9 +299,10 @@ class AggregationRule:
             updates.end_round(clients.clients)
         kept = selection.kept & valid
         labels = (~kept).long() if selection.labels is None else selection.labels
-        scores = torch.full((rows,), torch.nan, dtype=torch.float64)
-        if selection.discrepancy is not None:
-            scores = torch.where(valid, selection.discrepancy, scores)
+        if selection.discrepancy is None:
+            scores = torch.full((rows,), torch.nan, dtype=torch.float64)
+        else:
+            scores = torch.where(valid, selection.discrepancy, torch.nan)
         return AggregationResult(
             params=params if weights.any() else global_params.detach().clone(),
             weights=weights,
@@ -421,7 +422,8 @@ def _check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | Non
             f"expected global_params [{clients.num_params}] like the updates, got [{global_params.numel()}]"
         )
     check_device("global_params", global_params, clients.tiles)
-    finite = torch.stack(global_params.detach().aminmax()).isfinite().all()
+    low, high = global_params.detach().aminmax()
+    finite = torch.maximum(-low, high) < torch.inf  # not of NaN either
     if finite.device.type != "cpu":
         return finite
     require_finite(finite)
@@ -436,13 +438,14 @@ def looks_like_states(global_params: Tensor, clients: ClientUpdates) -> bool:
     tiles = clients.tiles
     if tiles.device.type != "cpu" or len(clients.clients) == 0:
         return False
-    own = global_params.detach()[: min(tiles.tile, tiles.num_params, _LOOKED_AT)].double()
-    size = own.square().sum()
-    if len(own) < _FEWEST_LOOKED_AT or size == 0:
+    count = min(tiles.tile, tiles.num_params, _LOOKED_AT)
+    own = global_params.detach()[:count].double()
+    size: float = own.norm().item()
+    if count < _FEWEST_LOOKED_AT or size == 0:
         return False
-    updates = clients.of_valid(tiles.window(0, len(own)).updates[0]).double()
-    near = (updates - own).square().sum(1) < size / 4
-    return 2 * int(near.sum()) > len(updates)
+    updates = clients.of_valid(tiles.window(0, count).updates[0])
+    distances: list[float] = (updates - own).norm(dim=1).tolist()
+    return 2 * sum(distance < size / 2 for distance in distances) > len(distances)
 
 
 def _stored(

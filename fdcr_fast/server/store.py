@@ -442,16 +442,16 @@ class UpdateStore:
             tiles = self._rows.tiles([client.row for client in clients])
             rejected = dict(self.rejected)
 
-        def numbers(name: str) -> Tensor:
-            return torch.tensor([getattr(client, name) for client in clients], dtype=torch.float64)
-
+        names = ("num_samples", "squared_norm", "fisher_min", "fisher_max")
+        numbers = [[getattr(client, name) for client in clients] for name in names]
+        num_samples, squared_norm, low, high = torch.tensor(numbers, dtype=torch.float64).unbind()
         return ClientUpdates(
             tiles=tiles,
-            num_samples=numbers("num_samples"),
+            num_samples=num_samples,
             clients=tuple(client.client for client in clients),
-            squared_norm=numbers("squared_norm"),
-            fisher_min=numbers("fisher_min") if self.with_fishers else None,
-            fisher_max=numbers("fisher_max") if self.with_fishers else None,
+            squared_norm=squared_norm,
+            fisher_min=low if self.with_fishers else None,
+            fisher_max=high if self.with_fishers else None,
             valid=torch.ones(len(clients), dtype=torch.bool),
             rejected=rejected,
         )
