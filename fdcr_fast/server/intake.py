@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,12 +36,14 @@ class ClientUpdates:
         tiles: Updates ``delta_k = w_k - w`` and diagonal Fishers ``F_k``.
         num_samples: ``n_k``, float64 ``[K]``.
         clients: ``K`` client ids.
-        squared_norm: ``||delta_k||^2``, float64 ``[K]``.
+        squared_norm: ``||delta_k||^2``, float64 ``[K]``; NaN where the round is ``unread``.
         fisher_min: ``min F_k``, float64 ``[K]``, or None without Fishers.
         fisher_max: ``max F_k``, likewise.
         valid: bool ``[K]``, the rows that are not rejected.
         rejected: Reason by client id, of rejected rows and of clients that got no row.
         shard: Which parameters the tiles hold; everything else is about all parameters.
+        unread: Whether the updates have not been looked at yet: :meth:`with_norms` must come before anything that takes
+            norms.
         rows: Numbers of the valid rows, int64; None for all of them. Follows from ``valid``; see :meth:`with_valid`.
     """
 
@@ -53,6 +56,7 @@ class ClientUpdates:
     valid: Tensor
     rejected: dict[Hashable, str]
     shard: Shard = WHOLE
+    unread: bool = False
     rows: Tensor | None = None
 
     @classmethod
@@ -67,8 +71,8 @@ class ClientUpdates:
     ) -> ClientUpdates:
         """View ``updates [K, P]`` and ``fishers [K, P]``, of any strides, as a round; nothing is copied.
 
-        Without ``read_norms`` the norms are NaN and nothing is fetched: :meth:`with_norms` and :meth:`fetched` must be
-        called before anything else is.
+        Without ``read_norms`` the round is ``unread`` and nothing is fetched: :meth:`with_norms` and :meth:`fetched`
+        must be called before anything else is.
 
         Raises:
             TypeError: not floating-point tensors, or sample counts that are not numbers.
@@ -80,12 +84,12 @@ class ClientUpdates:
         ids = different_ids(client_ids, K)
         low, high = (None, None) if tiles.fishers is None else ops.importance_range(tiles.fishers, P)
         norm = torch.full((K,), torch.nan, dtype=torch.float64)
-        clients = cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
+        clients = cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {}, unread=True)
         return clients.with_norms(ops.squared_norm(tiles.updates, P)).fetched() if read_norms else clients
 
     def with_norms(self, squared_norm: Tensor) -> ClientUpdates:
         """The same round with these squared norms, wherever they lie."""
-        return replace(self, squared_norm=squared_norm)
+        return replace(self, squared_norm=squared_norm, unread=False)
 
     def with_valid(self, valid: Tensor) -> ClientUpdates:
         """The same round of which these rows, told on the CPU, are not rejected."""
@@ -105,7 +109,7 @@ class ClientUpdates:
     ) -> ClientUpdates:
         """The same round with other :attr:`statistics`."""
         assert squared_norm is not None, "every round has norms"
-        return replace(self, squared_norm=squared_norm, fisher_min=fisher_min, fisher_max=fisher_max)
+        return replace(self, squared_norm=squared_norm, fisher_min=fisher_min, fisher_max=fisher_max, unread=False)
 
     def on_device(self) -> ClientUpdates:
         """The same round with its vectors where the rows are, so that nothing computed from them waits."""
@@ -211,7 +215,15 @@ def refuse_empty(clients: ClientUpdates, on_empty: OnEmpty) -> None:
     without_samples = len(clients.clients) > 0 and not clients.num_samples.any()
     if on_empty == "raise" and not without_samples:
         raise ValueError(f'{text} (on_empty="keep" would keep the global parameters)')
-    warnings.warn(f"{text}; the global parameters stay as they are", stacklevel=3)
+    warnings.warn(f"{text}; the global parameters stay as they are", stacklevel=callers_level())
+
+
+def callers_level() -> int:
+    """The ``stacklevel`` with which a warning shows the line that called this library."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fdcr_fast."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def plain_id(client: Any) -> Hashable:
@@ -241,12 +253,13 @@ def different_ids(client_ids: Iterable[Any] | None, count: int) -> tuple[Hashabl
 
 
 def rejection_reason(
-    num_samples: float, squared_norm: float, fisher_min: float | None, fisher_max: float | None
+    num_samples: float, squared_norm: float | None, fisher_min: float | None, fisher_max: float | None
 ) -> str | None:
-    """Why a client's contribution cannot be used by any rule, from its statistics; None if it can."""
+    """Why a client's contribution cannot be used by any rule, from its statistics if known; None if it can."""
     if not _FEWEST_SAMPLES < num_samples < _MOST_SAMPLES:
         return f"the sample count must be positive and finite, got {num_samples:g}"
-    if not math.isfinite(8 * squared_norm):  # squared distances between updates reach 4 times their squared norms
+    # Squared distances between updates reach 4 times their squared norms.
+    if squared_norm is not None and not math.isfinite(8 * squared_norm):
         return "the update is not finite, or too large to be squared in float64"
     if fisher_min is None or fisher_max is None:
         return None

@@ -160,10 +160,10 @@ def sampled_norms(clients: ClientUpdates) -> Tensor:
 
 def _sample(tiles: ClientTiles) -> Iterator[Span]:
     """About one in 64 parameters, and at least 4096 if there are so many, in up to 16 windows."""
-    P, windows = tiles.num_params, 16
+    P, windows = tiles.num_params, tiles.windows
     wanted = max(_FEWEST_SAMPLED, P // 64)
-    if not isinstance(tiles, MatrixTiles):  # of a file: whole tiles are read
-        count = min(2, -(-P // tiles.tile))
+    if not isinstance(tiles, MatrixTiles):
+        count = min(windows, -(-P // tiles.tile))
         for i in range(count):
             first = i * (P // count) // tiles.tile * tiles.tile
             yield tiles.window(first, min(tiles.tile, P - first, wanted // count))

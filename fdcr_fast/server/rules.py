@@ -18,6 +18,7 @@ from fdcr_fast.server.intake import (
     ClientUpdates,
     OnEmpty,
     OnInvalid,
+    callers_level,
     different_ids,
     refuse,
     refuse_empty,
@@ -248,6 +249,7 @@ class AggregationRule:
         """
 
         finite: Tensor | None = None
+        stored = isinstance(updates, UpdateStore)
         if isinstance(global_params, np.ndarray):
             global_params = shared(global_params)
 
@@ -258,11 +260,12 @@ class AggregationRule:
             finite = _check_global(global_params, clients)
             if shard is not None:
                 require_finite(finite)
+            if shard is not None and stored and clients.unread:
+                clients = clients.with_norms(passes.squared_norms(clients)).fetched()
             if shard is not None and not self.sharded:
                 raise TypeError(f"{type(self).__name__} needs all parameters in one process: it takes no shard")
             return clients
 
-        stored = isinstance(updates, UpdateStore)
         if shard is None:
             clients = take_in()
         else:
@@ -271,7 +274,7 @@ class AggregationRule:
                 take_in, stored=stored, rule=self, on_invalid=on_invalid, on_empty=on_empty, dtype=dtype
             )
         foreseen = None
-        if isinstance(updates, Tensor | np.ndarray):
+        if clients.unread:
             clients, foreseen = self._read_norms(global_params.detach(), clients, finite)
             finite = None
         elif shard is not None and self.needs_norms:
@@ -293,7 +296,7 @@ class AggregationRule:
             warnings.warn(
                 "most updates are close to the global parameters: are they states w_k instead of updates w_k - w? "
                 "(StateStore.put_state and aggregate_state_dicts take states)",
-                stacklevel=2,
+                stacklevel=callers_level(),
             )
         if stored:
             updates.end_round(clients.clients)
