@@ -124,33 +124,68 @@ Tensor sum_squared_grads_embedding(const Tensor& grad, const Tensor& indices, in
 
 // --- client matrices
 
-Tensor fill_row(const std::vector<Tensor>& values, Tensor row, const Tensor& statistics) {
-  STD_TORCH_CHECK(row.dim() == 2, "expected a row of a tiled client matrix, [T, L]");
-  FillRowProblem p;
+// The vectors that make up the rows of a tiled client matrix; segments live as long as this does.
+struct FillRows {
+  FillRowsProblem problem{};
   std::vector<VectorSegment> segments;
-  segments.reserve(values.size());
-  for (const Tensor& piece : values) {
-    STD_TORCH_CHECK(piece.dim() == 1, "values must be vectors");
-    segments.push_back({source(piece, "values"), p.params, piece.size(0), piece.stride(0)});
-    p.params += piece.size(0);
+
+  FillRows(const std::vector<Tensor>& values, const std::optional<Tensor>& base, const Tensor& rows) {
+    STD_TORCH_CHECK(rows.dim() == 3, "expected a tiled client matrix, [T, K, L]");
+    segments.reserve(values.size());
+    int64_t numbers = 0;
+    for (const Tensor& piece : values) {
+      STD_TORCH_CHECK(piece.dim() == 1, "values must be vectors");
+      if (piece.size(0) > 0)
+        segments.push_back({source(piece, "values"), numbers, piece.size(0), piece.stride(0)});
+      numbers += piece.size(0);
+    }
+    problem.clients = rows.size(1);
+    STD_TORCH_CHECK(problem.clients > 0 && numbers % problem.clients == 0, numbers, " numbers are not ",
+                    problem.clients, " vectors of one length");
+    problem.params = numbers / problem.clients;
+    const ClientMatrix to = client_matrix(rows, problem.params, "rows");
+    if (base.has_value()) {
+      STD_TORCH_CHECK(base->dim() == 1 && base->size(0) == problem.params, "base must have shape [",
+                      problem.params, "]");
+      problem.base = source(*base, "base");
+      problem.base_stride = base->stride(0);
+      STD_TORCH_CHECK(problem.base.element == Element::kFloat32 || problem.base.element == Element::kFloat64,
+                      "base must be float32 or float64");
+    }
+    problem.segments = segments.data();
+    problem.count = static_cast<int64_t>(segments.size());
+    problem.data = rows.mutable_data_ptr();
+    problem.element = to.source.element;
+    problem.tile_length = to.tile_length;
+    problem.tile_stride = to.tile_stride;
+    problem.client_stride = to.client_stride;
+    problem.stride = to.stride;
   }
-  const ClientMatrix to = client_matrix(torch::stable::unsqueeze(row, 1), p.params, "row");
-  p.segments = segments.data();
-  p.count = static_cast<int64_t>(segments.size());
-  p.row = row.mutable_data_ptr();
-  p.element = to.source.element;
-  p.tile_length = to.tile_length;
-  p.tile_stride = to.tile_stride;
-  p.stride = to.stride;
+  FillRows(const FillRows&) = delete;
+  FillRows& operator=(const FillRows&) = delete;
+
+  void run(RowStatistics* totals) const {
+    if (problem.params > 0) kernels().fill_rows(problem, totals, torch_pool);
+  }
+};
+
+Tensor fill_row(const std::vector<Tensor>& values, Tensor row, const Tensor& statistics,
+                const std::optional<Tensor>& base) {
+  STD_TORCH_CHECK(row.dim() == 2, "expected a row of a tiled client matrix, [T, L]");
+  const FillRows fill(values, base, torch::stable::unsqueeze(row, 1));
   const std::vector<double> before = numbers(statistics, 3, "statistics");
   RowStatistics total{before[0], before[1], before[2]};
-  if (p.params > 0) kernels().fill_row(p, &total, torch_pool);
+  fill.run(&total);
   Tensor result = torch::stable::new_empty(statistics, {3});
   double* to_result = static_cast<double*>(result.mutable_data_ptr());
   to_result[0] = total.squared_norm;
   to_result[1] = total.low;
   to_result[2] = total.high;
   return result;
+}
+
+void fill_rows(const std::vector<Tensor>& values, Tensor rows, const std::optional<Tensor>& base) {
+  FillRows(values, base, rows).run(nullptr);
 }
 
 // --- aggregation
@@ -372,6 +407,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
   library.impl("sum_squared_grads_norm", TORCH_BOX(&sum_squared_grads_norm));
   library.impl("sum_squared_grads_embedding", TORCH_BOX(&sum_squared_grads_embedding));
   library.impl("fill_row", TORCH_BOX(&fill_row));
+  library.impl("fill_rows", TORCH_BOX(&fill_rows));
   library.impl("importance_range", TORCH_BOX(&importance_range));
   library.impl("squared_norm", TORCH_BOX(&squared_norm));
   library.impl("discrepancy", TORCH_BOX(&discrepancy));

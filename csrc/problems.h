@@ -64,20 +64,24 @@ struct SquaredEmbeddingGradsProblem {
   void* result = nullptr;            // contiguous [rows, columns]; float64 if grad is, else float32
 };
 
-// Numbers [first, first + size) of a vector that arrives in pieces.
+// Numbers [first, first + size) of vectors that arrive in pieces, one vector after the other.
 struct VectorSegment {
   Source source;
   int64_t first = 0, size = 0, stride = 0;
 };
 
-// A vector that is copied into tiles: number p to row[(p / tile_length) * tile_stride + (p % tile_length) *
-// stride].
-struct FillRowProblem {
+// Vectors that are copied into tiles, less the base: number p of vector k to data[(p / tile_length) *
+// tile_stride
+// + k * client_stride + (p % tile_length) * stride].
+struct FillRowsProblem {
   const VectorSegment* segments = nullptr;  // in order, without gaps
-  int64_t count = 0, params = 0;
-  void* row = nullptr;
+  int64_t count = 0, clients = 1, params = 0;
+  Source
+      base;  // [params], in float32 or float64, to which the vectors are rounded first; data == nullptr: none
+  int64_t base_stride = 0;
+  void* data = nullptr;
   Element element = Element::kFloat32;
-  int64_t tile_length = 0, tile_stride = 0, stride = 0;
+  int64_t tile_length = 0, tile_stride = 0, client_stride = 0, stride = 0;
 };
 
 // Of numbers as they are kept; NaN in any makes all three NaN.

@@ -17,8 +17,8 @@ struct Kernels {
   void (*squared_grads)(const SquaredGradsProblem&, ParallelFor);
   void (*squared_norm_grads)(const SquaredNormGradsProblem&, ParallelFor);
   void (*squared_embedding_grads)(const SquaredEmbeddingGradsProblem&, ParallelFor);
-  // Adds the row's statistics to those of the numbers before it.
-  void (*fill_row)(const FillRowProblem&, RowStatistics*, ParallelFor);
+  // Adds the statistics of each row to those of the numbers before it; null where they are not wanted.
+  void (*fill_rows)(const FillRowsProblem&, RowStatistics*, ParallelFor);
   void (*range)(const ClientMatrix&, int64_t clients, int64_t params, double* low, double* high, ParallelFor);
   void (*squared_norm)(const ClientMatrix&, int64_t clients, int64_t params, double* result, ParallelFor);
   void (*aggregate)(const AggregationProblem&, ParallelFor);

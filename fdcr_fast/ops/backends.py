@@ -19,7 +19,7 @@ from fdcr_fast.ops.network_schemas import NETWORK_OPERATORS
 from fdcr_fast.ops.schemas import OPERATORS, checked
 
 CAPABILITY = (8, 0)  # of the oldest NVIDIA GPUs that the CUDA and Triton kernels are for
-WITHOUT_TRITON = frozenset(NETWORK_OPERATORS)  # operators that are plain PyTorch on GPUs, too
+WITHOUT_TRITON = frozenset(NETWORK_OPERATORS) | {"fill_rows"}  # operators that are plain PyTorch on GPUs, too
 # Operators that csrc/cuda has no kernels for: Triton's, or plain PyTorch, where the others are compiled.
 WITHOUT_CUDA = WITHOUT_TRITON | {"central_mean", "fill_row", "sum_squared_grads_embedding", "sum_squared_grads_norm"}
 

@@ -112,16 +112,12 @@ def sum_squared_grads_embedding(grad_output: Tensor, indices: Tensor, num_embedd
     return result
 
 
-def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tensor:
+def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Tensor | None = None) -> Tensor:
     """Copy a vector into tiles, with statistics of what is kept; see ``schemas``."""
-    length = row.shape[1]
-    tiles, rest = divmod(num_params := sum(piece.shape[0] for piece in values), max(length, 1))
+    num_params = sum(piece.shape[0] for piece in values)
     if num_params == 0:
         return statistics.clone()
-    vector = torch.cat([piece.to(row.device, row.dtype) for piece in values])
-    row[:tiles].copy_(vector[: tiles * length].view(tiles, length))
-    if rest:
-        row[tiles, :rest].copy_(vector[tiles * length :])
+    (vector,) = _filled(values, row[:, None], base)
     norm, low, high = statistics.unbind()
     for start in range(0, num_params, _BLOCK_ELEMENTS):
         block = vector[start : start + _BLOCK_ELEMENTS].double()
@@ -129,6 +125,26 @@ def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tenso
         low = torch.minimum(low, block.amin().to(statistics.device))
         high = torch.maximum(high, block.amax().to(statistics.device))
     return torch.stack([norm, low, high])
+
+
+def fill_rows(values: Sequence[Tensor], rows: Tensor, base: Tensor | None = None) -> None:
+    """Copy vectors into tiles; see ``schemas``."""
+    if sum(piece.shape[0] for piece in values):
+        _filled(values, rows, base)
+
+
+def _filled(values: Sequence[Tensor], rows: Tensor, base: Tensor | None) -> Tensor:
+    """What was copied into the rows, ``[K, P]``."""
+    clients, length = rows.shape[1:]
+    dtype = rows.dtype if base is None else base.dtype
+    vectors = torch.cat([piece.to(rows.device, dtype) for piece in values]).view(clients, -1)
+    if base is not None:
+        vectors = (vectors - base.to(rows.device)).to(rows.dtype)
+    tiles, rest = divmod(vectors.shape[1], max(length, 1))
+    rows[:tiles].copy_(vectors[:, : tiles * length].view(clients, tiles, length).transpose(0, 1))
+    if rest:
+        rows[tiles, :, :rest].copy_(vectors[:, tiles * length :])
+    return vectors
 
 
 def importance_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:

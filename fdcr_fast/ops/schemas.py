@@ -113,11 +113,12 @@ def sum_squared_grads_embedding(grad_output: Tensor, indices: Tensor, num_embedd
     return cast(Tensor, torch.ops.fdcr_fast.sum_squared_grads_embedding(grad_output, indices, num_embeddings))
 
 
-def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tensor:
+def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Tensor | None = None) -> Tensor:
     """Copy a vector into one client's row of a tiled client matrix, and take statistics of it, in one pass.
 
-    Number ``p`` of the concatenated ``values`` goes to ``row[p // L, p % L]``, rounded to its dtype; what lies behind
-    the last number is not touched. The statistics are those of the rounded numbers, NaN if any of them is NaN.
+    Number ``p`` of the concatenated ``values``, less ``base[p]``, goes to ``row[p // L, p % L]``, rounded to its dtype;
+    what lies behind the last number is not touched. The statistics are those of the rounded numbers, NaN if any of them
+    is NaN.
 
     Args:
         values: Vectors that make up one vector ``[P]``; floating, any strides and dtypes.
@@ -125,11 +126,25 @@ def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tenso
         statistics: Of the numbers before these: float64 ``(squared norm, smallest, largest)``; ``(0, inf, -inf)`` where
             there are none. The compiled kernels give a vector that is copied in parts of a multiple of
             :data:`STRETCH` numbers, in order, the same bits as in one, for any tiles.
+        base: ``[P]``, float32 or float64; the values are rounded to its dtype before it is taken from them. None for
+            zeros.
 
     Returns:
         ``[3]`` float64, the statistics with these numbers.
     """
-    return cast(Tensor, torch.ops.fdcr_fast.fill_row(list(values), row, statistics))
+    return cast(Tensor, torch.ops.fdcr_fast.fill_row(list(values), row, statistics, base))
+
+
+def fill_rows(values: Sequence[Tensor], rows: Tensor, base: Tensor | None = None) -> None:
+    """Copy the vectors of all clients into a tiled client matrix, as :func:`fill_row` does with one of them.
+
+    Args:
+        values: Vectors that make up those of the clients ``[P]``, one client after the other; floating, any strides and
+            dtypes.
+        rows: Tiled client matrix ``[T, K, L]`` with at least one client; written.
+        base: As in :func:`fill_row`.
+    """
+    torch.ops.fdcr_fast.fill_rows(list(values), rows, base)
 
 
 def importance_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
@@ -424,12 +439,27 @@ def _check_embedding(grad_output: Tensor, indices: Tensor, num_embeddings: int) 
     torch._check(num_embeddings >= 0, lambda: f"num_embeddings must not be negative, got {num_embeddings}")
 
 
-def _check_fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> None:
+def _check_fill_rows(values: Sequence[Tensor], rows: Tensor, base: Tensor | None = None) -> None:
     for piece in values:
         _check_floating(values=piece)
         torch._check(piece.dim() == 1, partial("values must be vectors, got {}".format, tuple(piece.shape)))
+    torch._check(rows.dim() == 3, lambda: f"expected a client matrix [T, K, L], got {tuple(rows.shape)}")
+    numbers, clients = sum(piece.shape[0] for piece in values), rows.shape[1]
+    torch._check(
+        clients > 0 and numbers % clients == 0, lambda: f"{numbers} numbers are not {clients} vectors of one length"
+    )
+    num_params = numbers // clients
+    _check_clients(num_params, rows)
+    if base is not None:
+        torch._check(
+            base.dtype in (torch.float32, torch.float64) and base.shape == (num_params,),
+            lambda: f"base must be float32 or float64 [{num_params}], got {base.dtype} {tuple(base.shape)}",
+        )
+
+
+def _check_fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Tensor | None = None) -> None:
     torch._check(row.dim() == 2, lambda: f"expected a row [T, L], got {tuple(row.shape)}")
-    _check_clients(sum(piece.shape[0] for piece in values), row[:, None])
+    _check_fill_rows(values, row[:, None], base)
     torch._check(
         statistics.dtype == torch.float64 and statistics.shape == (3,),
         lambda: f"statistics must be float64 [3], got {statistics.dtype} {tuple(statistics.shape)}",
@@ -610,8 +640,12 @@ def _fake_embedding(grad_output: Tensor, indices: Tensor, num_embeddings: int) -
     return grad_output.new_empty(num_embeddings, grad_output.shape[2], dtype=dtype)
 
 
-def _fake_fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tensor:
+def _fake_fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Tensor | None = None) -> Tensor:
     return torch.empty_like(statistics)
+
+
+def _fake_fill_rows(*_: object) -> None:
+    return None
 
 
 def _fake_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
@@ -665,9 +699,14 @@ OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., Any]]] = {
         _fake_embedding,
     ),
     "fill_row": (
-        "(Tensor[] values, Tensor(a!) row, Tensor statistics) -> Tensor",
+        "(Tensor[] values, Tensor(a!) row, Tensor statistics, Tensor? base=None) -> Tensor",
         _check_fill_row,
         _fake_fill_row,
+    ),
+    "fill_rows": (
+        "(Tensor[] values, Tensor(a!) rows, Tensor? base=None) -> ()",
+        _check_fill_rows,
+        _fake_fill_rows,
     ),
     "importance_range": ("(Tensor fishers, int num_params) -> (Tensor, Tensor)", _check_range, _fake_range),
     "squared_norm": ("(Tensor updates, int num_params) -> Tensor", _check_squared_norm, _per_client),

@@ -15,7 +15,9 @@ import math
 from collections.abc import Callable
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Options = ParamSpec("Options")
@@ -29,29 +31,43 @@ def _clustering(
     @functools.wraps(label_sorted)
     def cluster(values: Tensor, /, *args: Options.args, **kwargs: Options.kwargs) -> Tensor:
         scores = values.detach().double()
-        on_host = scores.device.type == "cpu"
-        if scores.dim() != 1 or len(scores) == 0 or (on_host and not scores.isfinite().all()):
+        if scores.dim() != 1 or len(scores) == 0:
             raise ValueError(f"expected a vector of finite values, got {values}")
+        if scores.device.type == "cpu":
+            return torch.from_numpy(on_host(scores.numpy(), *args, **kwargs))
         if len(scores) == 1:
             return torch.zeros(1, dtype=torch.int64, device=scores.device)
         ascending, order = scores.sort()
-        # A power of two scales without rounding; it keeps sums and squares of any float64 in range.
-        exponent = torch.frexp(torch.maximum(-ascending[0], ascending[-1]))[1].long()
-        half = exponent // 2  # one factor might not be a number of float64
-        ascending = ascending * _two_to(-half) * _two_to(half - exponent)
-        different = ascending[0] < ascending[-1]
-        labels = torch.zeros_like(order)
-        if on_host and not different:  # elsewhere that would have to be waited for
-            return labels
-        found = label_sorted(ascending, *args, **kwargs)
-        return labels.scatter_(0, order, torch.where(different, found, 0))
+        low, high = ascending[0], ascending[-1]
+        exponent = torch.frexp(torch.maximum(-low, high))[1].long()
+        found = label_sorted(_unit(ascending, exponent), *args, **kwargs)
+        return torch.empty_like(order).scatter_(0, order, torch.where(low < high, found, 0))
+
+    def on_host(scores: NDArray[np.float64], *args: Options.args, **kwargs: Options.kwargs) -> NDArray[np.int64]:
+        """The same where numbers may be looked at, by NumPy, whose calls take less time than PyTorch's."""
+        order = scores.argsort()
+        ascending = scores[order]
+        low, high = ascending[0], ascending[-1]
+        if not (math.isfinite(low) and math.isfinite(high)):  # NaN comes last
+            raise ValueError(f"expected a vector of finite values, got {scores}")
+        labels = np.zeros_like(order)
+        if low < high:
+            scaled = _unit(ascending, math.frexp(max(-low, high))[1])
+            labels[order] = label_sorted(torch.from_numpy(scaled), *args, **kwargs).numpy()
+        return labels
 
     return cluster
 
 
-def _two_to(exponent: Tensor) -> Tensor:
-    """A power of two by its bits: what ``torch.pow`` gives may be rounded."""
-    return ((exponent + 1023) << 52).view(torch.float64)
+def _unit(values: Any, exponent: Any) -> Any:
+    """The values over a power of two, which rounds nothing and keeps sums and squares of any float64 in range."""
+    half = exponent // 2  # one factor might not be a number of float64
+    return values * _two_to(-half) * _two_to(half - exponent)
+
+
+def _two_to(exponent: Any) -> Any:
+    """A power of two; on a device by its bits: what ``torch.pow`` gives may be rounded."""
+    return math.ldexp(1.0, exponent) if isinstance(exponent, int) else ((exponent + 1023) << 52).view(torch.float64)
 
 
 def check_partition(partition: str | int) -> None:
@@ -77,7 +93,10 @@ def finch(values: Tensor, partition: str | int = "first") -> Tensor:
     check_partition(partition)
     coarsest = len(values).bit_length()  # every cluster has at least two of the level below
     index = partition if isinstance(partition, int) else {"first": 0, "last": coarsest}[partition]
-    labels = _labels_of_runs(values)
+    if values.device.type == "cpu":  # NumPy's calls take less time
+        labels = torch.from_numpy(_labels_of_runs(values.numpy()))
+    else:
+        labels = _labels_of_runs(values)
     for _ in range(min(index, coarsest)):
         of_run = _labels_of_runs(_means(values, labels), labels[-1])
         coarser = of_run.index_select(0, labels)
@@ -85,18 +104,18 @@ def finch(values: Tensor, partition: str | int = "first") -> Tensor:
     return labels
 
 
-def _labels_of_runs(means: Tensor, last: Tensor | None = None) -> Tensor:
+def _labels_of_runs(means: Any, last: Tensor | None = None) -> Any:
     """Numbers of the connected runs when each of the ascending means links to its nearer neighbour.
 
-    With ``last``, only the means up to that number are there.
+    Of a tensor or an array, as the means are. With ``last``, only the means of a tensor up to that number are there.
     """
-    gaps = means.diff()
+    gaps = means[1:] - means[:-1]
     if last is not None:
         gaps = torch.where(torch.arange(len(gaps), device=means.device) < last, gaps, torch.inf)
     shorter = gaps[1:] < gaps[:-1]  # than the one on the left
     # A gap that is not shorter than the one on its left, and longer than that on its right, is nobody's link.
-    apart = torch.zeros_like(means, dtype=torch.bool)
-    apart[2:-1] = ~shorter[:-1] & shorter[1:]
+    apart = means != means
+    apart[2:-1] = shorter[1:] > shorter[:-1]
     return apart.cumsum(0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -107,7 +106,7 @@ def client_params(global_params: Tensor, clients: ClientUpdates) -> Iterator[Ten
     """``w + delta_k [P]`` of one valid client after the other, in the dtype of the global parameters."""
     valid = clients.valid.nonzero().flatten()
     for batch in valid.split(max(1, _MODELS // clients.num_params)):  # rounds in files are read once for so many
-        some = replace(clients, valid=torch.zeros_like(clients.valid).index_fill_(0, batch, True))
+        some = clients.with_valid(torch.zeros_like(clients.valid).index_fill_(0, batch, True))
         models = global_params.repeat(len(batch), 1)
         for params, updates in column_blocks(some):
             models[:, params] += updates.to(models.dtype)

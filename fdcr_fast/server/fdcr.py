@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -107,7 +107,8 @@ class FDCR(AggregationRule):
                 guess = clients.with_norms(passes.sampled_norms(clients))
                 single, passing = passes.fits_single(guess), self._all_pass(guess)
             if passing:
-                outcome, known = self._read(global_params, clients, single, finite)
+                outcome, statistics = self._read(global_params, clients, single, finite)
+                known = clients.with_statistics(*statistics)
                 if self._all_pass(known) and passes.fits_single(known) == single:
                     return known, outcome
         return super()._read_norms(global_params, clients, finite)
@@ -122,14 +123,15 @@ class FDCR(AggregationRule):
 
     def _read(
         self, global_params: Tensor, clients: ClientUpdates, single: bool, finite: Tensor | None
-    ) -> tuple[Outcome, ClientUpdates]:
+    ) -> tuple[Outcome, list[Tensor | None]]:
         """Scores and the mean over those who will probably be kept in one reading, and the mean again if need be.
 
         Products are formed in float32 if ``single``, and again in float64 where that is not good enough. Everything is
         decided where the clients' rows are, and fetched at once when the reading is done: on a device the host waits
         once, and once more if products are formed again.
 
-        With the outcome the round with the squared norms of this reading, which are as right as its products.
+        With the outcome the statistics of the round, with the squared norms of this reading, which are as right as its
+        products.
         """
         on = clients.on_device()
         alpha = self.shares(on, on.valid)
@@ -150,10 +152,10 @@ class FDCR(AggregationRule):
             selection = self._decide(scores.distance, on)
             weights = self.weights(on, selection.kept)
             trusted = passes.trusted(scores, on, alpha) if single else torch.tensor(True)
-            foreseen = torch.tensor(False) if expected is None else (selection.kept == expected).all()
-            read = clients.with_norms(scores.squared_norm)
+            foreseen = None if expected is None else (selection.kept == expected).all()
+            _, low, high = clients.statistics
             selection, own, trusted, foreseen, finite, *statistics = _fetched(
-                selection, weights, trusted, foreseen, finite, *read.statistics
+                selection, weights, trusted, foreseen, finite, scores.squared_norm, low, high
             )
             require_finite(finite)
             if trusted:
@@ -161,7 +163,7 @@ class FDCR(AggregationRule):
             single, expected = False, sent(selection.kept, on.valid.device)
         if not foreseen:
             params = passes.mean(global_params, on, weights, rescale=self.rescale, single=single)
-        return (selection, own, params), clients.with_statistics(*statistics)
+        return (selection, own, params), statistics
 
     def _expected(self, clients: ClientUpdates, alpha: Tensor, single: bool) -> Tensor | None:
         """Who will probably be kept; None for a round that takes no longer to read twice than to guess."""
@@ -176,17 +178,19 @@ class FDCR(AggregationRule):
         """From vectors that lie together, on the CPU or not; nothing waits for them."""
         valid, score = clients.valid, SCORES[self.discrepancy]
         scores = score(clients.of_valid(distance), clients.num_params)
-        labels = torch.zeros_like(valid, dtype=torch.int64)
-        if self.cluster is not None:
-            apart = scores.max() - scores.min() > _ROUNDING * scores.max()
-            found = CLUSTERINGS[self.cluster](torch.where(apart, scores, 0.0), self)
-            labels = found if clients.rows is None else labels.index_copy(0, clients.rows, found)
-        largest = labels.max()
-        kept = valid & ((labels < largest) | (largest == 0))
+        if self.cluster is None:
+            labels = torch.zeros_like(valid, dtype=torch.int64)
+        else:
+            low, high = scores.aminmax()
+            apart = high - low > _ROUNDING * high
+            labels = CLUSTERINGS[self.cluster](torch.where(apart, scores, 0.0), self)
+            if clients.rows is not None:
+                labels = torch.zeros_like(valid, dtype=torch.int64).index_copy(0, clients.rows, labels)
+        kept = valid & (labels < labels.max().clamp(min=1))
         return Selection(kept, score(distance / self.learning_rate**2, clients.num_params), labels)
 
 
 def _fetched(selection: Selection, *others: Tensor | None) -> list[Any]:
     """The selection with its vectors on the CPU, and others, by one copy."""
     kept, discrepancy, labels, *rest = fetch([selection.kept, selection.discrepancy, selection.labels, *others])
-    return [replace(selection, kept=kept, discrepancy=discrepancy, labels=labels), *rest]
+    return [Selection(kept, discrepancy, labels), *rest]

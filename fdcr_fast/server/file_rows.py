@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from io import FileIO
 from typing import Any
 
@@ -21,6 +21,7 @@ from fdcr_fast.server.file_format import PAGE, DamagedStoreError
 from fdcr_fast.server.file_tiles import BUFFERS, FileTiles, Pieces, check_epoch, read, whole_stretches
 from fdcr_fast.server.rows import (
     NO_STATISTICS,
+    UPDATE,
     Accepted,
     Statistics,
     StoreShape,
@@ -28,6 +29,7 @@ from fdcr_fast.server.rows import (
     giga,
 )
 from fdcr_fast.server.tiles import ClientTiles
+from fdcr_fast.server.vectors import SplitVector
 
 _RESIDENT = 1 << 28
 _CHUNK_BYTES = 1 << 22  # of one client that are converted before they are written
@@ -118,22 +120,28 @@ class FileRows:
             raise
         return rows, accepted
 
-    def fill(self, row: int, vectors: Vectors) -> tuple[Statistics, int]:
-        """Write a client's vectors into a row that is nobody's yet; their statistics, and the checksum of the row."""
+    def fill(self, row: int, vectors: Vectors, base: Tensor | None = None) -> tuple[Statistics, int]:
+        """Write a client's vectors, the update less the base, into a row that is nobody's yet.
+
+        Returns:
+            Their statistics, and the checksum of the row.
+        """
         fd, shape = self._fd_to_write(), self.shape
         unit = math.lcm(shape.tile, ops.STRETCH) // shape.tile  # tiles of parts that have the statistics of the whole
         room = min(_CHUNK_BYTES, self._max_resident) // shape.piece_bytes
         chunk = min(max(room // unit, 1) * unit, shape.tiles)
         buffer = Pieces(chunk, shape)
+        split = {matrix: SplitVector(pieces) for matrix, pieces in vectors.items()}
         statistics = dict.fromkeys(vectors, NO_STATISTICS)
         checksum = 0
         for first in range(0, shape.tiles, chunk):
             tiles = min(chunk, shape.tiles - first)
             start, stop = first * shape.tile, min((first + tiles) * shape.tile, shape.num_params)
             buffer.numbers[tiles - 1].zero_()  # the padding of the last tile is written as well
-            for matrix, pieces in vectors.items():
-                part = list(_between(pieces, start, stop))
-                statistics[matrix] = ops.fill_row(part, buffer.numbers[:tiles, matrix], statistics[matrix])
+            for matrix, vector in split.items():
+                less = base[start:stop] if base is not None and matrix == UPDATE else None
+                part = vector.between(start, stop)
+                statistics[matrix] = ops.fill_row(part, buffer.numbers[:tiles, matrix], statistics[matrix], less)
             for t in range(tiles):
                 checksum = zlib.crc32(buffer.bytes[t], checksum)
                 _write(fd, buffer.bytes[t], form.piece_offset(shape, first + t, row))
@@ -245,14 +253,6 @@ class FileRows:
             checksum = zlib.crc32(piece, checksum)
         if checksum != client.checksum:
             raise DamagedStoreError(f"the data of client {client.client!r} are damaged: their checksum differs")
-
-
-def _between(pieces: Sequence[Tensor], start: int, stop: int) -> Iterator[Tensor]:
-    """Numbers ``[start, stop)`` of a vector in pieces."""
-    for piece in pieces:
-        if start < len(piece) and stop > 0:
-            yield piece[max(start, 0) : stop]
-        start, stop = start - len(piece), stop - len(piece)
 
 
 def _write(fd: int, data: Any, offset: int) -> None:

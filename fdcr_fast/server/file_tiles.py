@@ -41,6 +41,8 @@ class StoreTiles:
         shape: Of the store.
     """
 
+    windows = 2  # whole tiles are read
+
     def __init__(self, shape: StoreShape) -> None:
         self._shape = shape
 

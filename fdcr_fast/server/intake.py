@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,13 +36,15 @@ class ClientUpdates:
         tiles: Updates ``delta_k = w_k - w`` and diagonal Fishers ``F_k``.
         num_samples: ``n_k``, float64 ``[K]``.
         clients: ``K`` client ids.
-        squared_norm: ``||delta_k||^2``, float64 ``[K]``.
+        squared_norm: ``||delta_k||^2``, float64 ``[K]``; NaN where the round is ``unread``.
         fisher_min: ``min F_k``, float64 ``[K]``, or None without Fishers.
         fisher_max: ``max F_k``, likewise.
         valid: bool ``[K]``, the rows that are not rejected.
         rejected: Reason by client id, of rejected rows and of clients that got no row.
         shard: Which parameters the tiles hold; everything else is about all parameters.
-        rows: Numbers of the valid rows, int64; None for all of them. Follows from ``valid``.
+        unread: Whether the updates have not been looked at yet: :meth:`with_norms` must come before anything that takes
+            norms.
+        rows: Numbers of the valid rows, int64; None for all of them. Follows from ``valid``; see :meth:`with_valid`.
     """
 
     tiles: ClientTiles
@@ -53,11 +56,8 @@ class ClientUpdates:
     valid: Tensor
     rejected: dict[Hashable, str]
     shard: Shard = WHOLE
+    unread: bool = False
     rows: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.valid.device.type == "cpu":
-            object.__setattr__(self, "rows", None if self.valid.all() else self.valid.nonzero().flatten())
 
     @classmethod
     def from_matrices(
@@ -71,8 +71,8 @@ class ClientUpdates:
     ) -> ClientUpdates:
         """View ``updates [K, P]`` and ``fishers [K, P]``, of any strides, as a round; nothing is copied.
 
-        Without ``read_norms`` the norms are NaN and nothing is fetched: :meth:`with_norms` and :meth:`fetched` must be
-        called before anything else is.
+        Without ``read_norms`` the round is ``unread`` and nothing is fetched: :meth:`with_norms` and :meth:`fetched`
+        must be called before anything else is.
 
         Raises:
             TypeError: not floating-point tensors, or sample counts that are not numbers.
@@ -84,12 +84,16 @@ class ClientUpdates:
         ids = different_ids(client_ids, K)
         low, high = (None, None) if tiles.fishers is None else ops.importance_range(tiles.fishers, P)
         norm = torch.full((K,), torch.nan, dtype=torch.float64)
-        clients = cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {})
+        clients = cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {}, unread=True)
         return clients.with_norms(ops.squared_norm(tiles.updates, P)).fetched() if read_norms else clients
 
     def with_norms(self, squared_norm: Tensor) -> ClientUpdates:
         """The same round with these squared norms, wherever they lie."""
-        return replace(self, squared_norm=squared_norm)
+        return replace(self, squared_norm=squared_norm, unread=False)
+
+    def with_valid(self, valid: Tensor) -> ClientUpdates:
+        """The same round of which these rows, told on the CPU, are not rejected."""
+        return replace(self, valid=valid, rows=None if valid.all() else valid.nonzero().flatten())
 
     def fetched(self) -> ClientUpdates:
         """The same round with all vectors on the CPU; waits for the device, once, where they are not."""
@@ -105,7 +109,7 @@ class ClientUpdates:
     ) -> ClientUpdates:
         """The same round with other :attr:`statistics`."""
         assert squared_norm is not None, "every round has norms"
-        return replace(self, squared_norm=squared_norm, fisher_min=fisher_min, fisher_max=fisher_max)
+        return replace(self, squared_norm=squared_norm, fisher_min=fisher_min, fisher_max=fisher_max, unread=False)
 
     def on_device(self) -> ClientUpdates:
         """The same round with its vectors where the rows are, so that nothing computed from them waits."""
@@ -155,26 +159,27 @@ class ClientUpdates:
                 scale). Updates of zero do not count in it: clients that send nothing new would else have all
                 others rejected. None for no bound.
         """
-        reasons: list[str | None] = []
-        for n, norm, low, high in zip(
-            self.num_samples.tolist(), self.squared_norm.tolist(), *self._fisher_ranges(), strict=True
+        reasons: dict[Hashable, str | None] = {}
+        norms: dict[Hashable, float] = {}
+        for client, n, square, low, high in zip(
+            self.clients, self.num_samples.tolist(), self.squared_norm.tolist(), *self._fisher_ranges(), strict=True
         ):
-            reason = rejection_reason(n, norm, low, high)
+            reason = rejection_reason(n, square, low, high)
             if reason is None and importance and low is not None and high is not None and high - low < _NARROWEST:
                 reason = f"the Fisher is constant (every entry is {low:g}): importance is undefined"
-            reasons.append(reason)
-        usable = torch.tensor([reason is None for reason in reasons], dtype=torch.bool)
-        if norm_bound is not None and usable.any():
-            norms = self.squared_norm.sqrt()
-            median = median_size(norms[usable])
-            for k in torch.nonzero(usable & (norms > norm_bound * median)).flatten().tolist():
-                reasons[k] = f"the update's norm {norms[k]:.4g} is beyond {norm_bound:g} times the median {median:.4g}"
-        rejected = {client: reason for client, reason in zip(self.clients, reasons, strict=True) if reason}
-        return replace(
-            self,
-            valid=torch.tensor([reason is None for reason in reasons], dtype=torch.bool),
-            rejected={**self.rejected, **rejected},
-        )
+            if reason is None:
+                norms[client] = math.sqrt(square)
+            reasons[client] = reason
+        if norm_bound is not None:
+            median = median_size(norms.values())
+            for client, norm in norms.items():
+                if norm > norm_bound * median:
+                    reasons[client] = (
+                        f"the update's norm {norm:.4g} is beyond {norm_bound:g} times the median {median:.4g}"
+                    )
+        rejected = {client: reason for client, reason in reasons.items() if reason is not None}
+        valid = torch.tensor([reason is None for reason in reasons.values()], dtype=torch.bool)
+        return replace(self.with_valid(valid), rejected={**self.rejected, **rejected})
 
     def _fisher_ranges(self) -> tuple[list[float] | list[None], list[float] | list[None]]:
         if self.fisher_min is None or self.fisher_max is None:
@@ -210,7 +215,15 @@ def refuse_empty(clients: ClientUpdates, on_empty: OnEmpty) -> None:
     without_samples = len(clients.clients) > 0 and not clients.num_samples.any()
     if on_empty == "raise" and not without_samples:
         raise ValueError(f'{text} (on_empty="keep" would keep the global parameters)')
-    warnings.warn(f"{text}; the global parameters stay as they are", stacklevel=3)
+    warnings.warn(f"{text}; the global parameters stay as they are", stacklevel=callers_level())
+
+
+def callers_level() -> int:
+    """The ``stacklevel`` with which a warning shows the line that called this library."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fdcr_fast."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def plain_id(client: Any) -> Hashable:
@@ -242,12 +255,13 @@ def different_ids(client_ids: Iterable[Any] | None, count: int) -> tuple[Hashabl
 
 
 def rejection_reason(
-    num_samples: float, squared_norm: float, fisher_min: float | None, fisher_max: float | None
+    num_samples: float, squared_norm: float | None, fisher_min: float | None, fisher_max: float | None
 ) -> str | None:
-    """Why a client's contribution cannot be used by any rule, from its statistics; None if it can."""
+    """Why a client's contribution cannot be used by any rule, from its statistics if known; None if it can."""
     if not _FEWEST_SAMPLES < num_samples < _MOST_SAMPLES:
         return f"the sample count must be positive and finite, got {num_samples:g}"
-    if not math.isfinite(8 * squared_norm):  # squared distances between updates reach 4 times their squared norms
+    # Squared distances between updates reach 4 times their squared norms.
+    if squared_norm is not None and not math.isfinite(8 * squared_norm):
         return "the update is not finite, or too large to be squared in float64"
     if fisher_min is None or fisher_max is None:
         return None
@@ -258,17 +272,16 @@ def rejection_reason(
     return None
 
 
-def median_size(sizes: Tensor) -> float:
+def median_size(sizes: Iterable[float]) -> float:
     """The lower median of those that are not zero; infinity where all are."""
-    sizes = sizes[sizes > 0]
-    return sizes.median().item() if len(sizes) else math.inf
+    ascending = sorted(size for size in sizes if size > 0)
+    return ascending[(len(ascending) - 1) // 2] if ascending else math.inf
 
 
 def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:
     """``n_k / sum n`` over the chosen clients, 0 for the others (eq. 11); float64 ``[K]``."""
     counts = torch.where(chosen, num_samples, 0.0)
-    total = counts.sum()
-    return counts / torch.where(total > 0, total, 1.0)
+    return counts / counts.sum().clamp(min=_FEWEST_SAMPLES)
 
 
 def _sample_counts(num_samples: Any, K: int) -> Tensor:

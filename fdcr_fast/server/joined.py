@@ -75,6 +75,7 @@ def joined(clients: ClientUpdates, parts: Sequence[RoundPart], shard: Shard) -> 
         valid=torch.ones(len(together), dtype=torch.bool),
         rejected=rejected,
         shard=shard,
+        unread=clients.unread,
     )
 
 

@@ -5,6 +5,7 @@ Results lie where the rows are, and nothing here waits for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -49,23 +50,25 @@ def fits_single(clients: ClientUpdates) -> bool:
     """Whether products of this round stay far from the limits of float32; small rounds are computed in float64."""
     if not may_fit_single(clients):
         return False
-    largest = clients.of_valid(clients.squared_norm).max().sqrt().item()
+    largest = math.sqrt(clients.of_valid(clients.squared_norm).max().item())
     if not _LEAST_RMS * clients.num_params**0.5 <= largest <= _MOST_NORM:
         return False
     if clients.fisher_min is None or clients.fisher_max is None:
         return True
-    width = clients.of_valid(clients.fisher_max - clients.fisher_min)
-    return bool((width >= 1 / _RANGE).all() and (clients.of_valid(clients.fisher_max) <= _RANGE).all())
+    high = clients.of_valid(clients.fisher_max)
+    narrowest = (high - clients.of_valid(clients.fisher_min)).min().item()
+    fits: bool = narrowest >= 1 / _RANGE and high.max().item() <= _RANGE
+    return fits
 
 
 def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Tensor:
     """Whether scores from float32 products are right to about 1e-6 of themselves, and tell the clients apart."""
     distance = clients.of_valid(scores.distance).sqrt()
-    rounded = 2 * scores.mean_square.sqrt() + distance + clients.of_valid(alpha) @ distance
     smallest, largest = distance.aminmax()
+    rounded = 2 * scores.mean_square.sqrt() + smallest + clients.of_valid(alpha) @ distance
     least = smallest >= _LEAST_RMS * clients.num_params**0.5
     apart = largest - smallest > _SAME * largest
-    right: Tensor = least & apart & (rounded <= _CANCELLATION * distance).all()
+    right: Tensor = least & apart & (rounded <= _CANCELLATION * smallest)
     return right
 
 
@@ -157,10 +160,10 @@ def sampled_norms(clients: ClientUpdates) -> Tensor:
 
 def _sample(tiles: ClientTiles) -> Iterator[Span]:
     """About one in 64 parameters, and at least 4096 if there are so many, in up to 16 windows."""
-    P, windows = tiles.num_params, 16
+    P, windows = tiles.num_params, tiles.windows
     wanted = max(_FEWEST_SAMPLED, P // 64)
-    if not isinstance(tiles, MatrixTiles):  # of a file: whole tiles are read
-        count = min(2, -(-P // tiles.tile))
+    if not isinstance(tiles, MatrixTiles):
+        count = min(windows, -(-P // tiles.tile))
         for i in range(count):
             first = i * (P // count) // tiles.tile * tiles.tile
             yield tiles.window(first, min(tiles.tile, P - first, wanted // count))

@@ -37,10 +37,10 @@ class PinnedRows(MemoryRows):
             raise ValueError(f"a store cannot be pinned for {device}: {error}") from error
         self._reader = torch.empty(0, device=device).device  # with its number
 
-    def fill(self, row: int, vectors: Vectors) -> tuple[Statistics, int]:
+    def fill(self, row: int, vectors: Vectors, base: Tensor | None = None) -> tuple[Statistics, int]:
         """As in other memory, when what was read before has been copied."""
         self._side.synchronize()
-        return super().fill(row, vectors)
+        return super().fill(row, vectors, base)
 
     def pack(self, rows: Sequence[int]) -> list[int]:
         """Likewise."""

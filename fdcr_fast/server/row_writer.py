@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout
+from fdcr_fast.server.borrowed import BorrowedRows
 from fdcr_fast.server.file_rows import FileRows
 from fdcr_fast.server.intake import rejection_reason
 from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, MemoryRows, Vectors
@@ -27,28 +29,30 @@ class RowWriter:
         buffer_dtype: Of the numbers in raw buffers.
     """
 
-    rows: MemoryRows | FileRows
+    rows: MemoryRows | FileRows | BorrowedRows
     layout: ParamLayout | None
     buffer_dtype: torch.dtype
 
-    def fill(self, row: int, client: Hashable, update: Any, fisher: Any, num_samples: Any) -> Accepted:
-        """Fill a row that is nobody's until its client is accepted.
+    def fill(
+        self, row: int, client: Hashable, update: Any, fisher: Any, num_samples: Any, base: Tensor | None = None
+    ) -> Accepted:
+        """Fill a row that is nobody's until its client is accepted; see :meth:`UpdateStore.put`.
 
         Raises:
             ValueError: why the client cannot be.
         """
         count = _number(num_samples)
-        vectors: Vectors = {UPDATE: self._pieces("update", update)}
+        vectors: Vectors = {UPDATE: self._pieces("update" if base is None else "state", update)}
         with_fishers = self.rows.shape.with_fishers
         if with_fishers:
             vectors = {**vectors, FISHER: self._pieces("Fisher", fisher)}
-        statistics, checksum = self.rows.fill(row, vectors)
-        norm = statistics[UPDATE][0].item()
+        statistics, checksum = self.rows.fill(row, vectors, base)
+        norm = statistics[UPDATE][0].item() if UPDATE in statistics else None
         low, high = statistics[FISHER][1:].tolist() if with_fishers else (None, None)
         reason = rejection_reason(count, norm, low, high)
         if reason is not None:
             raise ValueError(reason)
-        return Accepted(client, row, count, norm, low or 0.0, high or 0.0, checksum)
+        return Accepted(client, row, count, math.nan if norm is None else norm, low or 0.0, high or 0.0, checksum)
 
     def _pieces(self, name: str, values: Any) -> list[Tensor]:
         pieces = vector_pieces(name, values, self.rows.shape.num_params, self.layout, self.buffer_dtype)

@@ -78,7 +78,7 @@ class Accepted:
     client: Hashable
     row: int
     num_samples: float
-    squared_norm: float
+    squared_norm: float  # NaN where the update has not been read
     fisher_min: float
     fisher_max: float
     checksum: int
@@ -150,10 +150,15 @@ class MemoryRows:
         self.data = self._shared.tensor
         self.device = self.data.device
 
-    def fill(self, row: int, vectors: Vectors) -> tuple[Statistics, int]:
-        """Copy a client's vectors into a row that is nobody's yet; their statistics, and no checksum."""
+    def fill(self, row: int, vectors: Vectors, base: Tensor | None = None) -> tuple[Statistics, int]:
+        """Copy a client's vectors, the update less the base, into a row that is nobody's yet.
+
+        Returns:
+            Their statistics, and no checksum.
+        """
         return {
-            matrix: ops.fill_row(pieces, self.data[:, row, matrix], NO_STATISTICS) for matrix, pieces in vectors.items()
+            matrix: ops.fill_row(pieces, self.data[:, row, matrix], NO_STATISTICS, base if matrix == UPDATE else None)
+            for matrix, pieces in vectors.items()
         }, 0
 
     def commit(self, accepted: Accepted) -> None:

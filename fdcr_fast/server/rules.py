@@ -18,6 +18,7 @@ from fdcr_fast.server.intake import (
     ClientUpdates,
     OnEmpty,
     OnInvalid,
+    callers_level,
     different_ids,
     refuse,
     refuse_empty,
@@ -252,6 +253,7 @@ class AggregationRule:
         finite: Tensor | None = None
         if shard is not None and not isinstance(shard, ParamShard):
             raise TypeError(f"expected shard to be a ParamShard, got {shard!r}")
+        stored = isinstance(updates, UpdateStore)
         if isinstance(global_params, np.ndarray):
             global_params = argument("global_params", global_params)
 
@@ -262,11 +264,12 @@ class AggregationRule:
             finite = _check_global(global_params, clients)
             if shard is not None:
                 require_finite(finite)
+            if shard is not None and stored and clients.unread:
+                clients = clients.with_norms(passes.squared_norms(clients)).fetched()
             if shard is not None and not self.sharded:
                 raise TypeError(f"{type(self).__name__} needs all parameters in one process: it takes no shard")
             return clients
 
-        stored = isinstance(updates, UpdateStore)
         if shard is None:
             clients = take_in()
         else:
@@ -275,7 +278,7 @@ class AggregationRule:
                 take_in, stored=stored, rule=self, on_invalid=on_invalid, on_empty=on_empty, dtype=dtype
             )
         foreseen = None
-        if isinstance(updates, Tensor | np.ndarray):
+        if clients.unread:
             clients, foreseen = self._read_norms(global_params.detach(), clients, finite)
             finite = None
         elif shard is not None and self.needs_norms:
@@ -284,7 +287,7 @@ class AggregationRule:
         refuse(clients.rejected, on_invalid)
         refuse_empty(clients, on_empty)
         valid, rows = clients.valid, len(clients.clients)
-        if foreseen is not None and valid.all():
+        if foreseen is not None and clients.rows is None:
             selection, weights, params = foreseen
         elif valid.any():
             selection, weights, params = self._apply(global_params.detach(), clients, finite)
@@ -297,15 +300,16 @@ class AggregationRule:
             warnings.warn(
                 "most updates are close to the global parameters: are they states w_k instead of updates w_k - w? "
                 "(StateStore.put_state and aggregate_state_dicts take states)",
-                stacklevel=2,
+                stacklevel=callers_level(),
             )
         if stored:
             updates.end_round(clients.clients)
         kept = selection.kept & valid
         labels = (~kept).long() if selection.labels is None else selection.labels
-        scores = torch.full((rows,), torch.nan, dtype=torch.float64)
-        if selection.discrepancy is not None:
-            scores = torch.where(valid, selection.discrepancy, scores)
+        if selection.discrepancy is None:
+            scores = torch.full((rows,), torch.nan, dtype=torch.float64)
+        else:
+            scores = torch.where(valid, selection.discrepancy, torch.nan)
         return AggregationResult(
             params=params if weights.any() else global_params.detach().clone(),
             weights=weights,
@@ -425,7 +429,8 @@ def _check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | Non
             f"expected global_params [{clients.num_params}] like the updates, got [{global_params.numel()}]"
         )
     check_device("global_params", global_params, clients.tiles)
-    finite = torch.stack(global_params.detach().aminmax()).isfinite().all()
+    low, high = global_params.detach().aminmax()
+    finite = torch.maximum(-low, high) < torch.inf  # not of NaN either
     if finite.device.type != "cpu":
         return finite
     require_finite(finite)
@@ -447,13 +452,14 @@ def looks_like_states(global_params: Tensor, clients: ClientUpdates) -> bool:
     tiles = clients.tiles
     if tiles.device.type != "cpu" or len(clients.clients) == 0:
         return False
-    own = global_params.detach()[: min(tiles.tile, tiles.num_params, _LOOKED_AT)].double()
-    size = own.square().sum()
-    if len(own) < _FEWEST_LOOKED_AT or size == 0:
+    count = min(tiles.tile, tiles.num_params, _LOOKED_AT)
+    own = global_params.detach()[:count].double()
+    size: float = own.norm().item()
+    if count < _FEWEST_LOOKED_AT or size == 0:
         return False
-    updates = clients.of_valid(tiles.window(0, len(own)).updates[0]).double()
-    near = (updates - own).square().sum(1) < size / 4
-    return 2 * int(near.sum()) > len(updates)
+    updates = clients.of_valid(tiles.window(0, count).updates[0])
+    distances: list[float] = (updates - own).norm(dim=1).tolist()
+    return 2 * sum(distance < size / 2 for distance in distances) > len(distances)
 
 
 def _stored(

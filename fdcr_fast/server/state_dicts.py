@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fdcr_fast.layout import ParamLayout, by_plain_name
 from fdcr_fast.server.fdcr import FDCR
-from fdcr_fast.server.intake import OnEmpty, OnInvalid, different_ids, reasons
+from fdcr_fast.server.intake import OnEmpty, OnInvalid, callers_level, different_ids, reasons
 from fdcr_fast.server.rules import AggregationResult, AggregationRule, as_rule
 from fdcr_fast.server.state_store import State, StateStore, floating_layout, parameter_layout, without_ties
 
@@ -102,7 +102,7 @@ def aggregate_state_dicts(
     client_fishers = [None] * len(ids) if fishers is None else _per_client("fishers", fishers, ids)
     if layout is None and not isinstance(global_state, nn.Module):
         layout = _infer_layout(global_state, states, client_fishers)
-    store = StateStore(global_state, len(ids), layout=layout, with_fishers=rule.needs_fishers)
+    store = StateStore(global_state, len(ids), layout=layout, with_fishers=rule.needs_fishers, copy=False)
     for client, state, count, fisher in zip(ids, states, counts, client_fishers, strict=True):
         store.put_state(state, fisher if rule.needs_fishers else None, count, client)
     state, result = store.aggregate(rule, on_invalid=on_invalid, on_empty=on_empty)
@@ -110,7 +110,8 @@ def aggregate_state_dicts(
         return state, result
     if result.rejected and len(result.rejected) < len(ids):
         warnings.warn(
-            f"{len(result.rejected)} of {len(ids)} clients were rejected: {reasons(result.rejected)}", stacklevel=2
+            f"{len(result.rejected)} of {len(ids)} clients were rejected: {reasons(result.rejected)}",
+            stacklevel=callers_level(),
         )
     return state
 

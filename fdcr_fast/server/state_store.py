@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from fdcr_fast.server.buffers import Buffers
 from fdcr_fast.server.intake import OnEmpty, OnInvalid, plain_id
 from fdcr_fast.server.rules import AggregationResult, AggregationRule, as_rule
 from fdcr_fast.server.store import UpdateStore
-from fdcr_fast.server.vectors import FLOATS, shared, shown, vector_pieces
+from fdcr_fast.server.vectors import shared, shown, vector_pieces
 
 State: TypeAlias = Mapping[str, Any] | nn.Module
 
@@ -59,6 +59,8 @@ class StateStore:
             statistics, of a module its parameters.
         with_fishers: False for rules that need no Fishers.
         path: Of a file that takes the updates and Fishers; see :class:`UpdateStore`.
+        copy: False where the states stay in memory and do not change until they are aggregated; see
+            :class:`UpdateStore`. Buffers are copied all the same.
 
     Attributes:
         layout: Of the parameters.
@@ -76,6 +78,7 @@ class StateStore:
         layout: ParamLayout | None = None,
         with_fishers: bool = True,
         path: str | os.PathLike[str] | None = None,
+        copy: bool = True,
     ) -> None:
         if layout is None:
             layout = _layout_of(global_state)
@@ -89,6 +92,7 @@ class StateStore:
             with_fishers=with_fishers,
             layout=self.layout,
             path=path,
+            copy=copy,
         )
 
     def _set_global(self, global_state: State) -> None:
@@ -162,12 +166,11 @@ class StateStore:
         try:
             named, whole = self._named(state, difference)
             received = self._received_from(named, difference, whole)
-            update = named if difference else self._difference(named)
             fisher = self._with_twins(fisher, named)
         except Exception as error:  # the state is the client's, and so is whatever it raises
             self.reject(client_id, shown(error, str))
             return False
-        accepted = self.updates.put(update, fisher, num_samples, client_id)
+        accepted = self.updates.put(named, fisher, num_samples, client_id, base=None if difference else self._vector)
         if accepted:
             self._received[client_id] = received
         return accepted
@@ -192,7 +195,7 @@ class StateStore:
         """
         result = as_rule(rule).aggregate(self._vector, self.updates, on_invalid=on_invalid, on_empty=on_empty)
         params = self.layout.unflatten(result.params)
-        owners = {**self._owners, **self._ties_of_most()}
+        owners = {**self._owners, **self._ties_of_most(set(result.clients) - result.rejected.keys())}
         counting = result.weights.nonzero().flatten()
         clients = [result.clients[k] for k in counting.tolist()]
         weights, trim = result.weights[counting], rule.buffer_trim(len(clients)) if clients else None
@@ -235,15 +238,6 @@ class StateStore:
             raise TypeError(f"expected a state dict, a module or a vector, got {type(state).__name__}")
         return by_plain_name(dict(zip(self.layout.names, pieces, strict=True))), False
 
-    def _difference(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        own = self.layout.unflatten(self._vector)
-        update = {}
-        for name, value in zip(self.layout.names, self.layout.tensors(state), strict=True):
-            if value.dtype not in FLOATS:
-                raise TypeError(f"parameter {name} must be floating point, got {value.dtype}")
-            update[name] = value.to(self._vector.device, self._vector.dtype) - own[name]
-        return update
-
     def _received_from(self, state: Mapping[str, Any], difference: bool, whole: bool) -> _Received:
         """Copies of the client's buffers, which are small; the state may be freed after that."""
         pairs = ((name, owner) for name, owners in self._maybe_tied.items() for owner in owners)
@@ -278,11 +272,12 @@ class StateStore:
         if not value.is_floating_point() or value.numel() == 0 or name.endswith(_BATCH_NORM_STATISTICS):
             return ()
         earlier = itertools.takewhile(lambda other: other != name, self._params)
-        return tuple(other for other in earlier if _same(value, self._params[other]))
+        alike = (other for other in earlier if self._params[other].shape == value.shape)
+        return tuple(other for other in alike if _same(value, self._params[other]))
 
-    def _ties_of_most(self) -> dict[str, str]:
-        """Entries that equal an earlier parameter in the states of most clients, with its name in the layout."""
-        received = [self._received[client] for client in self.updates.clients]
+    def _ties_of_most(self, clients: Collection[Hashable]) -> dict[str, str]:
+        """Entries that equal an earlier parameter in the states of most of these, with its name in the layout."""
+        received = [self._received[client] for client in clients]
         counts = Counter(tie for client in received for tie in client.ties)
         ties = {}
         for name, owners in self._maybe_tied.items():
@@ -405,4 +400,4 @@ def _like(value: Tensor | NDArray[Any], new: Tensor) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    return value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)

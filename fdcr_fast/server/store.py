@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fdcr_fast import ops
 from fdcr_fast.layout import ParamLayout
+from fdcr_fast.server.borrowed import BorrowedRows
 from fdcr_fast.server.file_rows import FileRows
-from fdcr_fast.server.intake import ClientUpdates, OnInvalid, plain_id, refuse
+from fdcr_fast.server.intake import ClientUpdates, OnInvalid, callers_level, plain_id, refuse
 from fdcr_fast.server.pinned import PinnedRows
 from fdcr_fast.server.row_writer import RowWriter
 from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, FreeRows, MemoryRows, StoreShape, as_dtype
@@ -79,6 +80,8 @@ class UpdateStore:
             by default 256 MiB, or more where many clients need it.
         sync: With ``path``, False trades crash safety for speed: nothing is flushed to the disk before the system does.
         shared: Whether other processes can fill rows; see :meth:`writer`.
+        copy: False for a store that takes no memory: contributions stay in the tensors that were put, which must not
+            change before the round is aggregated, and are read from there. Whether an update is finite is seen then.
 
     Attributes:
         rejected: Reason by client id of those that were not accepted.
@@ -106,6 +109,7 @@ class UpdateStore:
         max_resident: int | None = None,
         sync: bool = True,
         shared: bool = False,
+        copy: bool = True,
     ) -> None:
         if isinstance(num_params, ParamLayout):
             layout, num_params = num_params if layout is None else layout, num_params.numel
@@ -114,7 +118,7 @@ class UpdateStore:
         reader = device if compute_device is None else torch.device(compute_device)
         pinned = reader != device
         if tile is None:
-            tile = min(ops.STRETCH if pinned else _MEMORY_TILE, max(num_params, 1))
+            tile = min(ops.STRETCH if pinned or not copy else _MEMORY_TILE, max(num_params, 1))
             if path is not None:
                 tile = FileRows.tile(num_params, capacity, dtype, with_fishers, max_resident)
         shape = StoreShape(num_params, capacity, tile, dtype, with_fishers)
@@ -126,9 +130,13 @@ class UpdateStore:
             raise ValueError(
                 "a shared store lies in memory, on the CPU; other processes open one in a file by its path"
             )
-        rows: MemoryRows | FileRows
+        if not copy and (path is not None or shared or pinned):
+            raise ValueError("a store that does not copy has no memory of its own: no path, shared, or compute_device")
+        rows: MemoryRows | FileRows | BorrowedRows
         if pinned:
             rows = PinnedRows(shape, reader)
+        elif not copy:
+            rows = BorrowedRows(shape, device)
         elif path is None:
             rows = MemoryRows(shape, device, shared)
         else:
@@ -185,7 +193,7 @@ class UpdateStore:
 
     def _start(
         self,
-        rows: MemoryRows | FileRows,
+        rows: MemoryRows | FileRows | BorrowedRows,
         accepted: dict[Hashable, Accepted],
         layout: ParamLayout | None,
         buffer_dtype: torch.dtype | str | None,
@@ -354,6 +362,7 @@ class UpdateStore:
         *,
         row: int | None = None,
         replace: bool = False,
+        base: Tensor | None = None,
     ) -> bool:
         """Copy one client's contribution into the store, if it can be used.
 
@@ -368,6 +377,8 @@ class UpdateStore:
                 first free row.
             replace: Whether a contribution under an accepted id takes the place of the first one, which stays until the
                 new one is accepted; that takes a free row. By default it is not accepted.
+            base: ``w [P]``, float32 or float64, where ``update`` is the client's state ``w_k`` instead: the difference
+                is formed in the dtype of ``w`` while it is copied.
 
         Returns:
             Whether it was accepted; if not, ``rejected`` tells why.
@@ -391,7 +402,7 @@ class UpdateStore:
             self._arriving.add(client)
         self._note_unused(fisher)
         try:
-            accepted = self._writer.fill(row, client, update, fisher, num_samples)
+            accepted = self._writer.fill(row, client, update, fisher, num_samples, base)
             self._rows.commit(accepted)
         except BaseException as error:
             with self._changed:
@@ -442,18 +453,19 @@ class UpdateStore:
             tiles = self._rows.tiles([client.row for client in clients])
             rejected = dict(self.rejected)
 
-        def numbers(name: str) -> Tensor:
-            return torch.tensor([getattr(client, name) for client in clients], dtype=torch.float64)
-
+        names = ("num_samples", "squared_norm", "fisher_min", "fisher_max")
+        numbers = [[getattr(client, name) for client in clients] for name in names]
+        num_samples, squared_norm, low, high = torch.tensor(numbers, dtype=torch.float64).unbind()
         return ClientUpdates(
             tiles=tiles,
-            num_samples=numbers("num_samples"),
+            num_samples=num_samples,
             clients=tuple(client.client for client in clients),
-            squared_norm=numbers("squared_norm"),
-            fisher_min=numbers("fisher_min") if self.with_fishers else None,
-            fisher_max=numbers("fisher_max") if self.with_fishers else None,
+            squared_norm=squared_norm,
+            fisher_min=low if self.with_fishers else None,
+            fisher_max=high if self.with_fishers else None,
             valid=torch.ones(len(clients), dtype=torch.bool),
             rejected=rejected,
+            unread=isinstance(self._rows, BorrowedRows),
         )
 
     def _begin_round(self) -> None:
@@ -486,7 +498,8 @@ class UpdateStore:
     def _note_unused(self, fisher: Any) -> None:
         if fisher is not None and not self.with_fishers and not self._warned:
             self._warned = True
-            warnings.warn("the store keeps no Fishers (with_fishers=False): those given are ignored", stacklevel=3)
+            text = "the store keeps no Fishers (with_fishers=False): those given are ignored"
+            warnings.warn(text, stacklevel=callers_level())
 
     def _refuse(self, client: Hashable, reason: str) -> Literal[False]:
         self.rejected[client] = reason

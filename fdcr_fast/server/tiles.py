@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class ClientTiles(Protocol):
     def dtypes(self) -> frozenset[torch.dtype]:
         """Of updates and Fishers."""
 
+    @property
+    def windows(self) -> int:
+        """In how many places a few parameters are read without much more than these being read."""
+
     def spans(self) -> Iterator[Span]:
         """The whole round in the order of the parameters, cut between tiles; a span is valid until the next one."""
 
@@ -70,6 +74,7 @@ class MatrixTiles:
     updates: Tensor
     fishers: Tensor | None
     num_params: int
+    windows: ClassVar[int] = 16
 
     @classmethod
     def of(cls, updates: Tensor, fishers: Tensor | None) -> MatrixTiles:

@@ -41,6 +41,11 @@ class TilesView:
         """See :class:`ClientTiles`."""
         return self.tiles.dtypes
 
+    @property
+    def windows(self) -> int:
+        """See :class:`ClientTiles`."""
+        return self.tiles.windows
+
     def spans(self) -> Iterator[Span]:
         """See :meth:`ClientTiles.spans`."""
         return map(self.seen, self.tiles.spans())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import ctypes
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,25 @@ from torch import Tensor, nn
 from fdcr_fast.layout import ParamLayout, as_tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class SplitVector:
+    """A vector ``[P]`` in pieces."""
+
+    def __init__(self, pieces: Sequence[Tensor]) -> None:
+        self._pieces = [piece for piece in pieces if piece.numel()]
+        self._ends = list(itertools.accumulate(piece.numel() for piece in self._pieces))
+
+    def between(self, start: int, stop: int) -> list[Tensor]:
+        """Numbers ``[start, stop)``, at least one, in pieces."""
+        first, last = bisect.bisect_right(self._ends, start), bisect.bisect_left(self._ends, stop)
+        found = self._pieces[first : last + 1]
+        if self._ends[last] > stop:
+            found[-1] = found[-1][: stop - self._ends[last]]
+        begin = self._ends[first - 1] if first else 0
+        if begin < start:
+            found[0] = found[0][start - begin :]
+        return found
 
 
 def vector_pieces(
@@ -137,7 +158,10 @@ def _plain(tensor: Tensor) -> Tensor:
         if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
             kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
             raise TypeError(f"it is a {kind} tensor, not a dense one")
-        last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        if tensor.numel() and (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
+        size = tensor.numel()
+        if not tensor.is_contiguous():
+            size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        last = tensor.storage_offset() + size
+        if tensor.numel() and last * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise TypeError("its memory was freed")
         return tensor.detach().as_subclass(Tensor)

@@ -385,17 +385,17 @@ void check_fill_row(const fdcr::Kernels& kernels) {
   }
   const T padding = static_cast<T>(-77);
   std::vector<T> row(static_cast<size_t>(tiles * (L + gap) - gap), padding);
-  fdcr::FillRowProblem p;
+  fdcr::FillRowsProblem p;
   p.segments = segments.data();
   p.count = static_cast<int64_t>(segments.size());
   p.params = P;
-  p.row = row.data();
+  p.data = row.data();
   p.element = source(row).element;
   p.tile_length = L;
   p.tile_stride = L + gap;
   p.stride = 1;
   fdcr::RowStatistics statistics{1, INFINITY, -INFINITY};
-  kernels.fill_row(p, &statistics, pool);
+  kernels.fill_rows(p, &statistics, pool);
 
   double norm = 1, low = INFINITY, high = -INFINITY;
   for (int64_t v = 0; v < P; ++v) {
@@ -412,10 +412,10 @@ void check_fill_row(const fdcr::Kernels& kernels) {
   require(std::abs(statistics.squared_norm - norm) <= 1e-12 * norm, "squared norm of a row");
 
   std::vector<uint16_t> narrow(static_cast<size_t>(tiles * (L + gap) - gap));
-  p.row = narrow.data();
+  p.data = narrow.data();
   for (const fdcr::Element element : {fdcr::Element::kBFloat16, fdcr::Element::kFloat16}) {
     p.element = element;
-    kernels.fill_row(p, &statistics, pool);
+    kernels.fill_rows(p, &statistics, pool);
     require(std::isfinite(statistics.squared_norm), "statistics of a narrow row");
   }
 }

@@ -1,5 +1,7 @@
 """Random operands with awkward layouts, and the meaning of the operators in naive float64."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -100,3 +102,29 @@ def rows(tiled, num_params):
 def relative_error(got, expected):
     got, expected = (np.asarray(x, dtype=np.float64) for x in (got, expected))
     return np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-300)
+
+
+NOTHING = torch.tensor([0.0, math.inf, -math.inf], dtype=torch.float64)  # statistics of no numbers
+
+
+@st.composite
+def vectors(draw):
+    """Pieces of one vector, an empty row for it, and how it is laid out."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    sizes = draw(st.lists(st.integers(0, 3000), min_size=1, max_size=4))
+    scale = draw(st.sampled_from([1.0, 1e-6, 1e4]))
+    pieces = [
+        laid_out(
+            (torch.randn(n, generator=generator, dtype=torch.float64) * scale).to(draw(st.sampled_from(FLOATS))),
+            draw(st.sampled_from(["contiguous", "gapped", "offset"])),
+        )
+        for n in sizes
+    ]
+    P = sum(sizes)
+    L = draw(st.sampled_from([max(P, 1), max(P // 3, 1), P + 5, 1, 16, 64, 2048, 2500]))
+    dtype = draw(st.sampled_from(FLOATS))
+    store = torch.full((max(-(-P // L), 1), 3, 2, L), torch.nan, dtype=dtype)
+    row = store[:, 1, draw(st.integers(0, 1))]
+    if draw(st.booleans()):
+        row = torch.full((row.shape[1], row.shape[0]), torch.nan, dtype=dtype).t()
+    return pieces, row

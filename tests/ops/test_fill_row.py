@@ -6,43 +6,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import FLOATS, laid_out
+from problems import NOTHING, vectors
 
 from fdcr_fast.ops import STRETCH
 
-NOTHING = torch.tensor([0.0, math.inf, -math.inf], dtype=torch.float64)
 
-
-@st.composite
-def vectors(draw):
-    """Pieces of one vector, an empty row for it, and how it is laid out."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    sizes = draw(st.lists(st.integers(0, 3000), min_size=1, max_size=4))
-    scale = draw(st.sampled_from([1.0, 1e-6, 1e4]))
-    pieces = [
-        laid_out(
-            (torch.randn(n, generator=generator, dtype=torch.float64) * scale).to(draw(st.sampled_from(FLOATS))),
-            draw(st.sampled_from(["contiguous", "gapped", "offset"])),
-        )
-        for n in sizes
-    ]
-    P = sum(sizes)
-    L = draw(st.sampled_from([max(P, 1), max(P // 3, 1), P + 5, 1, 16, 64, 2048, 2500]))
-    dtype = draw(st.sampled_from(FLOATS))
-    store = torch.full((max(-(-P // L), 1), 3, 2, L), torch.nan, dtype=dtype)
-    row = store[:, 1, draw(st.integers(0, 1))]
-    if draw(st.booleans()):
-        row = torch.full((row.shape[1], row.shape[0]), torch.nan, dtype=dtype).t()
-    return pieces, row
-
-
-@given(problem=vectors())
-def test_it_is_a_rounded_copy_and_its_statistics(implementation, problem):
+@given(problem=vectors(), base_dtype=st.sampled_from([None, torch.float32, torch.float64]))
+def test_it_is_a_rounded_copy_and_its_statistics(implementation, problem, base_dtype):
     pieces, row = problem
+    P = sum(len(piece) for piece in pieces)
     before = torch.tensor([1.0, 0.5, 0.75], dtype=torch.float64)
-    statistics = implementation("fill_row")(pieces, row, before)
-    expected = torch.cat([piece.to(row.dtype) for piece in pieces])  # PyTorch's own rounding
-    P = len(expected)
+    if base_dtype is None:
+        statistics = implementation("fill_row")(pieces, row, before)
+        expected = torch.cat([piece.to(row.dtype) for piece in pieces])  # PyTorch's own rounding
+    else:
+        base = torch.linspace(-2, 2, 2 * P, dtype=base_dtype)[::2]
+        statistics = implementation("fill_row")(pieces, row, before, base)
+        expected = (torch.cat([piece.to(base_dtype) for piece in pieces]) - base).to(row.dtype)
     flat = row.reshape(-1)
     assert torch.equal(flat[:P], expected)
     assert flat[P:].isnan().all()

@@ -48,7 +48,17 @@ def samples():
                 [torch.randn(4), torch.randn(6, dtype=torch.bfloat16)],
                 torch.zeros(3, 4),
                 torch.tensor([0.0, torch.inf, -torch.inf], dtype=torch.float64),
-            )
+            ),
+            (
+                [torch.randn(10)],
+                torch.zeros(3, 4),
+                torch.tensor([0.0, torch.inf, -torch.inf], dtype=torch.float64),
+                torch.randn(10),
+            ),
+        ],
+        "fill_rows": [
+            ([torch.randn(4), torch.randn(16, dtype=torch.bfloat16)], torch.zeros(3, 2, 4)),
+            ([torch.randn(20)], torch.zeros(3, 2, 4, dtype=torch.float64), torch.randn(10)),
         ],
         "importance_range": [(fishers, 10)],
         "squared_norm": [(updates, 10)],

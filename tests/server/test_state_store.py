@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from fdcr_fast import FDCR, FedAvg, ParamLayout, StateStore, aggregate_state_dicts
+from fdcr_fast import (
+    FDCR,
+    CoalitionFDCR,
+    CoordinateMedian,
+    FedAvg,
+    Krum,
+    ParamLayout,
+    StateStore,
+    aggregate_state_dicts,
+)
 
 K = 5
 COUNTS = [3, 1, 4, 1, 5]
@@ -121,3 +130,53 @@ def test_a_clear_that_fails_changes_nothing():
     with pytest.raises(ValueError, match="missing parameters"):
         store.clear(nn.Linear(3, 2))
     assert_same_state(store.aggregate(FedAvg())[0], trained(state, 0))
+
+
+@pytest.mark.parametrize("rule", [FDCR(), FedAvg(), CoordinateMedian(), Krum(num_byzantine=1), CoalitionFDCR()])
+def test_a_store_that_does_not_copy_gives_the_same_bits(rule):
+    model = nn.Sequential(nn.Linear(40, 300), nn.BatchNorm1d(300), nn.Linear(300, 5))  # several spans of parameters
+    state = model.state_dict()
+    layout = ParamLayout.from_module(model)
+    copying, borrowing = (StateStore(state, K, layout=layout, copy=copy) for copy in (True, False))
+    for k in range(K):
+        torch.manual_seed(k)
+        client = {name: value + (0.1 + 0.1 * k) * torch.randn(value.shape) for name, value in state.items()}
+        fisher = torch.rand(layout.numel)
+        sent = [client, fisher] if k != 3 else [difference(client, state), layout.unflatten(fisher)]
+        for store in (copying, borrowing):
+            put = store.put_update if k == 3 else store.put_state
+            assert put(*sent, COUNTS[k], k)
+        torch.testing.assert_close(borrowing.updates[k].update, copying.updates[k].update, rtol=0, atol=0)
+        torch.testing.assert_close(borrowing.updates[k].fisher, fisher, rtol=0, atol=0)
+    expected, found = copying.aggregate(rule), borrowing.aggregate(rule)
+    assert torch.equal(found[1].kept, expected[1].kept)
+    for name, value in expected[0].items():
+        assert torch.equal(found[0][name], value)
+
+
+def test_a_store_that_does_not_copy_tells_bad_updates_when_it_is_aggregated():
+    state = network().state_dict()
+    store = StateStore(state, K, copy=False)
+    for k in range(K):
+        client = trained(state, k)
+        if k == 2:
+            client["3.bias"] = torch.full((3,), torch.nan)
+        fisher = torch.rand(store.layout.numel) * (torch.nan if k == 4 else 1)
+        assert store.put(client, fisher, COUNTS[k], k) == (k != 4)
+    result = store.aggregate(FDCR())[1]
+    assert result.rejected.keys() == {2, 4}
+    assert "update is not finite" in result.rejected[2]
+    assert not result.kept[result.clients.index(2)]
+
+
+def test_a_store_that_does_not_copy_has_no_file(tmp_path):
+    with pytest.raises(ValueError, match="has no memory of its own"):
+        StateStore(network().state_dict(), K, copy=False, path=tmp_path / "round.store")
+
+
+def test_warnings_show_the_callers_line():
+    state = network().state_dict()
+    store = StateStore(state, K, with_fishers=False)
+    with pytest.warns(UserWarning, match="those given are ignored") as caught:
+        store.put_state(trained(state, 0), torch.rand(store.layout.numel), 1, 0)
+    assert caught[0].filename == __file__

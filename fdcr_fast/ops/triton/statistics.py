@@ -141,9 +141,12 @@ def fill(
     tl.store(to + 2, tl.where(undefined, nan, tl.max(largest, axis=0).to(tl.float64)))
 
 
-def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor) -> Tensor:
+def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Tensor | None = None) -> Tensor:
     """Copy a vector into tiles, with statistics of what is kept; see ``schemas``."""
     tiles, length = row.shape
+    if base is not None:
+        parts_of_base = base.to(row.device).split([len(piece) for piece in values])
+        values = [piece.to(part) - part for piece, part in zip(values, parts_of_base, strict=True)]
     chunks = [blocks(len(piece), _CHUNK) for piece in values]
     parts = row.new_empty(sum(chunks), 3, dtype=torch.float64)
     if len(parts) == 0:

@@ -78,7 +78,8 @@ class FoolsGoldState:
         here[rows] = True
         counts = torch.ones(len(here), dtype=torch.float64)
         tiles = MatrixTiles.of(self.history, None)
-        return ClientUpdates(tiles, counts, tuple(self.clients), counts, None, None, here, {})
+        everybody = torch.ones_like(here)
+        return ClientUpdates(tiles, counts, tuple(self.clients), counts, None, None, everybody, {}).with_valid(here)
 
     def forget(self, clients: Iterable[ClientId]) -> None:
         """Drop clients, such as those who left, and everything known of them; unknown ones are ignored."""
