@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/fdcr-fast demo --out $(OUT)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal --ignore=tests/integrations
 
 # Against the real frameworks and their simulators, in an environment on top of the first one: their pins differ from
 # what that one has, and torch is not installed again.
