@@ -1,8 +1,7 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,26 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from fdcr_fast.sim import SimulationConfig, SimulationResult, resume, simulate
+from fdcr_fast.sim import ProgressEvent, SimulationConfig, SimulationResult, resume, simulate
 from fdcr_fast.sim.checkpoint import RunFolder, write_atomically
-
-KILLED = """
-import os, sys
-from fdcr_fast.sim import SimulationConfig, simulate
-
-def kill(event):
-    if (event.round, event.clients_done) == (int(sys.argv[3]), int(sys.argv[4])):
-        os._exit(9)
-
-simulate(SimulationConfig.from_yaml(sys.argv[1]), sys.argv[2], kill)
-"""
+from fdcr_fast.sim.workers import IMPORTED_ONCE
 
 
-def kill_in(config: SimulationConfig, folder: Path, round: int, clients_done: int) -> None:
-    command = [sys.executable, "-c", KILLED, config.to_yaml(), str(folder), str(round), str(clients_done)]
-    assert subprocess.run(command, check=False).returncode == 9
+def killed_run(config: SimulationConfig, folder: Path, round: int, clients_done: int) -> None:
+    def kill(event: ProgressEvent) -> None:
+        if (event.round, event.clients_done) == (round, clients_done):
+            os._exit(9)
+
+    simulate(config, folder, kill)
+
+
+def kill_in(*arguments: Any) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    process = context.Process(target=killed_run, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 9
 
 
 def without_costs(result: SimulationResult) -> list[dict[str, object]]:
@@ -53,7 +54,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
 def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path, server: str, attack: str) -> None:
     config = tiny_config(rounds=4, threads=1, server=server, **ATTACKS[attack])
     expected = simulate(config)
-    kill_in(config, tmp_path, round=3, clients_done=2)
+    kill_in(config, tmp_path, 3, 2)
     assert not (tmp_path / "summary.json").exists()
     with (tmp_path / "rounds.csv").open("a") as file:
         file.write("3,0.5,trunc")  # as if killed while writing, before the checkpoint
@@ -68,7 +69,7 @@ def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path, server: str, a
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
     config = tiny_config(threads=1)
-    kill_in(config, tmp_path, round=1, clients_done=1)
+    kill_in(config, tmp_path, 1, 1)
     (tmp_path / "rounds.csv").write_text("round,acc")
     assert torch.equal(resume(tmp_path).params, simulate(config).params)
 
