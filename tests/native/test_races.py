@@ -55,7 +55,7 @@ def test_no_races(tmp_path):
     A function linked once for all would run with the instructions of one: every kernel file keeps its own.
     """
     program = build(tmp_path)
-    result = run(program, 60)
+    result = run(program, 30)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "rounds right" in result.stdout
     planted = run(program, 0, "--plant-race")
