@@ -28,6 +28,11 @@ settings.load_profile("interpreted" if INTERPRETED or CUDA_ON_HOST else "ci" if 
 SIMD_LEVELS = ("avx512", "avx2", "baseline")
 
 
+def pytest_collection_modifyitems(items):
+    """What compiles takes longest: begun first, it is not what everything else waits for at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("cuda_on_host", "native", "triton_kernels"))
+
+
 @contextmanager
 def operators(level):
     """The operators as compiled for one instruction set: a function name -> function."""

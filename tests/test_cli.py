@@ -225,12 +225,6 @@ def test_info_needs_no_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         __main__.main()
 
 
-def test_importing_the_library_does_not_import_the_simulator() -> None:
-    script = "import sys, fdcr_fast; print({'fdcr_fast.sim', 'pydantic', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-
-
 def test_python_m_runs_the_command_line() -> None:
     done = subprocess.run([sys.executable, "-m", "fdcr_fast", "info"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == fdcr_fast.info().strip()

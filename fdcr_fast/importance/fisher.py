@@ -60,9 +60,10 @@ def diagonal_fisher(
         model: Any module that treats the samples of a batch independently of each other, but for TorchScript.
         data: ``(inputs, targets)``, an iterable of such batches (a ``DataLoader``), or a data set of pairs
             ``(input, target)`` or of mappings. ``inputs`` is a tensor, a tuple of positional arguments or a mapping of
-            keyword arguments. Tensors and NumPy arrays have the samples in dimension 0; tensors without dimensions,
-            flags, ``None`` and the like go with all samples. A batch may also be one mapping whose ``labels`` are the
-            targets and whose other entries are the inputs.
+            keyword arguments. Tensors and NumPy arrays have the samples in dimension 0, and so have lists of text or
+            numbers that are as long; tensors without dimensions, flags, ``None``, tuples of numbers and the like go
+            with all samples. A batch may also be one mapping whose ``labels`` are the targets and whose other entries
+            are the inputs.
         loss: ``cross_entropy``, ``nll``, ``mse``, ``bce_with_logits`` of the model's output, or of its ``logits``; or a
             callable ``(output, targets) -> [N]`` of per-sample losses. Classes are the dimension that the targets lack:
             dimension 1, or the last one as in models of language.

@@ -88,7 +88,7 @@ def values():
             assert torch.equal(one.isnan(), other.isnan()), (operator, found, exact)
             error = (one.double() - other).nan_to_num().norm() / other.nan_to_num().norm().clamp(min=1e-300)
             assert error < limit, (operator, [x.shape for x in args if isinstance(x, torch.Tensor)], error)
-    print("values are right")
+    print("values are right", flush=True)
 
 
 def in_float64(x):

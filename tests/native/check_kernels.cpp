@@ -1,6 +1,6 @@
 // Runs the CPU kernels on random problems, with threads of its own and buffers that are exactly as large as
-// they must be, and compares them with naive float64 loops. Meant for the sanitizers: it needs neither Python
-// nor PyTorch.
+// they must be, and compares them with naive float64 loops. Meant for ThreadSanitizer: it needs neither
+// Python nor PyTorch.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

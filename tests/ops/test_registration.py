@@ -141,7 +141,5 @@ def test_import_initialises_nothing():
         "heavy = {'torchvision', 'sklearn', 'matplotlib', 'pydantic', 'click', 'triton', 'fdcr_fast.sim'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    baseline = "import sys, torch\nprint(' '.join(m for m in ('triton', 'click') if m in sys.modules))"
-    assert run(baseline).stdout.split() == []
     result = run(code)
     assert result.returncode == 0, result.stderr

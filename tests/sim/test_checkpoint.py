@@ -4,8 +4,6 @@ import errno
 import itertools
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from tiny import tiny_config, without_costs
 
 from fdcr_fast.sim import ProgressEvent, RoundRecord, SimulationConfig, figures, resume, simulate
 from fdcr_fast.sim.checkpoint import RunFolder, read_records, write_atomically
+from fdcr_fast.sim.forkserver import forkserver_context
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
@@ -31,21 +30,19 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
     monkeypatch.setattr(os, "fsync", fail)
 
 
-KILLED = """
-import os, sys
-from fdcr_fast.sim import SimulationConfig, simulate
+def killed_run(config: SimulationConfig, folder: Path, round: int, clients_done: int) -> None:
+    def kill(event: ProgressEvent) -> None:
+        if (event.round, event.clients_done) == (round, clients_done):
+            os._exit(9)
 
-def kill(event):
-    if (event.round, event.clients_done) == (int(sys.argv[3]), int(sys.argv[4])):
-        os._exit(9)
-
-simulate(SimulationConfig.from_yaml(sys.argv[1]), sys.argv[2], kill)
-"""
+    simulate(config, folder, kill)
 
 
-def kill_in(config: SimulationConfig, folder: Path, round: int, clients_done: int) -> None:
-    command = [sys.executable, "-c", KILLED, config.to_yaml(), str(folder), str(round), str(clients_done)]
-    assert subprocess.run(command, check=False).returncode == 9
+def kill_in(*arguments: Any) -> None:
+    process = forkserver_context().Process(target=killed_run, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 9
 
 
 ATTACKS: dict[str, dict[str, Any]] = {
@@ -66,7 +63,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
 def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path, server: str, attack: str) -> None:
     config = tiny_config(rounds=4, threads=1, server=server, **ATTACKS[attack])
     expected = simulate(config)
-    kill_in(config, tmp_path, round=3, clients_done=2)
+    kill_in(config, tmp_path, 3, 2)
     assert not (tmp_path / "summary.json").exists()
     with (tmp_path / "rounds.csv").open("a") as file:
         file.write("3,0.5,trunc")  # as if killed while writing, before the checkpoint
@@ -81,7 +78,7 @@ def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path, server: str, a
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
     config = tiny_config(threads=1)
-    kill_in(config, tmp_path, round=1, clients_done=1)
+    kill_in(config, tmp_path, 1, 1)
     (tmp_path / "rounds.csv").write_text("round,acc")
     assert torch.equal(resume(tmp_path).params, simulate(config).params)
 

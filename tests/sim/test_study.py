@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,18 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def kill_children(spared: Collection[multiprocessing.process.BaseProcess] = ()) -> None:
+    for child in set(multiprocessing.active_children()).difference(spared):
+        child.kill()
+        child.join()
+
+
 def killed_study(folder: Path) -> None:
-    """Process that is killed after a round of a run, when others have finished."""
+    """Process that is killed, with those it has started, after a round of a run, when others have finished."""
 
     def kill(event: StudyEvent) -> None:
         if event.run.row == "coalition" and event.progress and event.progress.record:
+            kill_children()
             os.kill(os.getpid(), signal.SIGKILL)
 
     execute(study().runs(), folder, 2, kill)
@@ -194,10 +202,11 @@ def test_failures_are_recorded_tried_again_and_stop_nobody(tmp_path: Path) -> No
     ]
     failing = study(rows=rows, seeds=1, base={**TINY["base"], "model": "mlp"})
 
+    others = multiprocessing.active_children()  # of other tests
+
     def kill(event: StudyEvent) -> None:
         if event.run.row == "killed" and event.progress:
-            for child in multiprocessing.active_children():
-                child.kill()
+            kill_children(spared=others)
 
     execute(failing.runs(), tmp_path / "runs", 1, kill)
     lines = {line["row"]: line for line in results_csv(failing, tmp_path / "runs")}

@@ -39,25 +39,21 @@ SLOW = (
 SLOW += "dtype2-600", "dtype3-600"  # float32 and float64 stay: others are float32 once loaded
 FILES = [
     f"tests/ops/test_{name}.py"
-    for name in ("aggregation", "central_mean", "embedding_grads", "fill_row", "norm_grads", "squared_grads")
+    for name in ("aggregation", "central_mean", "embedding_grads", "fill_row", "gram", "norm_grads", "squared_grads")
 ]
-
-
-@pytest.mark.parametrize(
-    ("files", "chosen"),
-    [
-        (FILES, [f"not {name}" for name in SLOW]),
-        (["tests/ops/test_gram.py"], ["(nobody or undefined or every_transform)"]),
-    ],
+CHOSEN = " and ".join(
+    ["triton", *(f"not {name}" for name in SLOW), "(not test_gram or nobody or undefined or every_transform)"]
 )
-def test_they_pass_the_tests_of_all_implementations(files, chosen):
-    assert "passed" in interpreted("-m", "pytest", *files, "-p", "no:warnings", "-k", " and ".join(["triton", *chosen]))
+
+
+def test_they_pass_the_tests_of_all_implementations():
+    assert "passed" in interpreted("-m", "pytest", *FILES, "-p", "no:warnings", "-k", CHOSEN)
 
 
 def test_the_dispatcher_reaches_them():
-    """The same through ``torch.ops``, where they take the place of the compiled kernels: schemas, fakes, compile."""
+    """The same through ``torch.ops``, where they take the place of the compiled kernels: schemas, fakes, tracing."""
     output = interpreted(
-        "-m", "pytest", "tests/ops/test_registration.py", "-p", "no:warnings", "-k", "opcheck or torch_compile",
+        "-m", "pytest", "tests/ops/test_registration.py", "-p", "no:warnings", "-k", "opcheck",
         FDCR_FAST_BACKEND="triton",
     )  # fmt: skip
     assert "passed" in output

@@ -1,5 +1,7 @@
-"""The CPU kernels as a program of their own, built with the sanitizers: reads and writes out of bounds, undefined
-behaviour, races between threads."""
+"""The CPU kernels as a program of their own, with threads that ThreadSanitizer knows.
+
+``make sanitize`` looks for reads and writes out of bounds, and for undefined behaviour.
+"""
 
 import os
 import shutil
@@ -21,9 +23,9 @@ pytestmark = [
 ]
 
 
-def build(folder, sanitizers):
+def build(folder):
     common = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", f"-I{CSRC}"]
-    common += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-ffp-contract=fast"]
+    common += ["-fsanitize=thread", "-ffp-contract=fast"]
     sources = [*sorted((CSRC / "cpu").glob("*.cpp")), Path(__file__).with_name("check_kernels.cpp")]
     jobs = []
     for source in sources:
@@ -32,13 +34,13 @@ def build(folder, sanitizers):
     for job in jobs:
         _, errors = job.communicate()
         if "unrecognized" in errors or "cannot find" in errors:
-            pytest.skip(f"{COMPILER} has no {sanitizers} sanitizer")
+            pytest.skip(f"{COMPILER} has no ThreadSanitizer")
         assert job.returncode == 0, errors
     program = folder / "check_kernels"
-    link = [COMPILER, f"-fsanitize={sanitizers}", *folder.glob("*.o"), "-o", program, "-lpthread"]
+    link = [COMPILER, "-fsanitize=thread", *folder.glob("*.o"), "-o", program, "-lpthread"]
     linked = subprocess.run(link, capture_output=True, text=True, check=False)
     if linked.returncode != 0 and "cannot find" in linked.stderr:
-        pytest.skip(f"{COMPILER} has no {sanitizers} runtime")
+        pytest.skip(f"{COMPILER} has no runtime of ThreadSanitizer")
     assert linked.returncode == 0, linked.stderr
     return program
 
@@ -47,19 +49,13 @@ def run(program, rounds, *options):
     return subprocess.run([program, str(rounds), *options], capture_output=True, text=True, check=False)
 
 
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
-    result = run(build(tmp_path, "address,undefined"), 150)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "rounds right" in result.stdout
-
-
 def test_no_races(tmp_path):
     """Nor any code that instruction sets share.
 
     A function linked once for all would run with the instructions of one: every kernel file keeps its own.
     """
-    program = build(tmp_path, "thread")
-    result = run(program, 60)
+    program = build(tmp_path)
+    result = run(program, 30)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "rounds right" in result.stdout
     planted = run(program, 0, "--plant-race")
