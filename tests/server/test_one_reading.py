@@ -215,7 +215,7 @@ def test_clipped_average(P_, clip):
     ],
 )
 def test_options_are_checked(rule, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
         rule(**options)
 
 
