@@ -1,6 +1,6 @@
 """State dicts in, a state dict out: FDCR against the published server code in plain PyTorch.
 
-python -m pytest benchmarks/bench_state_dicts.py
+python -m pytest benchmarks/bench_state_dicts.py --threads 1
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RULE = FDCR(cluster="kmeans")
 REPORT = Report(
     "state_dicts",
     "State dicts",
-    "python -m pytest benchmarks/bench_state_dicts.py",
+    "python -m pytest benchmarks/bench_state_dicts.py --threads 1",
     f"""\
 FDCR on states of {ENTRIES} float32 tensors, one client in ten an attacker, two-means. *x published*: time of the
 algorithm as published, written in PyTorch in loops over clients and entries of state dicts in float32, over ours,

@@ -24,7 +24,7 @@ from fdcr_fast.server.rows import (
 from fdcr_fast.server.tiles import Span
 from fdcr_fast.server.vectors import SplitVector
 
-_SPAN_BYTES = 1 << 22  # of the buffer: stays in cache from when it is filled until it is read
+_SPAN_BYTES = 1 << 23  # of the buffer: many parameters at once, and still in cache when they are read
 _PART = 1 << 18  # numbers of a client that are looked at together when it comes
 
 

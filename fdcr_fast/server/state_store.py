@@ -166,11 +166,12 @@ class StateStore:
         try:
             named, whole = self._named(state, difference)
             received = self._received_from(named, difference, whole)
+            params = named if difference else self.layout.tensors(named)
             fisher = self._with_twins(fisher, named)
         except Exception as error:  # the state is the client's, and so is whatever it raises
             self.reject(client_id, shown(error, str))
             return False
-        accepted = self.updates.put(named, fisher, num_samples, client_id, base=None if difference else self._vector)
+        accepted = self.updates.put(params, fisher, num_samples, client_id, base=None if difference else self._vector)
         if accepted:
             self._received[client_id] = received
         return accepted
