@@ -26,7 +26,7 @@ class CategoricalLoss:
     """``-log p`` of classes, of which every sample may have several: one per token or pixel.
 
     Args:
-        function: ``cross_entropy`` or ``nll_loss`` of ``torch.nn.functional``.
+        function: ``cross_entropy`` of ``torch.nn.functional``, or ``nll_loss``, of probabilities, too.
         class_dim: The dimension of the outputs that holds the classes. By default the one that the targets lack: 1 as
             PyTorch has it, or the last as models of language have it.
         per_sample: ``"sum"`` or ``"mean"`` over the targets of a sample that are not ignored.
@@ -139,6 +139,16 @@ class CategoricalLoss:
         return labels if targets.is_floating_point() else labels.masked_fill(targets == self._ignored, self._ignored)
 
 
+def _nll_loss(
+    scores: Tensor, targets: Tensor, *, weight: Tensor | None = None, reduction: str, ignore_index: int
+) -> Tensor:
+    """PyTorch's takes class indices only."""
+    if not targets.is_floating_point():
+        return F.nll_loss(scores, targets, weight=weight, reduction=reduction, ignore_index=ignore_index)
+    weights = 1 if weight is None else weight.view(-1, *[1] * (scores.dim() - 2))
+    return -(targets * scores * weights).sum(1)
+
+
 class ElementwiseLoss(ABC):
     """A loss of every output by itself."""
 
@@ -212,7 +222,7 @@ _OF_CLASSES = frozenset({"weight", "ignore_index", "class_dim", "per_sample", "s
 
 LOSSES: dict[str, Entry] = {
     "cross_entropy": Entry(partial(CategoricalLoss, F.cross_entropy), _OF_CLASSES | {"label_smoothing"}),
-    "nll": Entry(partial(CategoricalLoss, F.nll_loss), _OF_CLASSES),
+    "nll": Entry(partial(CategoricalLoss, _nll_loss), _OF_CLASSES),
     "mse": Entry(SquaredError, frozenset({"per_sample"})),
     "bce_with_logits": Entry(BinaryCrossEntropy, frozenset({"weight", "pos_weight", "per_sample"})),
 }

@@ -211,3 +211,17 @@ def test_bad_options_of_tokens(options, message):
 def test_shift_takes_tokens():
     with pytest.raises(ValueError, match="shift takes outputs with one dimension of positions"):
         diagonal_fisher(nn.Linear(4, C), (torch.randn(N, 4), torch.zeros(N).long()), loss_options={"shift": 1})
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+@pytest.mark.parametrize("order", [(0, 2, 1), (0, 1, 2)])
+def test_nll_of_probabilities(order, weight):
+    """As cross_entropy, which has log_softmax in it, takes them."""
+    x, y = torch.randint(0, 9, (N, T)), torch.rand(N, T, C).softmax(-1).permute(order)
+    torch.manual_seed(1)
+    log = Tokens(*order, log=True)
+    torch.manual_seed(1)
+    scores = Tokens(*order)
+    options = {"class_dim": order.index(2)} | ({} if weight is None else {"weight": weight})
+    fisher = diagonal_fisher(log, (x, y), "nll", loss_options=options)
+    assert_fisher(fisher, diagonal_fisher(scores, (x, y), loss_options=options))
