@@ -14,7 +14,7 @@ from fdcr_fast.importance.data import batches
 from fdcr_fast.importance.estimate import Estimate
 from fdcr_fast.importance.kinds import BATCH_GRADIENT, resolve_kind
 from fdcr_fast.importance.losses import Loss, resolve_loss
-from fdcr_fast.importance.model import Inventory, selected, unwrapped, values_of
+from fdcr_fast.importance.model import Inventory, listed, selected, unwrapped, values_of
 from fdcr_fast.importance.modes import evaluation, one_thread_at_a_time
 from fdcr_fast.importance.per_sample import PerSampleGradients
 from fdcr_fast.importance.settings import settings_of
@@ -170,7 +170,7 @@ def diagonal_fisher_stacked(
     """
     state = {name: as_tensor(x) for name, x in state.items()}
     if options.get("params") is not None:
-        options["params"] = [options["params"]] if isinstance(options["params"], str) else list(options["params"])
+        options["params"] = listed(options["params"])  # an iterator would serve the first client only
     sizes = {name: len(x) if x.dim() > 0 else 0 for name, x in state.items()}
     if set(sizes.values()) != {len(data)} or not data:
         raise ValueError(f"expected state [K, ...] and data of the same K >= 1 clients, got {sizes} and {len(data)}")

@@ -118,6 +118,11 @@ def values_of(inventory: Inventory, state: Mapping[str, Any] | None) -> dict[str
     return {name: given[name][1].to(x) if name in given else x.detach() for name, x in own.items()}
 
 
+def listed(params: Iterable[str]) -> list[str]:
+    """Names as callers give them, one alone or several."""
+    return [params] if isinstance(params, str) else list(params)
+
+
 def selected(inventory: Inventory, params: Iterable[str] | None) -> list[str]:
     """The names of the parameters wanted, in the model's order.
 
@@ -125,9 +130,7 @@ def selected(inventory: Inventory, params: Iterable[str] | None) -> list[str]:
         ValueError: A name that no parameter has, no name at all, or parameters that are not real numbers.
     """
     parameters = inventory.parameters
-    asked = list(
-        dict(inventory.model.named_parameters()) if params is None else [params] if isinstance(params, str) else params
-    )
+    asked = list(dict(inventory.model.named_parameters())) if params is None else listed(params)
     found = {inventory.find(name): name for name in asked}
     if unknown := [name for own, name in found.items() if own not in parameters]:
         raise ValueError(f"the model has no parameter {', '.join(unknown)}; it has {', '.join(parameters)}")

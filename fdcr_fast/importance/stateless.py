@@ -53,7 +53,6 @@ class Stateless:
             or any(m._backward_hooks or m._backward_pre_hooks for m in self._modules)
             or bool(_modules._global_backward_hooks or _modules._global_backward_pre_hooks)
         )
-        self._known = {(id(registry), leaf) for registry, leaf, _ in self._slots}
         self._frozen = [p for p in inventory.parameters.values() if _can_be_frozen(p) and not p.requires_grad]
         self._inventory = inventory
         self._hooks: list[RemovableHandle] = []
@@ -130,11 +129,11 @@ class Stateless:
         exchanged = any(
             name in buffers and registry.get(leaf) is not buffers[name] for registry, leaf, name in self._slots
         )
+        given = set(map(id, buffers.values()))
         made = any(
-            x.is_floating_point() and (id(module._buffers), leaf) not in self._known
+            x is not None and x.is_floating_point() and id(x) not in given
             for module in self._modules
-            for leaf, x in module._buffers.items()
-            if x is not None
+            for x in module._buffers.values()
         )
         return exchanged or made or self._values.join_samples()
 

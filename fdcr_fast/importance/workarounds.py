@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,29 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from fdcr_fast.importance import hooks
-
-
-class _Off:
-    """Context manager: a switch of the process is off, and as before when the last thread leaves."""
-
-    def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any], off: Any = False) -> None:
-        self._read, self._write, self._off = read, write, off
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._before = self._read()
-                self._write(self._off)
-            self._inside += 1
-
-    def __exit__(self, *_: Any) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._write(self._before)
+from fdcr_fast.importance.switches import Switch
 
 
 def _attention_kernels() -> tuple[bool, ...]:
@@ -57,17 +34,17 @@ def _cache_parametrisations(cached: tuple[int, dict[Any, Any]] | None) -> None:
     parametrize._cache_enabled, parametrize._cache = cached or (0, {})
 
 
-_fastpath = _Off(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
-_onednn = _Off(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
+_fastpath = Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
+_onednn = Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
 # What is computed from other parameters than those of the moment, and what would be kept beyond them.
-_cache_of_parametrisations = _Off(_parametrisations_cached, _cache_parametrisations, None)
+_cache_of_parametrisations = Switch(_parametrisations_cached, _cache_parametrisations, None)
 _ATTENTION: list[tuple[Callable[[], bool], Callable[[bool], Any]]] = [
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
     (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
     (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
 ]
-_fused_attention = _Off(_attention_kernels, _set_attention_kernels, (False, False, False, True))
+_fused_attention = Switch(_attention_kernels, _set_attention_kernels, (False, False, False, True))
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class BorrowedRows:
             self._rows.pop(row, None)
 
     def mark_round(self, ended: bool) -> None:
-        """Nor to remember."""
+        """There is nothing to remember."""
 
     def pack(self, rows: Sequence[int]) -> list[int]:
         """Rows can lie anywhere."""
