@@ -266,8 +266,8 @@ def _compared(network: Network, want: dict[str, Tensor | None]) -> Verdict:
 
 def _doubted(verdict: Verdict, network: Network, want: dict[str, Tensor | None]) -> Verdict | None:
     """Whether plain autograd gives other numbers, too: in the batch, or after a change in the last digits."""
-    if verdict.text.startswith(UNNAMED) and (batched := _batched(network)) is not None:
-        left = verdict.text.removeprefix(UNNAMED).split(", ")
+    if verdict.text.startswith(UNNAMED):
+        batched, left = in_its_batch(network), verdict.text.removeprefix(UNNAMED).split(", ")
         # Zero, as returned: in a batch, the rows of others keep them in the graph.
         return None if any(batched[name] is None for name in left) else Verdict("same")
     for word, other in (("in its batch", _batched), ("by other last digits", _shaken)):
