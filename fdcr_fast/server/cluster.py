@@ -4,7 +4,7 @@ Every function maps ``values [K]`` (finite) to labels ``[K]`` (int64) numbered b
 that the highest label is the set with the largest mean. Values that are all equal, or a single one, make one
 cluster. Labels depend on the values alone, never on their order.
 
-Labels lie where the values do. On a GPU nothing is copied to the host and nothing waits: shapes and numbers of steps
+Labels lie where the values do, in a tensor, or for values in a NumPy array (float64) in one. On a GPU nothing is copied to the host and nothing waits: shapes and numbers of steps
 depend on ``K`` alone. Values there are not checked; labels of values that are not finite mean nothing.
 """
 
@@ -25,14 +25,16 @@ Options = ParamSpec("Options")
 
 def _clustering(
     label_sorted: Callable[Concatenate[Tensor, Options], Tensor],
-) -> Callable[Concatenate[Tensor, Options], Tensor]:
+) -> Callable[Concatenate[Any, Options], Any]:
     """Extend a function of ascending float64 values, not all equal and at most 1 in size, to any finite values."""
 
     @functools.wraps(label_sorted)
-    def cluster(values: Tensor, /, *args: Options.args, **kwargs: Options.kwargs) -> Tensor:
-        scores = values.detach().double()
-        if scores.dim() != 1 or len(scores) == 0:
+    def cluster(values: Any, /, *args: Options.args, **kwargs: Options.kwargs) -> Any:
+        if values.ndim != 1 or len(values) == 0:
             raise ValueError(f"expected a vector of finite values, got {values}")
+        if isinstance(values, np.ndarray):
+            return on_host(values, *args, **kwargs)
+        scores = values.detach().double()
         if scores.device.type == "cpu":
             return torch.from_numpy(on_host(scores.numpy(), *args, **kwargs))
         if len(scores) == 1:

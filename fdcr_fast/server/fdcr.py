@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from fdcr_fast.server import passes
 from fdcr_fast.server.cluster import CLUSTERINGS, check_density, check_partition
-from fdcr_fast.server.intake import ClientUpdates
-from fdcr_fast.server.rules import AggregationRule, Outcome, Selection, require_finite
+from fdcr_fast.server.intake import ClientUpdates, require_finite
+from fdcr_fast.server.rules import AggregationRule, Outcome, Selection
 from fdcr_fast.server.scores import SCORES
-from fdcr_fast.server.transfer import fetch, sent
+from fdcr_fast.server.transfer import arrays, fetch, sent, tensors
 
 _ROUNDING = 1e-9  # scores that differ by less, such as those of two clients of equal size, are the same score
 _NORM_MARGIN = 1e-4  # norms from float32 products are right to much less
@@ -92,105 +91,127 @@ class FDCR(AggregationRule):
             scores = passes.scores(on, alpha, reweight=self.importance, single=single)
             if not single or passes.trusted(scores, on, alpha):
                 break
-        return cast(Selection, _fetched(self._decide(scores.distance, on))[0])
+        return cast(Selection, _fetched(self.decide(scores.distance, on))[0])
 
-    def _read_norms(
-        self, global_params: Tensor, clients: ClientUpdates, finite: Tensor | None
-    ) -> tuple[ClientUpdates, Outcome | None]:
-        """The norms, from the one reading of scores and mean if nobody seems to be rejected.
+    def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
+        """The norms of a round that nobody has read come from the one reading, if nobody seems to be rejected."""
+        foreseen = _OneReading(self, global_params).foreseen(clients) if clients.unread else None
+        return super()._measured(global_params, clients) if foreseen is None else foreseen
+
+    def _outcome(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
+        if isinstance(clients, _Foreseen) and clients.rows is None:
+            return clients.outcome
+        return _OneReading(self, global_params).of(clients, passes.fits_single(clients))[0]
+
+    def decide(self, distance: Tensor, clients: ClientUpdates) -> Selection:
+        """What follows from the ``S_k`` and the round, both on the CPU or not; nothing waits for them."""
+        xp, S, valid = arrays(distance, clients.valid)
+        score, labels = SCORES[self.discrepancy], xp.zeros_like(valid, dtype=xp.int64)
+        if self.cluster is not None:
+            scores = score(*arrays(clients.of_valid(distance))[1:], clients.num_params)
+            high = scores.max()
+            apart = high - scores.min() > _ROUNDING * high
+            found = CLUSTERINGS[self.cluster](xp.where(apart, scores, 0.0), self)
+            if clients.rows is None:
+                labels = found
+            else:
+                labels[clients.rows] = found
+        kept = valid & ((labels < labels.max()) | (labels == 0))
+        V = score(S / self.learning_rate**2, clients.num_params)
+        return Selection(*tensors(kept, V, labels))
+
+
+@dataclass(frozen=True)
+class _Foreseen(ClientUpdates):
+    """A round that was read before it was screened, with the outcome for the case that nobody is rejected."""
+
+    outcome: Outcome = field(kw_only=True)
+
+
+class _OneReading:
+    """Scores and the mean over those who will probably be kept from one reading, and the mean again if need be.
+
+    Products are formed in float32 where that seems good enough, and again in float64 where it was not. Everything is
+    decided where the clients' rows are, and fetched at once when the reading is done: on a device the host waits once,
+    and once more if products are formed again.
+    """
+
+    def __init__(self, rule: FDCR, global_params: Tensor) -> None:
+        self.rule, self.global_params = rule, global_params
+
+    def foreseen(self, clients: ClientUpdates) -> _Foreseen | None:
+        """A round that nobody has read, if nobody seems to be rejected; it is yet to be screened.
 
         On a device a guess would have to be waited for: there everybody is taken to pass.
         """
-        if passes.worth_sampling(clients):
-            single, passing = passes.may_fit_single(clients), True
-            if clients.tiles.device.type == "cpu":
-                guess = clients.with_norms(passes.sampled_norms(clients))
-                single, passing = passes.fits_single(guess), self._all_pass(guess)
-            if passing:
-                outcome, statistics = self._read(global_params, clients, single, finite)
-                known = clients.with_statistics(*statistics)
-                if self._all_pass(known) and passes.fits_single(known) == single:
-                    return known, outcome
-        return super()._read_norms(global_params, clients, finite)
+        if not passes.worth_sampling(clients):
+            return None
+        single = passes.may_fit_single(clients)
+        if clients.tiles.device.type == "cpu":
+            guess = clients.with_norms(passes.sampled_norms(clients))
+            single = passes.fits_single(guess)
+            if not self._all_pass(guess):
+                return None
+        outcome, statistics = self.of(clients, single)
+        known = clients.with_statistics(*statistics)
+        if not self._all_pass(known) or passes.fits_single(known) != single:
+            return None
+        return _Foreseen(**vars(known), outcome=outcome)
 
-    def _all_pass(self, clients: ClientUpdates) -> bool:
-        """Whether nobody is rejected, nor would be if norms were a little different."""
-        bound = None if self.norm_bound is None else max(self.norm_bound * (1 - _NORM_MARGIN), 1.0)
-        return bool(clients.screened(importance=self.needs_fishers, norm_bound=bound).valid.all())
+    def of(self, clients: ClientUpdates, single: bool) -> tuple[Outcome, list[Tensor | None]]:
+        """The outcome, and the statistics of the round with the squared norms of this reading.
 
-    def _apply(self, global_params: Tensor, clients: ClientUpdates, finite: Tensor | None) -> Outcome:
-        return self._read(global_params, clients, passes.fits_single(clients), finite)[0]
-
-    def _read(
-        self, global_params: Tensor, clients: ClientUpdates, single: bool, finite: Tensor | None
-    ) -> tuple[Outcome, list[Tensor | None]]:
-        """Scores and the mean over those who will probably be kept in one reading, and the mean again if need be.
-
-        Products are formed in float32 if ``single``, and again in float64 where that is not good enough. Everything is
-        decided where the clients' rows are, and fetched at once when the reading is done: on a device the host waits
-        once, and once more if products are formed again.
-
-        With the outcome the statistics of the round, with the squared norms of this reading, which are as right as its
-        products.
+        These are as right as its products, which are in float32 if ``single``.
         """
-        on = clients.on_device()
-        alpha = self.shares(on, on.valid)
+        rule, on = self.rule, clients.on_device()
+        alpha = rule.shares(on, on.valid)
         expected = self._expected(on, alpha, single)
         while True:
             if expected is None:
-                scores = passes.scores(on, alpha, reweight=self.importance, single=single)
+                scores = passes.scores(on, alpha, reweight=rule.importance, single=single)
             else:
                 scores, params = passes.scores_and_mean(
-                    global_params,
+                    self.global_params,
                     on,
                     alpha,
-                    self.weights(on, expected),
-                    reweight=self.importance,
-                    rescale=self.rescale,
+                    rule.weights(on, expected),
+                    reweight=rule.importance,
+                    rescale=rule.rescale,
                     single=single,
                 )
-            selection = self._decide(scores.distance, on)
-            weights = self.weights(on, selection.kept)
-            trusted = passes.trusted(scores, on, alpha) if single else torch.tensor(True)
-            foreseen = None if expected is None else (selection.kept == expected).all()
+            selection = rule.decide(scores.distance, on)
+            weights = rule.weights(on, selection.kept)
+            trusted = passes.trusted(scores, on, alpha) if single else True
+            foreseen = False if expected is None else (selection.kept == expected).all()
             _, low, high = clients.statistics
             selection, own, trusted, foreseen, finite, *statistics = _fetched(
-                selection, weights, trusted, foreseen, finite, scores.squared_norm, low, high
+                selection, weights, trusted, foreseen, clients.finite, scores.squared_norm, low, high
             )
             require_finite(finite)
             if trusted:
                 break
             single, expected = False, sent(selection.kept, on.valid.device)
         if not foreseen:
-            params = passes.mean(global_params, on, weights, rescale=self.rescale, single=single)
+            params = passes.mean(self.global_params, on, weights, rescale=rule.rescale, single=single)
         return (selection, own, params), statistics
 
     def _expected(self, clients: ClientUpdates, alpha: Tensor, single: bool) -> Tensor | None:
         """Who will probably be kept; None for a round that takes no longer to read twice than to guess."""
-        if self.cluster is None:
+        if self.rule.cluster is None:
             return clients.valid
         if not passes.worth_sampling(clients):
             return None
-        guess = passes.sampled_scores(clients, alpha, reweight=self.importance, single=single)
-        return self._decide(guess.distance, clients).kept
+        guess = passes.sampled_scores(clients, alpha, reweight=self.rule.importance, single=single)
+        return self.rule.decide(guess.distance, clients).kept
 
-    def _decide(self, distance: Tensor, clients: ClientUpdates) -> Selection:
-        """From vectors that lie together, on the CPU or not; nothing waits for them."""
-        valid, score = clients.valid, SCORES[self.discrepancy]
-        scores = score(clients.of_valid(distance), clients.num_params)
-        if self.cluster is None:
-            labels = torch.zeros_like(valid, dtype=torch.int64)
-        else:
-            low, high = scores.aminmax()
-            apart = high - low > _ROUNDING * high
-            labels = CLUSTERINGS[self.cluster](torch.where(apart, scores, 0.0), self)
-            if clients.rows is not None:
-                labels = torch.zeros_like(valid, dtype=torch.int64).index_copy(0, clients.rows, labels)
-        kept = valid & (labels < labels.max().clamp(min=1))
-        return Selection(kept, score(distance / self.learning_rate**2, clients.num_params), labels)
+    def _all_pass(self, clients: ClientUpdates) -> bool:
+        """Whether nobody is rejected, nor would be if norms were a little different."""
+        bound = self.rule.norm_bound
+        bound = None if bound is None else max(bound * (1 - _NORM_MARGIN), 1.0)
+        return clients.screened(importance=self.rule.needs_fishers, norm_bound=bound).rows is None
 
 
-def _fetched(selection: Selection, *others: Tensor | None) -> list[Any]:
+def _fetched(selection: Selection, *others: Any) -> list[Any]:
     """The selection with its vectors on the CPU, and others, by one copy."""
     kept, discrepancy, labels, *rest = fetch([selection.kept, selection.discrepancy, selection.labels, *others])
     return [Selection(kept, discrepancy, labels), *rest]

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fdcr_fast import ops
@@ -23,6 +24,8 @@ OnEmpty: TypeAlias = Literal["raise", "keep"]
 
 _SHOWN = 3  # reasons in a message about many clients
 _NARROWEST = 1e-300  # range of a Fisher; float32 has none between this and zero
+# Squared distances between updates reach 4 times their squared norms.
+_LARGEST_SQUARE = sys.float_info.max / 8
 _FEWEST_SAMPLES, _MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range neither vanish nor overflow
 
 
@@ -45,6 +48,8 @@ class ClientUpdates:
         unread: Whether the updates have not been looked at yet: :meth:`with_norms` must come before anything that takes
             norms.
         rows: Numbers of the valid rows, int64; None for all of them. Follows from ``valid``; see :meth:`with_valid`.
+        finite: Whether the global parameters are; None where that is known to be so. On a device it would have to be
+            waited for: whoever fetches something next fetches it as well, see :func:`require_finite`.
     """
 
     tiles: ClientTiles
@@ -58,6 +63,7 @@ class ClientUpdates:
     shard: Shard = WHOLE
     unread: bool = False
     rows: Tensor | None = None
+    finite: Tensor | None = None
 
     @classmethod
     def from_matrices(
@@ -96,8 +102,14 @@ class ClientUpdates:
         return replace(self, valid=valid, rows=None if valid.all() else valid.nonzero().flatten())
 
     def fetched(self) -> ClientUpdates:
-        """The same round with all vectors on the CPU; waits for the device, once, where they are not."""
-        return self.with_statistics(*fetch(self.statistics))
+        """The same round with all vectors on the CPU; waits for the device, once, where they are not.
+
+        Raises:
+            ValueError: the global parameters are not finite.
+        """
+        *statistics, finite = fetch([*self.statistics, self.finite])
+        require_finite(finite)
+        return self.with_statistics(*statistics)
 
     @property
     def statistics(self) -> tuple[Tensor | None, ...]:
@@ -107,9 +119,11 @@ class ClientUpdates:
     def with_statistics(
         self, squared_norm: Tensor | None, fisher_min: Tensor | None, fisher_max: Tensor | None
     ) -> ClientUpdates:
-        """The same round with other :attr:`statistics`."""
+        """The same round, of which the global parameters are finite, with other :attr:`statistics`."""
         assert squared_norm is not None, "every round has norms"
-        return replace(self, squared_norm=squared_norm, fisher_min=fisher_min, fisher_max=fisher_max, unread=False)
+        return replace(
+            self, squared_norm=squared_norm, fisher_min=fisher_min, fisher_max=fisher_max, unread=False, finite=None
+        )
 
     def on_device(self) -> ClientUpdates:
         """The same round with its vectors where the rows are, so that nothing computed from them waits."""
@@ -121,11 +135,19 @@ class ClientUpdates:
             return None if vector is None else sent(vector, device)
 
         return replace(
-            self.with_statistics(*map(moved, self.statistics)),
+            self,
+            squared_norm=sent(self.squared_norm, device),
+            fisher_min=moved(self.fisher_min),
+            fisher_max=moved(self.fisher_max),
             num_samples=sent(self.num_samples, device),
             valid=sent(self.valid, device),
             rows=moved(self.rows),
         )
+
+    @property
+    def any_valid(self) -> bool:
+        """Whether there is a row that is not rejected."""
+        return bool(self.clients) if self.rows is None else len(self.rows) > 0
 
     def of_valid(self, vector: Tensor) -> Tensor:
         """The entries ``[n]`` of a vector ``[K]`` that belong to valid clients."""
@@ -159,32 +181,42 @@ class ClientUpdates:
                 scale). Updates of zero do not count in it: clients that send nothing new would else have all
                 others rejected. None for no bound.
         """
-        reasons: dict[Hashable, str | None] = {}
-        norms: dict[Hashable, float] = {}
-        for client, n, square, low, high in zip(
-            self.clients, self.num_samples.tolist(), self.squared_norm.tolist(), *self._fisher_ranges(), strict=True
-        ):
-            reason = rejection_reason(n, square, low, high)
-            if reason is None and importance and low is not None and high is not None and high - low < _NARROWEST:
-                reason = f"the Fisher is constant (every entry is {low:g}): importance is undefined"
-            if reason is None:
-                norms[client] = math.sqrt(square)
-            reasons[client] = reason
+        counts, squares = self.num_samples.numpy(), self.squared_norm.numpy()
+        usable = (counts > _FEWEST_SAMPLES) & (counts < _MOST_SAMPLES) & (squares <= _LARGEST_SQUARE)
+        if self.fisher_min is not None and self.fisher_max is not None:
+            low, high = self.fisher_min.numpy(), self.fisher_max.numpy()
+            usable &= (low >= 0) & (high < math.inf)
+            if importance:
+                with np.errstate(invalid="ignore"):  # of infinities
+                    usable &= high - low >= _NARROWEST
+        norms = np.sqrt(squares)
+        bound = math.inf
         if norm_bound is not None:
-            median = median_size(norms.values())
-            for client, norm in norms.items():
-                if norm > norm_bound * median:
-                    reasons[client] = (
-                        f"the update's norm {norm:.4g} is beyond {norm_bound:g} times the median {median:.4g}"
-                    )
-        rejected = {client: reason for client, reason in reasons.items() if reason is not None}
-        valid = torch.tensor([reason is None for reason in reasons.values()], dtype=torch.bool)
-        return replace(self.with_valid(valid), rejected={**self.rejected, **rejected})
+            median = median_size(norms[usable])
+            bound = norm_bound * median
+        passing = usable & (norms <= bound)
+        if passing.all():
+            return self
+        rejected = dict(self.rejected)
+        for k in (~passing).nonzero()[0].tolist():
+            if usable[k]:
+                reason = f"the update's norm {norms[k]:.4g} is beyond {norm_bound:g} times the median {median:.4g}"
+            else:
+                reason = self._reason(k)
+            rejected[self.clients[k]] = reason
+        return replace(self.with_valid(torch.from_numpy(passing)), rejected=rejected)
 
-    def _fisher_ranges(self) -> tuple[list[float] | list[None], list[float] | list[None]]:
-        if self.fisher_min is None or self.fisher_max is None:
-            return [None] * len(self.clients), [None] * len(self.clients)
-        return self.fisher_min.tolist(), self.fisher_max.tolist()
+    def _reason(self, k: int) -> str:
+        """Why the contribution of a client cannot be used, which it cannot."""
+        low, high = (None if x is None else x[k].item() for x in (self.fisher_min, self.fisher_max))
+        reason = rejection_reason(self.num_samples[k].item(), self.squared_norm[k].item(), low, high)
+        return reason or f"the Fisher is constant (every entry is {low:g}): importance is undefined"
+
+
+def require_finite(finite: Tensor | bool | None) -> None:
+    """Raise unless the global parameters are finite, or known to be."""
+    if finite is not None and not finite:
+        raise ValueError("global_params are not finite")
 
 
 def refuse(rejected: Mapping[Hashable, str], on_invalid: OnInvalid) -> None:
@@ -209,7 +241,7 @@ def refuse_empty(clients: ClientUpdates, on_empty: OnEmpty) -> None:
     """
     if on_empty not in get_args(OnEmpty):
         raise ValueError(f"on_empty must be one of {get_args(OnEmpty)}, got {on_empty!r}")
-    if clients.valid.any():
+    if clients.any_valid:
         return
     text = f"none of {len(clients.rejected)} clients can be used: {reasons(clients.rejected)}"
     without_samples = len(clients.clients) > 0 and not clients.num_samples.any()
@@ -260,8 +292,7 @@ def rejection_reason(
     """Why a client's contribution cannot be used by any rule, from its statistics if known; None if it can."""
     if not _FEWEST_SAMPLES < num_samples < _MOST_SAMPLES:
         return f"the sample count must be positive and finite, got {num_samples:g}"
-    # Squared distances between updates reach 4 times their squared norms.
-    if squared_norm is not None and not math.isfinite(8 * squared_norm):
+    if squared_norm is not None and not squared_norm <= _LARGEST_SQUARE:
         return "the update is not finite, or too large to be squared in float64"
     if fisher_min is None or fisher_max is None:
         return None
@@ -272,10 +303,10 @@ def rejection_reason(
     return None
 
 
-def median_size(sizes: Iterable[float]) -> float:
+def median_size(sizes: NDArray[np.float64]) -> float:
     """The lower median of those that are not zero; infinity where all are."""
-    ascending = sorted(size for size in sizes if size > 0)
-    return ascending[(len(ascending) - 1) // 2] if ascending else math.inf
+    ascending = np.sort(sizes[sizes > 0])
+    return float(ascending[(len(ascending) - 1) // 2]) if len(ascending) else math.inf
 
 
 def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.tiles import ClientTiles, MatrixTiles, Span
-from fdcr_fast.server.transfer import sent
+from fdcr_fast.server.transfer import arrays, sent
 
 Importances = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -50,26 +50,22 @@ def fits_single(clients: ClientUpdates) -> bool:
     """Whether products of this round stay far from the limits of float32; small rounds are computed in float64."""
     if not may_fit_single(clients):
         return False
-    largest = math.sqrt(clients.of_valid(clients.squared_norm).max().item())
-    if not _LEAST_RMS * clients.num_params**0.5 <= largest <= _MOST_NORM:
+    squares, low, high = (None if x is None else clients.of_valid(x).numpy() for x in clients.statistics)
+    if not _LEAST_RMS * clients.num_params**0.5 <= math.sqrt(squares.max()) <= _MOST_NORM:
         return False
-    if clients.fisher_min is None or clients.fisher_max is None:
-        return True
-    high = clients.of_valid(clients.fisher_max)
-    narrowest = (high - clients.of_valid(clients.fisher_min)).min().item()
-    fits: bool = narrowest >= 1 / _RANGE and high.max().item() <= _RANGE
-    return fits
+    return low is None or bool((high - low).min() >= 1 / _RANGE and high.max() <= _RANGE)
 
 
-def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Tensor:
+def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Any:
     """Whether scores from float32 products are right to about 1e-6 of themselves, and tell the clients apart."""
-    distance = clients.of_valid(scores.distance).sqrt()
-    smallest, largest = distance.aminmax()
-    rounded = 2 * scores.mean_square.sqrt() + smallest + clients.of_valid(alpha) @ distance
+    squares, shares = clients.of_valid(scores.distance), clients.of_valid(alpha)
+    xp, squares, shares, mean_square = arrays(squares, shares, scores.mean_square)
+    distance = xp.sqrt(squares)
+    smallest, largest = distance.min(), distance.max()
+    rounded = 2 * xp.sqrt(mean_square) + smallest + shares @ distance
     least = smallest >= _LEAST_RMS * clients.num_params**0.5
     apart = largest - smallest > _SAME * largest
-    right: Tensor = least & apart & (rounded <= _CANCELLATION * smallest)
-    return right
+    return least & apart & (rounded <= _CANCELLATION * smallest)
 
 
 def scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:

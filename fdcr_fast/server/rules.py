@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from fdcr_fast.server import passes
 from fdcr_fast.server.intake import (
@@ -22,14 +24,14 @@ from fdcr_fast.server.intake import (
     different_ids,
     refuse,
     refuse_empty,
+    require_finite,
     sample_shares,
 )
 from fdcr_fast.server.options import check_types
 from fdcr_fast.server.sharded import ParamShard
 from fdcr_fast.server.shares import limited_shares
 from fdcr_fast.server.store import UpdateStore
-from fdcr_fast.server.tiles import check_device, check_floating
-from fdcr_fast.server.transfer import fetch
+from fdcr_fast.server.tiles import WHOLE, check_device, check_floating
 from fdcr_fast.server.vectors import argument, matrix
 
 _SHOWN = 8  # ids in the text of a result
@@ -250,25 +252,14 @@ class AggregationRule:
                 that client instead.
         """
 
-        finite: Tensor | None = None
         if shard is not None and not isinstance(shard, ParamShard):
             raise TypeError(f"expected shard to be a ParamShard, got {shard!r}")
-        stored = isinstance(updates, UpdateStore)
         if isinstance(global_params, np.ndarray):
             global_params = argument("global_params", global_params)
+        stored = isinstance(updates, UpdateStore)
 
         def take_in() -> ClientUpdates:
-            nonlocal finite
-            check_floating("global_params", global_params, "[P]")
-            clients = self._intake(global_params, updates, fishers, num_samples, client_ids)
-            finite = _check_global(global_params, clients)
-            if shard is not None:
-                require_finite(finite)
-            if shard is not None and stored and clients.unread:
-                clients = clients.with_norms(passes.squared_norms(clients)).fetched()
-            if shard is not None and not self.sharded:
-                raise TypeError(f"{type(self).__name__} needs all parameters in one process: it takes no shard")
-            return clients
+            return self._take_in(global_params, updates, fishers, num_samples, client_ids, shard)
 
         if shard is None:
             clients = take_in()
@@ -277,23 +268,17 @@ class AggregationRule:
             clients = shard.agreed(
                 take_in, stored=stored, rule=self, on_invalid=on_invalid, on_empty=on_empty, dtype=dtype
             )
-        foreseen = None
-        if clients.unread:
-            clients, foreseen = self._read_norms(global_params.detach(), clients, finite)
-            finite = None
-        elif shard is not None and self.needs_norms:
-            clients = clients.with_norms(passes.squared_norms(clients)).fetched()
+        global_params = global_params.detach()
+        clients = self._measured(global_params, clients)
         clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
         refuse(clients.rejected, on_invalid)
         refuse_empty(clients, on_empty)
-        valid, rows = clients.valid, len(clients.clients)
-        if foreseen is not None and clients.rows is None:
-            selection, weights, params = foreseen
-        elif valid.any():
-            selection, weights, params = self._apply(global_params.detach(), clients, finite)
+        if clients.any_valid:
+            selection, weights, params = self._outcome(global_params, clients)
         else:
-            require_finite(finite)
-            selection, weights, params = Selection(valid), torch.zeros(rows, dtype=torch.float64), global_params
+            require_finite(clients.finite)
+            nobody = torch.zeros(len(clients.clients), dtype=torch.float64)
+            selection, weights, params = Selection(clients.valid), nobody, global_params
         if shard is not None:
             shard.confirm(weights)
         elif looks_like_states(global_params, clients):
@@ -304,22 +289,7 @@ class AggregationRule:
             )
         if stored:
             updates.end_round(clients.clients)
-        kept = selection.kept & valid
-        labels = (~kept).long() if selection.labels is None else selection.labels
-        if selection.discrepancy is None:
-            scores = torch.full((rows,), torch.nan, dtype=torch.float64)
-        else:
-            scores = torch.where(valid, selection.discrepancy, torch.nan)
-        return AggregationResult(
-            params=params if weights.any() else global_params.detach().clone(),
-            weights=weights,
-            discrepancy=scores,
-            kept=kept,
-            labels=torch.where(valid, labels, -1),
-            clients=clients.clients,
-            rejected=clients.rejected,
-            explanation=selection.explanation,
-        )
+        return _result(clients, selection, weights, params if weights.any() else global_params.clone())
 
     def shares(self, clients: ClientUpdates, chosen: Tensor) -> Tensor:
         """``n_k / sum n`` over the chosen clients, none above ``max_weight_share``, 0 for the others (eq. 11)."""
@@ -329,12 +299,12 @@ class AggregationRule:
         """Weight of each client in the mean, float64 ``[K]``, 0 for those that are not kept."""
         return self.shares(clients, kept)
 
-    def _apply(self, global_params: Tensor, clients: ClientUpdates, finite: Tensor | None) -> Outcome:
+    def _outcome(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
         """What the rule decides about a round with valid clients, their weights, and the new parameters.
 
-        Checks whether the global parameters are ``finite``, if that is not known yet.
+        These are the global ones themselves where nobody counts.
         """
-        require_finite(finite)
+        require_finite(clients.finite)
         selection = self.judge(global_params, clients)
         kept = selection.kept & clients.valid
         given = selection.weights
@@ -366,7 +336,31 @@ class AggregationRule:
             )
         return (fishers if self.needs_fishers else None), ([1] * count if num_samples is None else num_samples)
 
-    def _intake(
+    def _take_in(
+        self,
+        global_params: Tensor,
+        updates: Any,
+        fishers: Any,
+        num_samples: Any,
+        client_ids: Sequence[Hashable] | None,
+        shard: ParamShard | None,
+    ) -> ClientUpdates:
+        """The round as it came, with valid arguments; of a shard what is here, and what the ranks tell each other."""
+        check_floating("global_params", global_params, "[P]")
+        clients = self._round(global_params, updates, fishers, num_samples, client_ids)
+        finite = _check_global(global_params, clients)
+        if finite is not None:
+            clients = replace(clients, finite=finite)
+        if shard is None:
+            return clients
+        require_finite(clients.finite)
+        if clients.unread and isinstance(updates, UpdateStore):
+            clients = clients.with_norms(passes.squared_norms(clients)).fetched()
+        if not self.sharded:
+            raise TypeError(f"{type(self).__name__} needs all parameters in one process: it takes no shard")
+        return clients
+
+    def _round(
         self,
         global_params: Tensor,
         updates: Any,
@@ -405,17 +399,33 @@ class AggregationRule:
             read_norms=False,
         )
 
-    def _read_norms(
-        self, _global_params: Tensor, clients: ClientUpdates, finite: Tensor | None
-    ) -> tuple[ClientUpdates, Outcome | None]:
-        """The round with statistics of its rows, and where one reading gives it the outcome if nobody is rejected.
+    def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
+        """The round with the statistics that it is screened by, wherever its parameters are."""
+        if clients.unread or (self.needs_norms and clients.shard is not WHOLE):
+            return clients.with_norms(passes.squared_norms(clients)).fetched()
+        return clients
 
-        Also checks whether the global parameters are ``finite``.
-        """
-        clients = clients.with_norms(passes.squared_norms(clients))
-        *statistics, finite = fetch([*clients.statistics, finite])
-        require_finite(finite)
-        return clients.with_statistics(*statistics), None
+
+def _result(clients: ClientUpdates, selection: Selection, weights: Tensor, params: Tensor) -> AggregationResult:
+    """What is told about every client, of which those that were rejected have no score and no cluster."""
+    kept, labels, scores = selection.kept, selection.labels, selection.discrepancy
+    if labels is None:
+        labels = (~kept).long()
+    if scores is None:
+        scores = torch.full(kept.shape, torch.nan, dtype=torch.float64)
+    if clients.rows is not None:
+        kept = kept & clients.valid
+        labels, scores = labels.where(clients.valid, -1), scores.where(clients.valid, torch.nan)
+    return AggregationResult(
+        params=params,
+        weights=weights,
+        discrepancy=scores,
+        kept=kept,
+        labels=labels,
+        clients=clients.clients,
+        rejected=clients.rejected,
+        explanation=selection.explanation,
+    )
 
 
 def _check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | None:
@@ -430,10 +440,9 @@ def _check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | Non
         )
     check_device("global_params", global_params, clients.tiles)
     low, high = global_params.detach().aminmax()
-    finite = torch.maximum(-low, high) < torch.inf  # not of NaN either
-    if finite.device.type != "cpu":
-        return finite
-    require_finite(finite)
+    if not low.is_cpu:
+        return torch.maximum(-low, high) < torch.inf  # not of NaN either
+    require_finite(math.isfinite(low.item()) and math.isfinite(high.item()))
     return None
 
 
@@ -450,16 +459,13 @@ def looks_like_states(global_params: Tensor, clients: ClientUpdates) -> bool:
     Not looked at on devices, where the host would have to wait.
     """
     tiles = clients.tiles
-    if tiles.device.type != "cpu" or len(clients.clients) == 0:
-        return False
     count = min(tiles.tile, tiles.num_params, _LOOKED_AT)
-    own = global_params.detach()[:count].double()
-    size: float = own.norm().item()
-    if count < _FEWEST_LOOKED_AT or size == 0:
+    if tiles.device.type != "cpu" or not clients.clients or count < _FEWEST_LOOKED_AT:
         return False
+    own = global_params[:count]
     updates = clients.of_valid(tiles.window(0, count).updates[0])
-    distances: list[float] = (updates - own).norm(dim=1).tolist()
-    return 2 * sum(distance < size / 2 for distance in distances) > len(distances)
+    size, distance = vector_norm(own, dtype=torch.float64), vector_norm(updates - own, dim=1, dtype=torch.float64)
+    return 2 * int((2 * distance < size).count_nonzero()) > len(updates)
 
 
 def _stored(
@@ -479,9 +485,3 @@ def _stored(
     for k, (client, update) in enumerate(zip(ids, updates, strict=True)):
         store.put(update, None if fishers is None else fishers[k], num_samples[k], client)
     return store
-
-
-def require_finite(finite: Tensor | None) -> None:
-    """Raise unless the global parameters are finite, or known to be."""
-    if finite is not None and not finite:
-        raise ValueError("global_params are not finite")

@@ -453,9 +453,10 @@ class UpdateStore:
             tiles = self._rows.tiles([client.row for client in clients])
             rejected = dict(self.rejected)
 
-        names = ("num_samples", "squared_norm", "fisher_min", "fisher_max")
-        numbers = [[getattr(client, name) for client in clients] for name in names]
-        num_samples, squared_norm, low, high = torch.tensor(numbers, dtype=torch.float64).unbind()
+        numbers = [
+            (client.num_samples, client.squared_norm, client.fisher_min, client.fisher_max) for client in clients
+        ]
+        num_samples, squared_norm, low, high = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 4).T.contiguous()
         return ClientUpdates(
             tiles=tiles,
             num_samples=num_samples,

@@ -19,7 +19,8 @@ from fdcr_fast import diagonal_fisher
 from .compose import Network
 
 EXACT = 1e-7  # of an entry,
-FLOOR = 1e-12  # and of the largest: numbers of which rounding leaves nothing
+FLOOR = 1e-12  # and of the largest: numbers of which rounding leaves nothing,
+ROUNDED = 1e-30  # as it does of the square of a sum of terms of about one that cancel
 UNNAMED = "no error, though nothing depends on "
 
 
@@ -144,7 +145,7 @@ def differences(got: dict[str, Tensor], want: dict[str, Tensor | None]) -> list[
     found = []
     for name, x in got.items():
         y = want[name] if want[name] is not None else torch.zeros_like(x)
-        if not ((x - y).abs() <= EXACT * y + FLOOR * largest).all():
+        if not ((x - y).abs() <= EXACT * y + max(FLOOR * largest, ROUNDED)).all():
             share = (x.sum() / y.sum()).item()
             found.append(f"{name}: {share:.6g} of the sum expected")
     return found
