@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdcr_fast.sim.data import as_images
+from fdcr_fast.sim.datasets.dataset import as_images
 from fdcr_fast.sim.seeding import torch_generator
 
 Pixels = tuple[tuple[int, int], ...]
@@ -247,7 +247,7 @@ def _check_trigger(options: PoisonOptions) -> None:
 
 
 def _read_images(path: Path, names: tuple[str, ...], shape: tuple[int, int, int]) -> list[Tensor]:
-    """Arrays of images of a file ``*.npz``, as :func:`fdcr_fast.sim.data.as_images` takes them."""
+    """Arrays of images of a file ``*.npz``, as :func:`fdcr_fast.sim.datasets.dataset.as_images` takes them."""
     if not path.is_file():
         raise FileNotFoundError(f"attack_file: no file {path}; expected an archive *.npz with {', '.join(names)}")
     try:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fdcr_fast.sim.report import figures_of
+from fdcr_fast.sim.run.report import figures_of
 from fdcr_fast.sim.study.pool import StudyEvent, StudyProgress
 from fdcr_fast.sim.study.spec import Run
 

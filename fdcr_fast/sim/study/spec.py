@@ -204,7 +204,7 @@ def _describe(problem: ErrorDetails) -> str:
     return ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))
 
 
-_SHIPPED = resources.files("fdcr_fast.sim") / "studies"
+_SHIPPED = resources.files("fdcr_fast.sim.study") / "shipped"
 
 
 def shipped_studies() -> list[str]:
