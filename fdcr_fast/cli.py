@@ -176,7 +176,9 @@ def _study_options(command: F) -> F:
             "--seeds", type=click.IntRange(min=1), help="How many seeds, counted from 0. [default: the study's]"
         ),
         click.option("--row", "rows", multiple=True, help="Execute this row only; may be given several times."),
-        click.option("--setting", "settings", multiple=True, help="Execute this setting only; likewise."),
+        click.option(
+            "--setting", "settings", multiple=True, help="Execute this setting only; may be given several times."
+        ),
         click.option(
             "--data-dir",
             type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -62,7 +62,7 @@ class Poisoning(ABC):
             images: Float32 ``[N, C, H, W]`` in [-1, 1].
             labels: Int64 ``[N]``.
             attacker: The client's position among the malicious clients.
-            generator: Of every random draw.
+            generator: Source of every random draw.
         """
         candidates = self.candidates(labels)
         count = round(self.poison_share * len(candidates))
@@ -92,7 +92,7 @@ class Unpoisoned(Poisoning):
     """Nothing is poisoned, for attackers that only want to do harm; accuracy is the figure to watch."""
 
     def candidates(self, labels: Tensor) -> Tensor:
-        """None."""
+        """No image."""
         return labels.new_empty(0)
 
     def poisoned(self, images: Tensor, attacker: int, generator: torch.Generator) -> Tensor:
@@ -100,7 +100,7 @@ class Unpoisoned(Poisoning):
         return images
 
     def victims(self, images: Tensor, labels: Tensor) -> Tensor:
-        """None."""
+        """No image."""
         return images[:0]
 
 
@@ -198,7 +198,7 @@ class EdgeCase(Poisoning):
     test_images: Tensor
 
     def poisoned(self, images: Tensor, attacker: int, generator: torch.Generator) -> Tensor:
-        """As many of the user's images."""
+        """Images of the user's, as many as are replaced."""
         available, wanted = len(self.train_images), len(images)
         if wanted <= available:
             return self.train_images[torch.randperm(available, generator=generator)[:wanted]]

@@ -32,7 +32,7 @@ class Attackers:
     """The malicious clients of a run.
 
     Attributes:
-        clients: Who they are.
+        clients: Their ids.
         poisoning: What is done to their data.
         wait: Whether they look at others' uploads, and so are the last to send theirs.
     """
@@ -177,19 +177,19 @@ class _Draft:
         return self._work.train(self._client, self._clean, epochs=self._epochs)
 
     def norm(self) -> float:
-        """Norm that it wants for its update: as configured, or that of the benign client that it could be."""
+        """The norm that it wants for its update: as configured, or that of the benign client that it could be."""
         if self._config.attacker_norm is not None:
             return self._config.attacker_norm
         return float((self._benign_params.double() - self._work.params).norm())
 
     def honest_fisher(self) -> Tensor:
-        """Of its poisoned data at its model."""
+        """The Fisher of its poisoned data at its model."""
         return self._work.fisher(self._poisoned, self.params)
 
     def clean_fisher(self) -> Tensor:
-        """Of its clean data at its model."""
+        """The Fisher of its clean data at its model."""
         return self._work.fisher(self._clean, self.params)
 
     def benign_model_fisher(self) -> Tensor:
-        """Of the benign client that it could be."""
+        """The Fisher of the benign client that it could be."""
         return self._work.fisher(self._clean, self._benign_params)

@@ -28,7 +28,7 @@ class Participants:
     missing: Mapping[int, str]
 
     def without(self, failed: Mapping[int, str]) -> Participants:
-        """The same clients, of whom these have failed, too."""
+        """These participants, of whom some have failed, too."""
         epochs = {client: epochs for client, epochs in self.epochs.items() if client not in failed}
         return Participants(self.clients, epochs, {**self.missing, **failed})
 

@@ -21,7 +21,7 @@ class LocalWork:
     """One round's work, by the one model that stands in for every client's.
 
     Attributes:
-        config: That of the run.
+        config: Configuration of the run.
         classifier: The model.
         clock: Counts the time that clients take.
         round: Counted from 1.

@@ -65,7 +65,7 @@ class Dataset:
         )
 
     def hold_out(self, count: int, seed: int) -> tuple[Dataset, Tensor, Tensor]:
-        """Without ``count`` training images drawn at random, and those with their labels.
+        """The data set without ``count`` training images drawn at random, and those with their labels.
 
         Raises:
             ValueError: no training image would be left.

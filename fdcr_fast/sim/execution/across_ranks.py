@@ -49,7 +49,8 @@ class AcrossRanks:
     outbox: UpdateStore
 
     def run(self, work: LocalWork, jobs: Sequence[Job], store: UpdateStore) -> Iterator[Outcome]:
-        """See :class:`fdcr_fast.sim.execution.Executor`; outcomes of all ranks' jobs come on every rank."""
+        """Perform the jobs of all ranks, whose outcomes come on every one; see
+        :class:`fdcr_fast.sim.execution.Executor`."""
         of_all = [jobs[rank :: self.shard.world] for rank in range(self.shard.world)]
         size = self.outbox.capacity
         for first in range(0, len(of_all[0]), size):  # the first rank has the most

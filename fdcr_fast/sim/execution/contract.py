@@ -41,7 +41,7 @@ class Executor(Protocol):
         is added to ``work.clock``.
 
         Args:
-            work: That of this round; its classifier may be used.
+            work: The round's work; its classifier may be used.
             jobs: They are of distinct clients and rows, which are free.
             store: Where uploads go. Nobody else changes it meanwhile.
         """

@@ -20,7 +20,7 @@ class Setup(NamedTuple):
     """What an executor can be made of.
 
     Attributes:
-        config: That of the run.
+        config: Configuration of the run.
         population: All clients.
         build: Makes the model; a function that other processes can import.
         store: The only one that the executor will be given, shared where there are worker processes.

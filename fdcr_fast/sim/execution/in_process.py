@@ -18,7 +18,7 @@ class InProcess:
     population: Population
 
     def run(self, work: LocalWork, jobs: Sequence[Job], store: UpdateStore) -> Iterator[Outcome]:
-        """See :class:`Executor`."""
+        """Perform the jobs; see :class:`fdcr_fast.sim.execution.Executor`."""
         for job in jobs:
             try:
                 upload = self.population.perform(work, job)
@@ -30,4 +30,4 @@ class InProcess:
             yield Outcome(job)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """End nothing, as nothing runs elsewhere."""

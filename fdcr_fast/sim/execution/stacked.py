@@ -41,7 +41,7 @@ class Stacked:
         self._most = most
 
     def run(self, work: LocalWork, jobs: Sequence[Job], store: UpdateStore) -> Iterator[Outcome]:
-        """See :class:`fdcr_fast.sim.execution.Executor`."""
+        """Perform the jobs; see :class:`fdcr_fast.sim.execution.Executor`."""
         benign = [job for job in jobs if not job.attackers]
         for first in range(0, len(benign), self._most):
             yield from self._together(work, benign[first : first + self._most], store)
@@ -78,4 +78,4 @@ class Stacked:
             return updates, self._model.fishers(params, self._images, self._labels, taken).cpu()
 
     def close(self) -> None:
-        """Nothing to end."""
+        """End nothing, as nothing runs elsewhere."""

@@ -93,7 +93,7 @@ class WorkerPool:
     ``if __name__ == "__main__"``, as worker processes import the script.
 
     Args:
-        config: That of the run; each of its ``workers`` has ``threads`` threads per operator.
+        config: Configuration of the run; each of its ``workers`` has ``threads`` threads per operator.
         population: All clients, with shared data.
         build: Makes the model; a function that other processes can import.
         store: A shared one, the only one that :meth:`run` is called with.
@@ -109,7 +109,7 @@ class WorkerPool:
         self._seconds_of_a_job = SECONDS_OF_AN_ORDER
 
     def run(self, work: LocalWork, jobs: Sequence[Job], store: UpdateStore) -> Iterator[Outcome]:
-        """See :class:`fdcr_fast.sim.execution.Executor`."""
+        """Perform the jobs; see :class:`fdcr_fast.sim.execution.Executor`."""
         params, last_update = self._vectors.tensor
         params.copy_(work.params)
         if work.last_update is not None:

@@ -59,8 +59,8 @@ class Federation:
 
     Attributes:
         clock: Read at the end of every round.
-        similarity: That of the importances of the last round's clients, see :class:`fdcr_fast.sim.SimulationResult`;
-            None before it.
+        similarity: Similarity of the importances of the last round's clients; None before it. See
+            :class:`fdcr_fast.sim.SimulationResult`.
 
     Raises:
         FileNotFoundError: the data set's files are not there.
@@ -134,7 +134,7 @@ class Federation:
         """One communication round from global parameters ``[P]`` to the next ones, with what was measured.
 
         Args:
-            number: That of the round, counted from 1.
+            number: Which round, counted from 1.
             params: Global parameters as sent out, ``[P]``.
             progress: Called after every client.
             last_update: What the round before changed in the parameters.

@@ -42,12 +42,12 @@ class RoundRecord(BaseModel):
             same rounds.
         exclusion_rate: Share of all clients that sent one which were excluded or rejected.
         participants: Clients drawn for the round.
-        missing: Those who sent nothing: dropped out, too late, or failed.
-        kept: Those whose upload counted.
-        rejected: Those whose upload could not be used.
+        missing: Clients who sent nothing: dropped out, too late, or failed.
+        kept: Clients whose upload counted.
+        rejected: Clients whose upload could not be used.
         seconds: Wall time since the end of the round before; for the first round of a run or of its resumption, since
             its beginning.
-        training_seconds: Of the local training of all processes together, as are the next three of their phases.
+        training_seconds: Time of the local training of all processes together; the next three are of other phases.
         peak_rss_bytes: Largest resident memory of the process so far.
     """
 
@@ -81,7 +81,7 @@ class ClientRecord(BaseModel):
     Attributes:
         sent: Whether it sent an upload.
         discrepancy: ``V_k``; None if the rule computes none or the client was rejected.
-        weight: Of its update in the new global model.
+        weight: Weight of its update in the new global model.
         reason: Why it sent nothing or was rejected, else empty. A client can be valid and yet not kept.
     """
 
@@ -102,13 +102,13 @@ class Summary(BaseModel):
     """Contents of summary.json: means over the last five rounds (fewer if fewer ran) of what a round has.
 
     Attributes:
-        problems: In how many of these rounds the global model had which problem; empty for a sound one.
+        problems: Number of these rounds in which the global model had each problem; empty for a sound one.
         seconds: Wall time from the call to the writing of this, all calls of a run that was resumed together, but for
             rounds that were interrupted and have been done again.
-        phase_seconds: Of all processes and all rounds, by phase.
+        phase_seconds: Time of all processes and all rounds, by phase.
         peak_rss_bytes: Largest resident memory of the process.
-        rounds: How many there were.
-        averaged_rounds: Over how many of them the means are.
+        rounds: Number of rounds.
+        averaged_rounds: Number of rounds that the means are taken over.
         missing: Clients drawn who sent nothing, over all rounds.
         rejected: Uploads that could not be used, over all rounds.
     """

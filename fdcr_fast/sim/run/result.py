@@ -62,7 +62,7 @@ class RunState:
         rounds: Records of every finished round.
         clients: Records of every client in every finished round.
         last_update: What the last round changed in the parameters, ``[P]``; None before the first.
-        similarity: That of the clients' importances, ``[S, S]``; after the last round only.
+        similarity: Similarity of the clients' importances, ``[S, S]``; after the last round only.
         memory: What the server remembers of its clients, empty for one that remembers nothing.
     """
 

@@ -23,7 +23,7 @@ def study_progress(console: Console, runs: Sequence[Run]) -> Iterator[StudyProgr
 
     Args:
         console: Where to show it.
-        runs: That are going to be executed, each once.
+        runs: The runs that are going to be executed, each once.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as bar:

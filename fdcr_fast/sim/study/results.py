@@ -47,7 +47,7 @@ class StudyResults:
     Attributes:
         study: What was asked for.
         runs: All its runs, finished or not.
-        finished: Those with a result, in the order of ``runs``.
+        finished: The runs with a result, in the order of ``runs``.
         errors: Why others failed, by name of the run's folder.
     """
 

@@ -108,7 +108,7 @@ class NetworkClassifier(Classifier):
         self.layers = layers
 
     def logits(self, params: Tensor, images: Tensor) -> Tensor:
-        """The output, by one operator."""
+        """The output, from one operator."""
         return ops.network_outputs(params, images, torch.arange(len(images)), self.layers)
 
     def grad(self, params: Tensor, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

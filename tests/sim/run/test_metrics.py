@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdcr_fast.sim import RoundRecord
-from fdcr_fast.sim.run.metrics import share, summarize
+from fdcr_fast.sim import RoundRecord, Summary
+from fdcr_fast.sim.run.metrics import MEASURES, METRICS, share, summarize
+from fdcr_fast.sim.run.report import COMPARED
 
 
 @given(chosen=st.sets(st.integers(0, 9)), among=st.sets(st.integers(0, 9)))
@@ -75,3 +76,14 @@ def test_the_summary_counts_the_problems_of_the_rounds_that_it_averages() -> Non
 def test_no_rounds_no_summary() -> None:
     with pytest.raises(ValueError, match="at least one round"):
         summarize([])
+
+
+def test_every_metric_has_its_fields() -> None:
+    for name in METRICS:
+        assert name in RoundRecord.model_fields
+        assert name in Summary.model_fields
+        if name != "accuracy":  # which all runs have
+            assert RoundRecord.model_fields[name].default is None, "runs that began without it could not be resumed"
+            assert Summary.model_fields[name].default is None, "results of earlier runs could not be read"
+    assert {measure.metric for measure in MEASURES.values()} == set(METRICS)
+    assert set(COMPARED) <= set(METRICS) & set(MEASURES)

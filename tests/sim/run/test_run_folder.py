@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import errno
 import itertools
 import json
@@ -13,10 +14,10 @@ import torch
 from matplotlib.figure import Figure
 from tiny import tiny_config, without_costs
 
-from fdcr_fast.sim import ProgressEvent, RoundRecord, SimulationConfig, resume, simulate
+from fdcr_fast.sim import ProgressEvent, RoundRecord, SimulationConfig, Summary, resume, simulate
 from fdcr_fast.sim.execution.forkserver import forkserver_context
-from fdcr_fast.sim.run import figures
-from fdcr_fast.sim.run.folder import RunFolder, read_records, write_atomically
+from fdcr_fast.sim.run import figures, folder, metrics
+from fdcr_fast.sim.run.folder import RunFolder, append_records, read_records, write_atomically
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
@@ -175,3 +176,53 @@ def test_the_wall_time_of_a_run_is_that_of_its_parts(tmp_path: Path, monkeypatch
     assert json.loads((tmp_path / "summary.json").read_text())["seconds"] == seconds
     idled = 3 * 4 + 1  # after every client, and after the first round; after the second one it was interrupted
     assert seconds - sum(resumed.summary.phase_seconds.values()) > 0.01 * idled + 0.05
+
+
+def test_a_run_that_began_without_a_metric_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Newer(RoundRecord):
+        novelty: float | None = None
+
+    class NewerSummary(Summary):
+        novelty: float | None = None
+
+    def stop(event: ProgressEvent) -> None:
+        if (event.round, event.clients_done) == (3, 1):
+            raise KeyboardInterrupt
+
+    config = tiny_config(rounds=4)
+    expected = simulate(config)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, tmp_path, stop)
+    begun = (tmp_path / "rounds.csv").read_text()
+    monkeypatch.setattr(figures, "write_figures", lambda *_: None)
+    for module in (folder, metrics):
+        monkeypatch.setattr(module, "RoundRecord", Newer)
+        monkeypatch.setattr(module, "Summary", NewerSummary)
+    monkeypatch.setitem(metrics.METRICS, "novelty", lambda round: len(round.clients) / 8)
+    resumed = resume(tmp_path)
+    assert torch.equal(resumed.params, expected.params)
+    assert [dict(record)["novelty"] for record in resumed.rounds] == [None, None, 0.5, 0.5]
+    assert dict(resumed.summary)["novelty"] == 0.5
+    assert [
+        {name: value for name, value in record.items() if name != "novelty"} for record in without_costs(resumed)
+    ] == without_costs(expected)
+    text = (tmp_path / "rounds.csv").read_text()
+    assert text.startswith(begun), "a file keeps the columns that it began with"
+    assert len(text.splitlines()) == 5
+    assert [dict(record)["novelty"] for record in resume(tmp_path).rounds] == [None] * 4
+
+
+def test_columns_that_are_not_there_have_their_defaults(tmp_path: Path) -> None:
+    result = simulate(tiny_config(), tmp_path)
+    path = tmp_path / "rounds.csv"
+    with path.open(newline="") as file:
+        rows = [{name: cell for name, cell in row.items() if name != "exclusion_rate"} for row in csv.DictReader(file)]
+    path.write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]) + "\n")
+    without = [record.model_copy(update={"exclusion_rate": None}) for record in result.rounds]
+    assert read_records(path, RoundRecord) == without
+    text = path.read_text()
+    append_records(path, result.rounds[:1])
+    assert path.read_text() == text + text.splitlines()[1] + "\n"
+    path.write_text(text.replace("tradeoff", "unknown"))
+    with pytest.raises(ValueError, match=r"rounds\.csv has other columns than this version"):
+        read_records(path, RoundRecord)

@@ -26,8 +26,9 @@ from fdcr_fast.sim.datasets.dataset import Dataset
 from fdcr_fast.sim.datasets.readers import load_dataset
 from fdcr_fast.sim.run.metrics import summarize
 from fdcr_fast.sim.study import SCALES, Study, StudyEvent, check, execute, pending, select, shipped_studies
-from fdcr_fast.sim.study.figures import write_figures
+from fdcr_fast.sim.study.figures import OF_A_RUN, OF_THE_STUDY, write_figures
 from fdcr_fast.sim.study.results import FinishedRun, StudyResults
+from fdcr_fast.sim.study.spec import FIGURES
 
 TINY = {
     "title": "Tiny",
@@ -181,6 +182,10 @@ def test_which_rounds_count(runs_folder: Path) -> None:
     assert measures["true_positive_rate_all_rounds"] == pytest.approx(21 / 70)
     assert measures["false_positive_rate"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 5 + 1 / 6) / 5)
     assert measures["false_positive_rate_all_rounds"] == pytest.approx(2.45 / 6)
+
+
+def test_every_figure_that_a_study_may_name_is_drawn() -> None:
+    assert set(FIGURES) == set(OF_THE_STUDY) | set(OF_A_RUN)
 
 
 def test_figures_of_a_study(runs_folder: Path, tmp_path: Path) -> None:
