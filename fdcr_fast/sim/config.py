@@ -262,7 +262,7 @@ class SimulationConfig(BaseModel):
             raise ValueError(f"malicious: no clients {unknown}, the clients are 0..{self.clients - 1}")
         if (self.split in DRAWN) != (self.samples_per_client is not None):
             raise ValueError(f"samples_per_client: goes with the splits {', '.join(DRAWN)} and no other")
-        if self.stacked and self.workers > 1:
+        if self.stacked and self.with_workers:
             raise ValueError("workers: clients that train as one batched model do so in one process")
         if not 1 <= self.cohort() <= self.clients:
             raise ValueError(f"participants: {self.participants} of {self.clients} clients are {self.cohort()} clients")
@@ -301,6 +301,11 @@ class SimulationConfig(BaseModel):
             raise ValueError(f"server: {self.server} needs data of the server: set server_samples")
         assumed_byzantine(self.server, self.cohort(), self.num_byzantine)
         return self
+
+    @property
+    def with_workers(self) -> bool:
+        """Whether clients train in worker processes, which share data and stores."""
+        return self.workers > 1
 
     @property
     def stacked(self) -> bool:

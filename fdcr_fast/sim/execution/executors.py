@@ -40,7 +40,7 @@ class Way(NamedTuple):
 
 
 WAYS = (
-    Way(lambda config: config.workers > 1, lambda own: WorkerPool(own.config, own.population, own.build, own.store)),
+    Way(lambda config: config.with_workers, lambda own: WorkerPool(own.config, own.population, own.build, own.store)),
     Way(
         lambda config: config.stacked,
         lambda own: Stacked(own.population, own.build(), own.config.device, own.config.stack),

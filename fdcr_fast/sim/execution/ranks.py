@@ -100,7 +100,7 @@ class Alone(Processes):
     ) -> tuple[UpdateStore, Executor]:
         """One store, which the executor fills itself."""
         store = UpdateStore(
-            num_params, config.cohort(), with_fishers=population.with_fishers, shared=config.workers > 1
+            num_params, config.cohort(), with_fishers=population.with_fishers, shared=config.with_workers
         )
         return store, executor_of(Setup(config, population, build, store))
 
@@ -137,7 +137,7 @@ class Ranks(Processes):
         fishers = population.with_fishers
         store = UpdateStore(len(self.shard), config.cohort(), with_fishers=fishers)
         size = max(_AT_A_TIME * config.workers, config.stack)
-        outbox = UpdateStore(num_params, size, with_fishers=fishers, shared=config.workers > 1)
+        outbox = UpdateStore(num_params, size, with_fishers=fishers, shared=config.with_workers)
         return store, AcrossRanks(self.shard, executor_of(Setup(config, population, build, outbox)), outbox)
 
     def aggregate(self, rule: AggregationRule, params: Tensor, store: UpdateStore) -> AggregationResult:

@@ -73,7 +73,7 @@ class Federation:
         self.config = config
         task = Task.of(config, load_dataset(config.dataset, config.data_dir))
         images = task.dataset.train_images.contiguous(memory_format=torch.channels_last)
-        self.data = FederatedData(images, task.dataset.train_labels, task.partition, shared=config.workers > 1)
+        self.data = FederatedData(images, task.dataset.train_labels, task.partition, shared=config.with_workers)
         self.attackers = Attackers(config, task.poisoning, self.data)
         test_images, test_labels = task.dataset.test_images, task.dataset.test_labels
         victims = task.poisoning.victims(test_images, test_labels)
