@@ -15,8 +15,9 @@ from harness import Report, interleave
 from torch import Tensor, nn
 
 from fdcr_fast import diagonal_fisher
-from fdcr_fast.sim.models import build_model
-from fdcr_fast.sim.training import Worker
+from fdcr_fast.sim.training.classifier import classifier_of
+from fdcr_fast.sim.training.models import build_model
+from fdcr_fast.sim.training.sgd import SGD, shuffled
 
 SAMPLES = 50
 OPTIONS = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
@@ -68,12 +69,12 @@ def test_training_step(name, shape, seconds):
     rows = torch.randperm(len(images))[:SAMPLES]
     last = images.contiguous(memory_format=torch.channels_last)
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    worker = Worker(copy.deepcopy(model))
-    start = worker.params()
+    classifier = classifier_of(copy.deepcopy(model))
+    start = classifier.params()
 
     def ours() -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return worker.train(start, last, labels, rows, epochs=1, batch_size=64, generator=generator, **OPTIONS)
+        order = shuffled(rows, 1, torch.Generator().manual_seed(0))
+        return classifier.train(start, last, labels, order, SGD(64, **OPTIONS))
 
     steps = {
         "ours": ours,
@@ -85,7 +86,7 @@ def test_training_step(name, shape, seconds):
     for step in steps.values():
         assert (step() - start - expected).norm() < 1e-4 * expected.norm()
     fishers = {
-        "Fisher, ours": lambda: worker.fisher(start, last, labels, rows),
+        "Fisher, ours": lambda: classifier.fisher(start, last, labels, rows),
         "Fisher": lambda: diagonal_fisher(model, (images[rows], labels[rows])),
     }
     times = interleave({**steps, **fishers}, seconds)

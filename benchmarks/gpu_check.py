@@ -25,9 +25,9 @@ import fdcr_fast
 from fdcr_fast.ops import reference
 from fdcr_fast.ops.backends import WITHOUT_CUDA
 from fdcr_fast.sim import SimulationConfig
-from fdcr_fast.sim.clients import LocalWork
-from fdcr_fast.sim.federation import Federation
-from fdcr_fast.sim.metrics import Stopwatch
+from fdcr_fast.sim.clients.work import LocalWork
+from fdcr_fast.sim.costs import Stopwatch
+from fdcr_fast.sim.run.federation import Federation
 
 NO_GPU = 3
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of results in these types; else float32 sums
@@ -125,7 +125,7 @@ def uploads(device: str, stack: int) -> tuple[Tensor, float]:
     )  # fmt: skip
     federation = Federation(config)
     for _ in range(2):
-        work = LocalWork(config, federation.worker, Stopwatch(), 1, federation.initial_params, None)
+        work = LocalWork(config, federation.classifier, Stopwatch(), 1, federation.initial_params, None)
         federation.collect(work)
     updates = torch.stack([sent.update for sent in federation.store])
     return updates, config.clients / work.clock.seconds["training"]

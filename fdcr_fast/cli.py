@@ -13,15 +13,17 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 import fdcr_fast
-from fdcr_fast.sim.across_ranks import torchrun_group
 from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
-from fdcr_fast.sim.checkpoint import RunFolder
-from fdcr_fast.sim.config import OneOf, SimulationConfig
-from fdcr_fast.sim.ending import Commands, clear_ending, command_line, resume_command
-from fdcr_fast.sim.federation import Progress, resume, simulate
-from fdcr_fast.sim.figures import accuracy_figure, save_figure
-from fdcr_fast.sim.metrics import Summary
-from fdcr_fast.sim.report import DEAD_MODELS, comparison_table, cost_line, problem_lines, progress_bar
+from fdcr_fast.sim.config import SimulationConfig
+from fdcr_fast.sim.execution.ranks import torchrun_group
+from fdcr_fast.sim.notation import OneOf
+from fdcr_fast.sim.run.ending import Commands, clear_ending, command_line, resume_command
+from fdcr_fast.sim.run.figures import accuracy_figure, save_figure
+from fdcr_fast.sim.run.folder import RunFolder
+from fdcr_fast.sim.run.records import Summary
+from fdcr_fast.sim.run.report import DEAD_MODELS, comparison_table, cost_line, problem_lines, progress_bar
+from fdcr_fast.sim.run.result import Progress
+from fdcr_fast.sim.run.simulation import resume, simulate
 from fdcr_fast.sim.study import SCALES, Study, check, execute, pending, select, shipped_studies
 from fdcr_fast.sim.study.figures import write_figures
 from fdcr_fast.sim.study.pool import StudyEvent
@@ -39,6 +41,8 @@ DEMO_RUNS = {
 
 def _choices(annotation: Any) -> list[str]:
     """The names among a type's values."""
+    if isinstance(annotation, OneOf):
+        return list(annotation.choices)
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     return [choice for part in get_args(annotation) for choice in _choices(part)]
@@ -51,8 +55,7 @@ def config_option(name: str, field: FieldInfo) -> click.Option:
     text = f"{field.description} [default: {default}]" if default is not None else field.description
     if isinstance(default, bool):
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
-    names = [choice for item in field.metadata if isinstance(item, OneOf) for choice in item.choices]
-    names += _choices(field.annotation)
+    names = [choice for part in (*field.metadata, field.annotation) for choice in _choices(part)]
     return click.Option([flag], help=text, metavar="|".join(names) or "VALUE")
 
 
@@ -173,7 +176,9 @@ def _study_options(command: F) -> F:
             "--seeds", type=click.IntRange(min=1), help="How many seeds, counted from 0. [default: the study's]"
         ),
         click.option("--row", "rows", multiple=True, help="Execute this row only; may be given several times."),
-        click.option("--setting", "settings", multiple=True, help="Execute this setting only; likewise."),
+        click.option(
+            "--setting", "settings", multiple=True, help="Execute this setting only; may be given several times."
+        ),
         click.option(
             "--data-dir",
             type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fdcr_fast.sim.forkserver import forkserver_context
+from fdcr_fast.sim.execution.forkserver import forkserver_context
 
 _TIMEOUT = 400  # of a call that should hang for none of the reasons that tests look at
 

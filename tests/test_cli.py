@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 
 import fdcr_fast
 from fdcr_fast import __main__, cli
-from fdcr_fast.sim import ProgressEvent, SimulationConfig, SimulationResult, figures, simulate
+from fdcr_fast.sim import ProgressEvent, SimulationConfig, SimulationResult, simulate
+from fdcr_fast.sim.run import figures
 
 SMALL = {"max_train_samples": 240, "max_test_samples": 60, "clients": 4, "rounds": 2, "local_epochs": 1}
 TINY = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]

@@ -8,9 +8,9 @@ import torch
 
 import fdcr_fast
 from fdcr_fast.sim import SimulationConfig
-from fdcr_fast.sim.clients import LocalWork
-from fdcr_fast.sim.federation import Federation
-from fdcr_fast.sim.metrics import Stopwatch
+from fdcr_fast.sim.clients.work import LocalWork
+from fdcr_fast.sim.costs import Stopwatch
+from fdcr_fast.sim.run.federation import Federation
 
 CLIENTS, SAMPLES = 200, 50
 
@@ -38,8 +38,8 @@ def config(server: str, workers: int) -> SimulationConfig:
 def write_data(path: Path) -> None:
     data = Federation(config("fedavg", 1)).data
     clients = [data[client] for client in range(CLIENTS)]
-    images = torch.stack([client.images[client.rows] for client in clients]).contiguous()
-    labels = torch.stack([client.labels[client.rows] for client in clients])
+    images = torch.stack([client.images[client.indices] for client in clients]).contiguous()
+    labels = torch.stack([client.labels[client.indices] for client in clients])
     np.savez(path, images=images.numpy(), labels=labels.numpy())
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     def one_round() -> None:
         nonlocal params, round
         round += 1
-        federation.collect(LocalWork(federation.config, federation.worker, Stopwatch(), round, params, None))
+        federation.collect(LocalWork(federation.config, federation.classifier, Stopwatch(), round, params, None))
         params = federation.rule.aggregate(params, federation.store).params
 
     try:

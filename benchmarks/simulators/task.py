@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fdcr_fast.sim.models import build_model
+from fdcr_fast.sim.training.models import build_model
 
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.01, 0.9, 1e-5
 ARGUMENTS = sys.argv[1:]

@@ -22,90 +22,32 @@ from pydantic import (
     model_validator,
 )
 
+from fdcr_fast.server.cluster import CLUSTERINGS
+from fdcr_fast.server.scores import SCORES
 from fdcr_fast.sim.attacks.fishers import ATTACKER_FISHERS, OMNISCIENT_FISHERS
 from fdcr_fast.sim.attacks.poison import ATTACKS, PAPER_TRIGGER, Pixels
 from fdcr_fast.sim.attacks.schedule import parse_rounds
 from fdcr_fast.sim.attacks.training import ATTACKER_TRAININGS
 from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES, COLLUDING_UPDATES
-from fdcr_fast.sim.data import DATASETS
-from fdcr_fast.sim.models import MODELS
-from fdcr_fast.sim.names import check_keys, did_you_mean
-from fdcr_fast.sim.partition import DRAWN, PARTITIONS
+from fdcr_fast.sim.datasets.readers import DATASETS
+from fdcr_fast.sim.datasets.splits import DRAWN, PARTITIONS
+from fdcr_fast.sim.names import check_keys
+from fdcr_fast.sim.notation import (
+    OneOf,
+    absolute,
+    check_dataset,
+    check_rounds,
+    parse_auto,
+    parse_malicious,
+    parse_none,
+    parse_participants,
+    parse_spans,
+    parse_trigger,
+)
 from fdcr_fast.sim.seeding import torch_generator
 from fdcr_fast.sim.servers import INFORMED_BASELINES, NEED_DATA, SERVERS, assumed_byzantine
-
-
-class OneOf(AfterValidator):
-    """Validator that a name is in a table; the command line reads ``choices`` for its help."""
-
-    choices: tuple[str, ...]
-
-    def __init__(self, *choices: str) -> None:
-        def check(name: str) -> str:
-            if name not in choices:
-                raise ValueError(f"expected one of {', '.join(choices)}{did_you_mean(name, choices)}")
-            return name
-
-        super().__init__(check)
-        object.__setattr__(self, "choices", choices)
-
-
-def _none(value: object) -> object:
-    return None if value == "none" else value
-
-
-def _auto(value: object) -> object:
-    return None if value == "auto" else value
-
-
-def _parse_spans(value: object) -> object:
-    """YAML's numbers and lists, too, as text."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return str(value) if isinstance(value, int) else value
-
-
-def _check_rounds(text: str) -> str:
-    parse_rounds(text)
-    return text
-
-
-def _absolute(path: Path) -> Path:
-    return path.expanduser().resolve()
-
-
-def _parse_malicious(value: object) -> object:
-    """``"0.3"`` is a share, text with a comma lists clients: ``"0,3,7"``, and ``"2,"`` for client 2 alone."""
-    if isinstance(value, str) and "," in value:
-        return [index.strip() for index in value.split(",") if index.strip()]
-    return value
-
-
-def _parse_participants(value: object) -> object:
-    """``"all"``, ``"0.1"`` (a share) or ``"100"`` (a number): whatever has a decimal point is a share."""
-    if value == "all":
-        return None
-    return float(value) if isinstance(value, str) and "." in value else value
-
-
-def _parse_trigger(value: object) -> object:
-    """``"paper"``, or pixels written ``"row:column,row:column"``."""
-    if value == "paper":
-        return PAPER_TRIGGER
-    if isinstance(value, str):
-        pixels = [pixel.split(":") for pixel in value.split(",")]
-        if any(len(pixel) != 2 for pixel in pixels):
-            raise ValueError("expected 'paper' or pixels as row:column,row:column")
-        return pixels
-    return value
-
-
-def _check_dataset(name: str) -> str:
-    if name in DATASETS:
-        return name
-    if name.endswith(".npz"):
-        return str(Path(name).expanduser().resolve())
-    raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz{did_you_mean(name, DATASETS)}")
+from fdcr_fast.sim.training.models import MODELS
+from fdcr_fast.sim.training.sgd import SGD
 
 
 class SimulationConfig(BaseModel):
@@ -120,7 +62,7 @@ class SimulationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    dataset: Annotated[str, AfterValidator(_check_dataset)] = Field(
+    dataset: Annotated[str, AfterValidator(check_dataset)] = Field(
         default="digits",
         description=f"{', '.join(DATASETS)}, or FILE.npz with x_train y_train x_test y_test.",
     )
@@ -129,7 +71,7 @@ class SimulationConfig(BaseModel):
     max_test_samples: PositiveInt | None = Field(default=None, description="Use at most so many test images.")
 
     clients: PositiveInt = Field(default=10, description="Number of clients.")
-    participants: Annotated[PositiveInt | float | None, BeforeValidator(_parse_participants)] = Field(
+    participants: Annotated[PositiveInt | float | None, BeforeValidator(parse_participants)] = Field(
         default=None,
         description="Clients drawn for each round: a number (100), a share below 1 (0.1), or all, the default.",
     )
@@ -150,12 +92,12 @@ class SimulationConfig(BaseModel):
         default=None, description="dirichlet-mix: how many images each client draws, whatever others have drawn."
     )
 
-    malicious: Annotated[float | tuple[NonNegativeInt, ...], BeforeValidator(_parse_malicious)] = Field(
+    malicious: Annotated[float | tuple[NonNegativeInt, ...], BeforeValidator(parse_malicious)] = Field(
         default=0.3,
         description="Share of malicious clients, drawn by the seed (0.3), or client indices with a comma "
         "(0,3,7 or, for client 2 alone, 2,).",
     )
-    attack_rounds: Annotated[str, BeforeValidator(_parse_spans), AfterValidator(_check_rounds)] = Field(
+    attack_rounds: Annotated[str, BeforeValidator(parse_spans), AfterValidator(check_rounds)] = Field(
         default="all",
         description="Rounds in which they attack: all, or 5, 5-9, 5- (start late), 1-/3 (every third) with commas; "
         "in others they are benign.",
@@ -166,14 +108,14 @@ class SimulationConfig(BaseModel):
     target: NonNegativeInt = Field(default=2, description="Class that the backdoor calls for.")
     source: NonNegativeInt = Field(default=0, description="label-flip: class that becomes the target class.")
     poison_share: float = Field(default=0.5, ge=0, le=1, description="Share of a malicious client's images poisoned.")
-    trigger: Annotated[Pixels, BeforeValidator(_parse_trigger)] = Field(
+    trigger: Annotated[Pixels, BeforeValidator(parse_trigger)] = Field(
         default=PAPER_TRIGGER, description="badnets, dba: the trigger's pixels: paper, or row:column,row:column,..."
     )
     trigger_value: float = Field(
         default=1.0, ge=-1, le=1, description="badnets, dba: the trigger's value; images span -1 to 1."
     )
     blend_alpha: float = Field(default=0.2, gt=0, le=1, description="blended: share of the pattern in the image.")
-    attack_file: Annotated[Path, AfterValidator(_absolute)] | None = Field(
+    attack_file: Annotated[Path, AfterValidator(absolute)] | None = Field(
         default=None,
         description="FILE.npz; edge-case: x_train and x_test; blended: pattern, one image (without a file, noise).",
     )
@@ -186,14 +128,14 @@ class SimulationConfig(BaseModel):
     attacker_mask: float = Field(
         default=0.05, ge=0, lt=1, description="neurotoxin: share of coordinates, most changed last round, left alone."
     )
-    attacker_norm: Annotated[PositiveFloat | None, BeforeValidator(_auto)] = Field(
+    attacker_norm: Annotated[PositiveFloat | None, BeforeValidator(parse_auto)] = Field(
         default=None,
         description="pgd: radius; norm-match: norm of the update; auto is the norm that clean data would give.",
     )
     attacker_update: Annotated[str, OneOf(*ATTACKER_UPDATES)] = Field(
         default="plain", description="What malicious clients send of what they trained."
     )
-    attacker_factor: Annotated[PositiveFloat | None, BeforeValidator(_auto)] = Field(
+    attacker_factor: Annotated[PositiveFloat | None, BeforeValidator(parse_auto)] = Field(
         default=None,
         description="scale: factor, auto is clients/attackers; alie: z, auto 1.5; ipm: factor, auto 2; "
         "gaussian: standard deviation, auto 1.",
@@ -205,7 +147,7 @@ class SimulationConfig(BaseModel):
         default="honest",
         description="The Fisher that malicious clients upload; random is the published code's setting.",
     )
-    attacker_fisher_factor: Annotated[PositiveFloat | None, BeforeValidator(_auto)] = Field(
+    attacker_fisher_factor: Annotated[PositiveFloat | None, BeforeValidator(parse_auto)] = Field(
         default=None,
         description="scaled: factor, auto 10; noisy-benign-mean: log-normal noise, auto 0.1; constant: value, auto 1.",
     )
@@ -213,8 +155,8 @@ class SimulationConfig(BaseModel):
     server: Annotated[str, OneOf(*SERVERS, *INFORMED_BASELINES)] = Field(
         default="fdcr", description="Aggregation rule; oracle is a baseline that is told who is malicious."
     )
-    discrepancy: Literal["mse", "l2"] = Field(default="mse", description="FDCR: distance to the mean update.")
-    cluster: Annotated[Literal["finch", "kmeans", "dbscan"] | None, BeforeValidator(_none)] = Field(
+    discrepancy: Annotated[str, OneOf(*SCORES)] = Field(default="mse", description="FDCR: distance to the mean update.")
+    cluster: Annotated[Annotated[str, OneOf(*CLUSTERINGS)] | None, BeforeValidator(parse_none)] = Field(
         default="finch", description="FDCR: clustering of the discrepancies; none drops nobody."
     )
     partition: Literal["first", "last"] | NonNegativeInt = Field(
@@ -223,7 +165,7 @@ class SimulationConfig(BaseModel):
     )
     rescale: bool = Field(default=True, description="FDCR: rescale the kept updates by their importance.")
     importance: bool = Field(default=True, description="FDCR: weight the discrepancy by importance.")
-    norm_bound: Annotated[PositiveFloat | None, BeforeValidator(_none)] = Field(
+    norm_bound: Annotated[PositiveFloat | None, BeforeValidator(parse_none)] = Field(
         default=100.0,
         description="FDCR: reject updates beyond so many times the median norm; none is the bare paper rule.",
     )
@@ -320,7 +262,7 @@ class SimulationConfig(BaseModel):
             raise ValueError(f"malicious: no clients {unknown}, the clients are 0..{self.clients - 1}")
         if (self.split in DRAWN) != (self.samples_per_client is not None):
             raise ValueError(f"samples_per_client: goes with the splits {', '.join(DRAWN)} and no other")
-        if self.stacked and self.workers > 1:
+        if self.stacked and self.with_workers:
             raise ValueError("workers: clients that train as one batched model do so in one process")
         if not 1 <= self.cohort() <= self.clients:
             raise ValueError(f"participants: {self.participants} of {self.clients} clients are {self.cohort()} clients")
@@ -361,6 +303,11 @@ class SimulationConfig(BaseModel):
         return self
 
     @property
+    def with_workers(self) -> bool:
+        """Whether clients train in worker processes, which share data and stores."""
+        return self.workers > 1
+
+    @property
     def stacked(self) -> bool:
         """Whether benign clients train as one batched model."""
         return self.stack > 1 or torch.device(self.device).type != "cpu"
@@ -373,15 +320,10 @@ class SimulationConfig(BaseModel):
             return round(self.participants * self.clients)
         return self.participants
 
-    def training(self) -> dict[str, Any]:
-        """Options of :meth:`fdcr_fast.sim.training.Worker.train`, for everybody who trains."""
-        return {
-            "epochs": self.local_epochs,
-            "batch_size": self.batch_size,
-            "lr": self.lr,
-            "momentum": self.momentum,
-            "weight_decay": self.weight_decay,
-        }
+    @property
+    def sgd(self) -> SGD:
+        """How everybody trains."""
+        return SGD(self.batch_size, self.lr, self.momentum, self.weight_decay)
 
     def attackers(self) -> frozenset[int]:
         """The malicious clients: those listed, or ``round(share * clients)`` drawn by the seed."""

@@ -1,10 +1,8 @@
-"""Clean data of the server's own, which some rules need."""
+"""Clean data of the server, which some rules need."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,8 @@ from torch import Tensor
 
 from fdcr_fast import ModelQuality
 from fdcr_fast.server.randomness import round_generator
-from fdcr_fast.sim.training import Worker
+from fdcr_fast.sim.training.classifier import Classifier
+from fdcr_fast.sim.training.sgd import SGD, shuffled
 
 
 @dataclass(frozen=True)
@@ -20,30 +19,32 @@ class ServerData:
     """Images that no client has, and what can be done with them; nothing depends on earlier calls.
 
     Attributes:
-        worker: Whose model is used.
+        classifier: The model.
         images: ``[N, C, H, W]``.
         labels: ``[N]``.
-        training: Options of :meth:`Worker.train`, those of the clients.
-        seed: Of the order of the images.
+        sgd: How the server trains: as the clients do.
+        epochs: Number of epochs that it trains.
+        seed: Seed of the order of the images.
     """
 
-    worker: Worker
+    classifier: Classifier
     images: Tensor
     labels: Tensor
-    training: Mapping[str, Any]
+    sgd: SGD
+    epochs: int
     seed: int
 
     def refine(self, params: Tensor) -> Tensor:
         """Parameters ``[P]`` after training from ``params`` on."""
-        everything = torch.arange(len(self.labels))
         generator = round_generator(self.seed, "server data", params)
-        return self.worker.train(params, self.images, self.labels, everything, generator=generator, **self.training)
+        order = shuffled(torch.arange(len(self.labels)), self.epochs, generator)
+        return self.classifier.train(params, self.images, self.labels, order, self.sgd)
 
     def update(self, params: Tensor) -> Tensor:
-        """What training changes."""
+        """What training from ``params`` on changes in them, ``[P]``."""
         return self.refine(params) - params
 
     def evaluate(self, params: Tensor) -> ModelQuality:
         """Mean entropy and loss of the model with these parameters."""
-        log_p = self.worker.logits(params, self.images).double().log_softmax(1)
+        log_p = self.classifier.logits(params, self.images).double().log_softmax(1)
         return ModelQuality(-(log_p.exp() * log_p).sum(1).mean().item(), F.nll_loss(log_p, self.labels).item())

@@ -43,18 +43,18 @@ class ServerOptions:
     """What a server may know.
 
     Attributes:
-        discrepancy: Of :class:`fdcr_fast.FDCR`, as are the next five.
-        cluster: See there.
-        partition: See there.
-        rescale: See there.
-        importance: See there.
-        norm_bound: See there.
-        lr: Of the clients' training.
-        gate: Of :class:`fdcr_fast.CoalitionFDCR`.
+        discrepancy: Option of :class:`fdcr_fast.FDCR`, as are the next five.
+        cluster: Option of FDCR.
+        partition: Option of FDCR.
+        rescale: Option of FDCR.
+        importance: Option of FDCR.
+        norm_bound: Option of FDCR.
+        lr: Learning rate of the clients.
+        gate: Option of :class:`fdcr_fast.CoalitionFDCR`.
         groups: Parameters of the model's head and features.
         num_byzantine: How many clients may be Byzantine, a public assumption.
-        noise_seed: Of draws that clients must not foresee.
-        data: Of the server; None for a server without.
+        noise_seed: Seed of draws that clients must not foresee.
+        data: The server's own data; None for a server without.
     """
 
     discrepancy: str
@@ -150,7 +150,7 @@ def rlr(options: ServerOptions) -> AggregationRule:
 
 
 def dnc(options: ServerOptions) -> AggregationRule:
-    """Without outliers in the direction in which clients differ most."""
+    """The mean without outliers in the direction in which clients differ most."""
     return DnC(num_byzantine=options.num_byzantine, seed=options.noise_seed)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fdcr_fast.sim.attacks.poison import ATTACKS, Poisoning, PoisonOptions
 from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.data import Dataset
-from fdcr_fast.sim.models import build_model
-from fdcr_fast.sim.partition import Partition, PartitionOptions, partition
+from fdcr_fast.sim.datasets.dataset import Dataset
+from fdcr_fast.sim.datasets.partition import Partition, PartitionOptions
+from fdcr_fast.sim.datasets.splits import partition
+from fdcr_fast.sim.training.models import build_model
 
 
 @dataclass(frozen=True, eq=False)

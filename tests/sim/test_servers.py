@@ -12,7 +12,7 @@ from tiny import tiny_config
 from fdcr_fast import FDCR, RLR, Bulyan, CoalitionFDCR, DnC, FedAvg, Krum, ModelQuality, ParamGroups, UpdateStore
 from fdcr_fast.server.rules import AggregationRule
 from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.federation import build_rule
+from fdcr_fast.sim.run.federation import build_rule
 from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import BYZANTINE, INFORMED_BASELINES, NEED_DATA, SERVERS, ServerOptions, assumed_byzantine

@@ -5,5 +5,5 @@
     update            updates     what is sent of the trained model                   --attacker-update
     Fisher            fishers     which Fisher is sent with it                        --attacker-fisher
 
-``schedule`` says in which rounds. :mod:`fdcr_fast.sim.attackers` runs the stages.
+``schedule`` says in which rounds. :mod:`fdcr_fast.sim.clients.attackers` runs the stages.
 """

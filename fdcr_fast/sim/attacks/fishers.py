@@ -15,13 +15,13 @@ class FisherKnowledge:
 
     Attributes:
         num_params: ``P``.
-        honest: Of its poisoned data, at its own model.
-        clean: Of its data before poisoning, at its own model.
-        benign_model: Of its data before poisoning, at a model that it trained on them as a benign client would.
+        honest: Fisher of its poisoned data, at its own model.
+        clean: Fisher of its data before poisoning, at its own model.
+        benign_model: Fisher of its data before poisoning, at a model that it trained on them as a benign client would.
         benign_mean: Plain mean over the benign clients' uploads of this round; called by the names in
             ``OMNISCIENT_FISHERS`` alone.
         factor: The choice's parameter; None for its default.
-        generator: Of every random draw.
+        generator: Source of every random draw.
     """
 
     num_params: int
@@ -38,7 +38,7 @@ class FisherKnowledge:
 
 
 def honest(known: FisherKnowledge) -> Tensor:
-    """That of its own, poisoned, data."""
+    """The Fisher of its own, poisoned, data."""
     return known.honest()
 
 
@@ -54,12 +54,12 @@ def random(known: FisherKnowledge) -> Tensor:
 
 
 def clean(known: FisherKnowledge) -> Tensor:
-    """That of its data before poisoning."""
+    """The Fisher of its data before poisoning."""
     return known.clean()
 
 
 def benign_model(known: FisherKnowledge) -> Tensor:
-    """That of the model and the data of the benign client that it pretends to be."""
+    """The Fisher of the benign client that it pretends to be: its model and its data."""
     return known.benign_model()
 
 
@@ -69,7 +69,10 @@ def benign_mean(known: FisherKnowledge) -> Tensor:
 
 
 def noisy_benign_mean(known: FisherKnowledge) -> Tensor:
-    """That mean times ``exp(factor N(0, 1))`` in every coordinate, by default 0.1, so that no two are alike."""
+    """The mean of all benign uploads times ``exp(factor N(0, 1))`` in every coordinate; ``factor`` is by default 0.1.
+
+    No two attackers send the same.
+    """
     mean = known.benign_mean()
     noise = torch.randn(mean.shape, generator=known.generator, dtype=mean.dtype)
     return mean * torch.exp(known.factor_or(0.1) * noise)

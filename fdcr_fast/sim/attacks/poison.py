@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdcr_fast.sim.data import as_images
+from fdcr_fast.sim.datasets.dataset import as_images
 from fdcr_fast.sim.seeding import torch_generator
 
 Pixels = tuple[tuple[int, int], ...]
@@ -62,7 +62,7 @@ class Poisoning(ABC):
             images: Float32 ``[N, C, H, W]`` in [-1, 1].
             labels: Int64 ``[N]``.
             attacker: The client's position among the malicious clients.
-            generator: Of every random draw.
+            generator: Source of every random draw.
         """
         candidates = self.candidates(labels)
         count = round(self.poison_share * len(candidates))
@@ -92,7 +92,7 @@ class Unpoisoned(Poisoning):
     """Nothing is poisoned, for attackers that only want to do harm; accuracy is the figure to watch."""
 
     def candidates(self, labels: Tensor) -> Tensor:
-        """None."""
+        """No image."""
         return labels.new_empty(0)
 
     def poisoned(self, images: Tensor, attacker: int, generator: torch.Generator) -> Tensor:
@@ -100,7 +100,7 @@ class Unpoisoned(Poisoning):
         return images
 
     def victims(self, images: Tensor, labels: Tensor) -> Tensor:
-        """None."""
+        """No image."""
         return images[:0]
 
 
@@ -198,7 +198,7 @@ class EdgeCase(Poisoning):
     test_images: Tensor
 
     def poisoned(self, images: Tensor, attacker: int, generator: torch.Generator) -> Tensor:
-        """As many of the user's images."""
+        """Images of the user's, as many as are replaced."""
         available, wanted = len(self.train_images), len(images)
         if wanted <= available:
             return self.train_images[torch.randperm(available, generator=generator)[:wanted]]
@@ -247,7 +247,7 @@ def _check_trigger(options: PoisonOptions) -> None:
 
 
 def _read_images(path: Path, names: tuple[str, ...], shape: tuple[int, int, int]) -> list[Tensor]:
-    """Arrays of images of a file ``*.npz``, as :func:`fdcr_fast.sim.data.as_images` takes them."""
+    """Arrays of images of a file ``*.npz``, as :func:`fdcr_fast.sim.datasets.dataset.as_images` takes them."""
     if not path.is_file():
         raise FileNotFoundError(f"attack_file: no file {path}; expected an archive *.npz with {', '.join(names)}")
     try:

@@ -9,29 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class LocalAttack:
-    """SGD with another loss, and with a projection after every step; here neither. Vectors are flat, ``[P]``."""
-
-    def loss(self, class_loss: Tensor, params: Tensor) -> Tensor:
-        """What is minimised, given the batch's cross-entropy and the parameters it was computed with."""
-        return class_loss
-
-    def grad(self, class_loss: Tensor, class_grad: Tensor, params: Tensor) -> Tensor:
-        """Gradient ``[P]`` of :meth:`loss`, given the batch's cross-entropy and its gradient at the parameters."""
-        of_class, of_params = class_loss.detach().requires_grad_(), params.detach().clone().requires_grad_()
-        factor, own = torch.autograd.grad(
-            self.loss(of_class, of_params), (of_class, of_params), allow_unused=True, materialize_grads=True
-        )
-        return factor * class_grad + own
-
-    def project(self, params: Tensor) -> Tensor:
-        """Where to go on from after a step led to ``params``."""
-        return params
+from fdcr_fast.sim.training.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)
-class Constrain(LocalAttack):
+class Constrain(Objective):
     """Constrain-and-scale of Bagdasaryan et al. 2020 before scaling: ``alpha L_class + (1 - alpha) L_ano``.
 
     Attributes:
@@ -48,7 +30,7 @@ class Constrain(LocalAttack):
 
 
 @dataclass(frozen=True, eq=False)
-class ProjectOntoBall(LocalAttack):
+class ProjectOntoBall(Objective):
     """PGD of Wang et al. 2020 (arXiv:2007.05084): stay in a ball around the global model.
 
     Attributes:
@@ -69,7 +51,7 @@ class ProjectOntoBall(LocalAttack):
 
 
 @dataclass(frozen=True, eq=False)
-class Freeze(LocalAttack):
+class Freeze(Objective):
     """Neurotoxin (Zhang et al. 2022, arXiv:2206.10341): leave the coordinates alone that others will overwrite.
 
     Gradient and weight decay of these coordinates are thereby projected away. (The published code masks the
@@ -107,27 +89,27 @@ class TrainingKnowledge:
     norm: Callable[[], float]
 
 
-def plain(_: TrainingKnowledge) -> LocalAttack | None:
-    """As benign clients do."""
+def plain(_: TrainingKnowledge) -> Objective | None:
+    """Plain training, as benign clients do."""
     return None
 
 
-def constrain_l2(known: TrainingKnowledge) -> LocalAttack:
+def constrain_l2(known: TrainingKnowledge) -> Objective:
     """Constrain-and-scale's loss with ``L_ano = ||w - w_global||_2``."""
     return Constrain(known.alpha, lambda params: torch.linalg.vector_norm(params - known.params))
 
 
-def constrain_cosine(known: TrainingKnowledge) -> LocalAttack:
+def constrain_cosine(known: TrainingKnowledge) -> Objective:
     """Constrain-and-scale's loss with ``L_ano = 1 - cos(w, w_global)``."""
     return Constrain(known.alpha, lambda params: 1 - F.cosine_similarity(params, known.params, dim=0))
 
 
-def pgd(known: TrainingKnowledge) -> LocalAttack:
+def pgd(known: TrainingKnowledge) -> Objective:
     """Projection onto a ball around the global model after every step."""
     return ProjectOntoBall(known.params, known.norm())
 
 
-def neurotoxin(known: TrainingKnowledge) -> LocalAttack | None:
+def neurotoxin(known: TrainingKnowledge) -> Objective | None:
     """Freeze the ``round(share * P)`` coordinates that the last round changed most; none in the first round."""
     if known.last_update is None:
         return None
@@ -136,7 +118,7 @@ def neurotoxin(known: TrainingKnowledge) -> LocalAttack | None:
     return Freeze(known.params, frozen)
 
 
-ATTACKER_TRAININGS: dict[str, Callable[[TrainingKnowledge], LocalAttack | None]] = {
+ATTACKER_TRAININGS: dict[str, Callable[[TrainingKnowledge], Objective | None]] = {
     "plain": plain,
     "constrain-l2": constrain_l2,
     "constrain-cosine": constrain_cosine,

@@ -43,7 +43,7 @@ class UpdateKnowledge:
         norm: Norm to be sent; called by ``norm-match`` alone, as it may have to be measured.
         clients: Number of clients.
         attackers: Number of malicious clients.
-        generator: Of every random draw.
+        generator: Source of every random draw.
     """
 
     update: Tensor
@@ -60,12 +60,12 @@ class UpdateKnowledge:
 
 
 def plain(known: UpdateKnowledge) -> Tensor:
-    """As trained."""
+    """The update as trained."""
     return known.update
 
 
 def scale(known: UpdateKnowledge) -> Tensor:
-    """Model replacement (Bagdasaryan et al. 2020): times ``factor``, by default clients / attackers.
+    """Model replacement (Bagdasaryan et al. 2020): the update times ``factor``, by default clients / attackers.
 
     With equal sample counts and all clients averaged, the default makes the mean of the attackers' models the
     new global model, up to what the others add.
@@ -74,7 +74,7 @@ def scale(known: UpdateKnowledge) -> Tensor:
 
 
 def norm_match(known: UpdateKnowledge) -> Tensor:
-    """Scaled to a given norm; an update of zeros stays one."""
+    """The update scaled to a given norm; one of zeros stays one."""
     norm = float(known.update.double().norm())
     return known.update * (known.norm() / norm) if norm > 0 else known.update
 

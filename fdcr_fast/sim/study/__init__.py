@@ -2,6 +2,7 @@
 
 from fdcr_fast.sim.study.pool import StudyEvent, StudyProgress, execute, pending
 from fdcr_fast.sim.study.readiness import check
+from fdcr_fast.sim.study.results import StudyResults
 from fdcr_fast.sim.study.spec import SCALES, Row, Run, Setting, Study, select, shipped_studies
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Study",
     "StudyEvent",
     "StudyProgress",
+    "StudyResults",
     "check",
     "execute",
     "pending",

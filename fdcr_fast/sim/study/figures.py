@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fdcr_fast.sim.figures import clients_figure, column, rounds_axis, save_figure, similarity_figure
+from fdcr_fast.sim.run.figures import clients_figure, column, rounds_axis, save_figure, similarity_figure
 from fdcr_fast.sim.study.results import StudyResults
 
 COLUMNS = 3

@@ -14,10 +14,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from fdcr_fast._version import __version__
-from fdcr_fast.sim.checkpoint import RunFolder, write_atomically
 from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.federation import Progress, SimulationResult, resume, simulate
-from fdcr_fast.sim.metrics import Summary
+from fdcr_fast.sim.run.folder import RunFolder, write_atomically
+from fdcr_fast.sim.run.result import Progress, SimulationResult
+from fdcr_fast.sim.run.simulation import resume, simulate
 
 
 class Origin(BaseModel):
@@ -50,7 +50,7 @@ def _cpu_model() -> str:
 
 
 class StudyRunFolder:
-    """Files of one run: those of :class:`fdcr_fast.sim.checkpoint.RunFolder`, and how it ended.
+    """Files of one run: those of :class:`fdcr_fast.sim.run.folder.RunFolder`, and how it ended.
 
     ``origin.json`` is there once the run has finished, ``error.txt`` if it failed the last time.
     """
@@ -85,14 +85,7 @@ class StudyRunFolder:
         _check_same(folder, config)
         state = folder.load()
         assert state is not None
-        return SimulationResult(
-            folder.config(),
-            state.params,
-            tuple(state.rounds),
-            tuple(state.clients),
-            state.similarity,
-            Summary.model_validate_json((self.path / "summary.json").read_text()),
-        )
+        return state.result(folder.config(), folder.summary())
 
     def origin(self) -> Origin:
         """Where, when and with what a finished run was made."""

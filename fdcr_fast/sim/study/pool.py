@@ -11,8 +11,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.federation import ProgressEvent
-from fdcr_fast.sim.forkserver import forkserver_context
+from fdcr_fast.sim.execution.forkserver import forkserver_context
+from fdcr_fast.sim.run.result import ProgressEvent
 from fdcr_fast.sim.study.folder import StudyRunFolder
 from fdcr_fast.sim.study.spec import Run
 

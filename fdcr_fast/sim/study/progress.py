@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fdcr_fast.sim.report import figures_of
+from fdcr_fast.sim.run.report import figures_of
 from fdcr_fast.sim.study.pool import StudyEvent, StudyProgress
 from fdcr_fast.sim.study.spec import Run
 
@@ -23,7 +23,7 @@ def study_progress(console: Console, runs: Sequence[Run]) -> Iterator[StudyProgr
 
     Args:
         console: Where to show it.
-        runs: That are going to be executed, each once.
+        runs: The runs that are going to be executed, each once.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as bar:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.data import Dataset, load_dataset
-from fdcr_fast.sim.stacked import usable_device
+from fdcr_fast.sim.datasets.dataset import Dataset
+from fdcr_fast.sim.datasets.readers import load_dataset
 from fdcr_fast.sim.study.spec import Run
 from fdcr_fast.sim.task import Task
+from fdcr_fast.sim.training.stacked_model import usable_device
 
 
 def check(runs: Sequence[Run]) -> None:

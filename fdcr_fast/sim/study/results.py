@@ -11,28 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fdcr_fast.sim.checkpoint import write_atomically
 from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.federation import SimulationResult
-from fdcr_fast.sim.metrics import FINAL_ROUNDS, mean_of_defined
-from fdcr_fast.sim.report import DEAD_MODELS, model_state, percent, problem_lines
+from fdcr_fast.sim.run.folder import write_atomically
+from fdcr_fast.sim.run.metrics import FINAL_ROUNDS, MEASURES
+from fdcr_fast.sim.run.report import DEAD_MODELS, model_state, percent, problem_lines
+from fdcr_fast.sim.run.result import SimulationResult
 from fdcr_fast.sim.study.folder import Origin, StudyRunFolder
 from fdcr_fast.sim.study.spec import Row, Run, Study
 
-# Heading in Markdown, and column of the CSV file.
-MEASURES = {
-    "A": "accuracy",
-    "ASR": "attack_success_rate",
-    "max ASR": "max_attack_success_rate",
-    "R": "backdoor_failure_rate",
-    "(A+R)/2": "tradeoff",
-    "TPR": "true_positive_rate",
-    "FPR": "false_positive_rate",
-    "TPR, all rounds": "true_positive_rate_all_rounds",
-    "FPR, all rounds": "false_positive_rate_all_rounds",
-    "excluded": "exclusion_rate",
-    "excluded, all rounds": "exclusion_rate_all_rounds",
-}
 LEGEND = (
     f"In per cent, mean and sample standard deviation over the seeds; of each run the mean of the last {FINAL_ROUNDS} "
     "rounds, for max ASR their maximum. A accuracy, ASR attack success rate, R = 100 - ASR, TPR and FPR malicious and "
@@ -50,24 +36,8 @@ class FinishedRun:
 
     @cached_property
     def measures(self) -> dict[str, float | None]:
-        """The columns of ``MEASURES``."""
-        rounds, summary = self.result.rounds, self.result.summary
-        success = [
-            record.attack_success_rate for record in rounds[-FINAL_ROUNDS:] if record.attack_success_rate is not None
-        ]
-        return {
-            "accuracy": summary.accuracy,
-            "attack_success_rate": summary.attack_success_rate,
-            "max_attack_success_rate": max(success, default=None),
-            "backdoor_failure_rate": summary.backdoor_failure_rate,
-            "tradeoff": summary.tradeoff,
-            "true_positive_rate": summary.true_positive_rate,
-            "false_positive_rate": summary.false_positive_rate,
-            "true_positive_rate_all_rounds": mean_of_defined([record.true_positive_rate for record in rounds]),
-            "false_positive_rate_all_rounds": mean_of_defined([record.false_positive_rate for record in rounds]),
-            "exclusion_rate": summary.exclusion_rate,
-            "exclusion_rate_all_rounds": mean_of_defined([record.exclusion_rate for record in rounds]),
-        }
+        """The figures of ``MEASURES``, by name."""
+        return {name: measure(self.result.rounds) for name, measure in MEASURES.items()}
 
 
 @dataclass(frozen=True)
@@ -77,7 +47,7 @@ class StudyResults:
     Attributes:
         study: What was asked for.
         runs: All its runs, finished or not.
-        finished: Those with a result, in the order of ``runs``.
+        finished: The runs with a result, in the order of ``runs``.
         errors: Why others failed, by name of the run's folder.
     """
 
@@ -134,7 +104,7 @@ class StudyResults:
             for name in SimulationConfig.model_fields
             if name != "seed" and any(dump[name] != dumps[0][name] for dump in dumps)
         ]
-        columns = ["setting", "row", *varying, "seed", *MEASURES.values()]
+        columns = ["setting", "row", *varying, "seed", *MEASURES]
         columns += ["global_model", "seconds", "machine", "date", "folder", "error"]
         done = {finished.run: finished for finished in self.finished}
         text = io.StringIO()
@@ -192,11 +162,16 @@ class StudyResults:
 
     def _table(self, index: int, setting: str) -> str:
         reported = any(row.paper for row in self.study.rows)
-        headings = ["", "seeds", *MEASURES, *(["paper A", "paper R", "paper (A+R)/2"] if reported else [])]
+        headings = [
+            "",
+            "seeds",
+            *(measure.heading for measure in MEASURES.values()),
+            *(["paper A", "paper R", "paper (A+R)/2"] if reported else []),
+        ]
         lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
         for row in self.study.rows:
             runs = self.seeds(setting, row.name)
-            cells = [_mean_and_spread([done.measures[name] for done in runs]) for name in MEASURES.values()]
+            cells = [_mean_and_spread([done.measures[name] for done in runs]) for name in MEASURES]
             lines.append([row.name, str(len(runs)), *cells, *(_reported(row, index) if reported else [])])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
@@ -24,8 +24,9 @@ from pydantic_core import ErrorDetails
 
 from fdcr_fast.sim.config import SimulationConfig, explain
 from fdcr_fast.sim.names import check_keys, did_you_mean
+from fdcr_fast.sim.notation import OneOf
 
-Figure = Literal["summary", "rounds", "clients", "similarity"]
+FIGURES = ("summary", "rounds", "clients", "similarity")  # which ``study.figures`` draws
 
 # Fields by data set that lie over a study's own ``base``. "paper" is the paper's setting: of every training set it puts
 # a tenth aside; all else are the defaults. "small" takes half a minute to a minute per run on one core.
@@ -77,7 +78,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The run's name for people."""
         return ", ".join(filter(None, (self.setting, self.row, f"seed {self.config.seed}")))
 
     @property
@@ -116,7 +117,7 @@ class Study(BaseModel):
         base: Fields of :class:`fdcr_fast.sim.SimulationConfig` common to all runs.
         settings: Every row is run in each of them.
         rows: What is compared.
-        seeds: Of every row in every setting: a list, or how many, counted from 0.
+        seeds: Seeds of every row in every setting: a list, or how many, counted from 0.
         figures: Drawn beside the tables: ``summary`` and ``rounds`` of all runs, ``clients`` and ``similarity`` of
             each row's first seed.
     """
@@ -131,7 +132,7 @@ class Study(BaseModel):
     seeds: Annotated[
         tuple[NonNegativeInt, ...], BeforeValidator(_count_of_seeds), Field(min_length=1), AfterValidator(_distinct)
     ] = (0, 1, 2)
-    figures: tuple[Figure, ...] = ("summary", "rounds")
+    figures: tuple[Annotated[str, OneOf(*FIGURES)], ...] = ("summary", "rounds")
 
     @model_validator(mode="before")
     @classmethod
@@ -204,7 +205,7 @@ def _describe(problem: ErrorDetails) -> str:
     return ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))
 
 
-_SHIPPED = resources.files("fdcr_fast.sim") / "studies"
+_SHIPPED = resources.files("fdcr_fast.sim.study") / "shipped"
 
 
 def shipped_studies() -> list[str]:

@@ -1,0 +1,62 @@
+"""What becomes of one client in a round: its work, and what it sends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fdcr_fast.sim.clients.attackers import Attackers
+from fdcr_fast.sim.clients.data import FederatedData
+from fdcr_fast.sim.clients.work import LocalWork
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's work in a round.
+
+    Attributes:
+        row: Place of the upload in the store.
+        client: The client's id.
+        epochs: Number of epochs that it trains.
+        attackers: Number of clients who attack in this round, it being one of them; 0 for one that does not.
+    """
+
+    row: int
+    client: int
+    epochs: int
+    attackers: int = 0
+
+
+class Upload(NamedTuple):
+    """What a client sends: ``delta_k [P]``, ``F_k [P]`` (or None) and ``n_k``."""
+
+    update: Tensor
+    fisher: Tensor | None
+    num_samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """All clients of a federation.
+
+    Attributes:
+        data: What each of them has.
+        attackers: The malicious ones.
+        with_fishers: Whether they compute Fishers.
+    """
+
+    data: FederatedData
+    attackers: Attackers
+    with_fishers: bool = True
+
+    def perform(self, work: LocalWork, job: Job) -> Upload:
+        """Train one client and compute its Fisher; depends on the arguments alone."""
+        samples = self.data[job.client]
+        if job.attackers:
+            update, fisher = self.attackers.draft(work, job.client, job.epochs, job.attackers, self.with_fishers)
+        else:
+            params = work.train(job.client, samples, epochs=job.epochs)
+            update, fisher = params - work.params, work.fisher(samples, params) if self.with_fishers else None
+        return Upload(update, fisher, len(samples.indices))

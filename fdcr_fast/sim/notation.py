@@ -1,0 +1,90 @@
+"""How values of settings may be written, on the command line and in YAML, and which names there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import AfterValidator
+
+from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
+from fdcr_fast.sim.attacks.schedule import parse_rounds
+from fdcr_fast.sim.datasets.readers import DATASETS
+from fdcr_fast.sim.names import did_you_mean
+
+
+class OneOf(AfterValidator):
+    """Validator that a name is in a table; the command line reads ``choices`` for its help."""
+
+    choices: tuple[str, ...]
+
+    def __init__(self, *choices: str) -> None:
+        def check(name: str) -> str:
+            if name not in choices:
+                raise ValueError(f"expected one of {', '.join(choices)}{did_you_mean(name, choices)}")
+            return name
+
+        super().__init__(check)
+        object.__setattr__(self, "choices", choices)
+
+
+def parse_none(value: object) -> object:
+    """``"none"`` is None."""
+    return None if value == "none" else value
+
+
+def parse_auto(value: object) -> object:
+    """``"auto"`` is None."""
+    return None if value == "auto" else value
+
+
+def parse_spans(value: object) -> object:
+    """Spans of rounds as text, which numbers and lists of YAML are made."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value) if isinstance(value, int) else value
+
+
+def check_rounds(text: str) -> str:
+    """Text that is spans of rounds; see :func:`fdcr_fast.sim.attacks.schedule.parse_rounds`."""
+    parse_rounds(text)
+    return text
+
+
+def absolute(path: Path) -> Path:
+    """The path, whatever folder a run is resumed in."""
+    return path.expanduser().resolve()
+
+
+def parse_malicious(value: object) -> object:
+    """``"0.3"`` is a share, text with a comma lists clients: ``"0,3,7"``, and ``"2,"`` for client 2 alone."""
+    if isinstance(value, str) and "," in value:
+        return [index.strip() for index in value.split(",") if index.strip()]
+    return value
+
+
+def parse_participants(value: object) -> object:
+    """``"all"``, ``"0.1"`` (a share) or ``"100"`` (a number): whatever has a decimal point is a share."""
+    if value == "all":
+        return None
+    return float(value) if isinstance(value, str) and "." in value else value
+
+
+def parse_trigger(value: object) -> object:
+    """``"paper"``, or pixels written ``"row:column,row:column"``."""
+    if value == "paper":
+        return PAPER_TRIGGER
+    if isinstance(value, str):
+        pixels = [pixel.split(":") for pixel in value.split(",")]
+        if any(len(pixel) != 2 for pixel in pixels):
+            raise ValueError("expected 'paper' or pixels as row:column,row:column")
+        return pixels
+    return value
+
+
+def check_dataset(name: str) -> str:
+    """The name of a data set, or a file's absolute path."""
+    if name in DATASETS:
+        return name
+    if name.endswith(".npz"):
+        return str(absolute(Path(name)))
+    raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz{did_you_mean(name, DATASETS)}")

@@ -1,0 +1,177 @@
+"""The federation: clients train, upload update and Fisher, the server aggregates, the result is measured."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from fdcr_fast import ParamGroups
+from fdcr_fast.server.rules import AggregationResult, AggregationRule
+from fdcr_fast.sim.clients.attackers import Attackers
+from fdcr_fast.sim.clients.data import FederatedData
+from fdcr_fast.sim.clients.participation import Participants, draw_participants
+from fdcr_fast.sim.clients.population import Job, Population
+from fdcr_fast.sim.clients.work import LocalWork
+from fdcr_fast.sim.config import SimulationConfig
+from fdcr_fast.sim.costs import Stopwatch, WallClock
+from fdcr_fast.sim.datasets.readers import load_dataset
+from fdcr_fast.sim.execution.ranks import Alone, Processes, Ranks
+from fdcr_fast.sim.run.evaluation import Evaluator
+from fdcr_fast.sim.run.metrics import Round, round_record
+from fdcr_fast.sim.run.records import ClientRecord, RoundRecord
+from fdcr_fast.sim.run.result import MOST_COMPARED, Progress, ProgressEvent
+from fdcr_fast.sim.run.similarity import importance_similarity
+from fdcr_fast.sim.seeding import derive_seed
+from fdcr_fast.sim.server_data import ServerData
+from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions, assumed_byzantine
+from fdcr_fast.sim.task import Task
+from fdcr_fast.sim.training.classifier import classifier_of
+
+
+def build_rule(
+    config: SimulationConfig, attackers: frozenset[int], groups: ParamGroups, data: ServerData | None = None
+) -> AggregationRule:
+    """The configured server; only the informed baselines are handed the attackers."""
+    if config.server in INFORMED_BASELINES:
+        return INFORMED_BASELINES[config.server](attackers)
+    made: dict[str, Any] = {
+        "groups": groups,
+        "data": data,
+        "num_byzantine": assumed_byzantine(config.server, config.cohort(), config.num_byzantine),
+        "noise_seed": derive_seed(config.seed, "server noise"),
+    }
+    configured = {field.name for field in fields(ServerOptions)} - set(made)
+    options = ServerOptions(**made, **{name: getattr(config, name) for name in configured})
+    return SERVERS[config.server](options)
+
+
+class Federation:
+    """Everything that stays the same over the rounds; building it checks the configuration against the data.
+
+    Args:
+        config: What to run.
+        group: Processes that run it together; None for this one alone.
+
+    Attributes:
+        clock: Read at the end of every round.
+        similarity: Similarity of the importances of the last round's clients; None before it. See
+            :class:`fdcr_fast.sim.SimulationResult`.
+
+    Raises:
+        FileNotFoundError: the data set's files are not there.
+        ValueError: the configuration does not fit the data (attack, model, partition), or the server cannot run in
+            several processes.
+    """
+
+    def __init__(self, config: SimulationConfig, group: ProcessGroup | None = None) -> None:
+        self.clock = WallClock()
+        self.config = config
+        task = Task.of(config, load_dataset(config.dataset, config.data_dir))
+        images = task.dataset.train_images.contiguous(memory_format=torch.channels_last)
+        self.data = FederatedData(images, task.dataset.train_labels, task.partition, shared=config.with_workers)
+        self.attackers = Attackers(config, task.poisoning, self.data)
+        test_images, test_labels = task.dataset.test_images, task.dataset.test_labels
+        victims = task.poisoning.victims(test_images, test_labels)
+        self.evaluate = Evaluator(test_images, test_labels, victims, config.target)
+        self.build = task.build
+        self.classifier = classifier_of(self.build())
+        self.initial_params = self.classifier.params()
+        groups = ParamGroups.from_module(self.classifier.model)
+        self.rule = build_rule(config, self.attackers.clients, groups, self._server_data(task))
+        self.similarity: Tensor | None = None
+        num_params = len(self.initial_params)
+        self.processes: Processes = Alone() if group is None else Ranks(num_params, group)
+        if group is not None and not self.rule.sharded:
+            raise ValueError(f"server {config.server} needs all parameters in one process: it runs on no ranks")
+        self.population = Population(self.data, self.attackers, config.fishers == "always" or self.rule.needs_fishers)
+        self.store, self.executor = self.processes.start(config, self.population, self.build, num_params)
+
+    def _server_data(self, task: Task) -> ServerData | None:
+        if not self.config.server_samples:
+            return None
+        seed = derive_seed(self.config.seed, "server data")
+        images, labels, epochs = task.server_images, task.server_labels, self.config.local_epochs
+        return ServerData(self.classifier, images, labels, self.config.sgd, epochs, seed)
+
+    def close(self) -> None:
+        """End what runs besides this process."""
+        self.executor.close()
+
+    def collect(self, work: LocalWork, progress: Progress | None = None) -> Participants:
+        """Let the round's clients train and fill the store with their uploads; tells who sent something and who not.
+
+        Rows are in the order of the clients, those of attackers who wait to see what the others send come last.
+        """
+        self.store.clear()
+        drawn = draw_participants(self.config, work.round)
+        active = self.attackers.active(work.round, drawn.clients)
+        order = sorted(drawn.epochs, key=lambda client: (self.attackers.wait and client in active, client))
+        jobs = [
+            Job(row, client, drawn.epochs[client], len(active) if client in active else 0)
+            for row, client in enumerate(order)
+        ]
+        failed = {}
+        for done, outcome in enumerate(self.executor.run(work, jobs, self.store), 1):
+            if outcome.error is not None:
+                failed[outcome.job.client] = outcome.error
+            if progress is not None:
+                progress(ProgressEvent(work.round, done))
+        if self.attackers.wait:
+            self.attackers.revise(work.round, active, self.store, self.processes.shard)
+        drawn = drawn.without(failed)
+        for client, reason in drawn.missing.items():
+            self.store.reject(client, reason)
+        return drawn
+
+    def run_round(
+        self, number: int, params: Tensor, progress: Progress | None, last_update: Tensor | None = None
+    ) -> tuple[Tensor, RoundRecord, list[ClientRecord]]:
+        """One communication round from global parameters ``[P]`` to the next ones, with what was measured.
+
+        Args:
+            number: Which round, counted from 1.
+            params: Global parameters as sent out, ``[P]``.
+            progress: Called after every client.
+            last_update: What the round before changed in the parameters.
+        """
+        clock = Stopwatch()
+        drawn = self.collect(LocalWork(self.config, self.classifier, clock, number, params, last_update), progress)
+        with clock.phase("aggregation"):
+            result = self.processes.aggregate(self.rule, params, self.store)
+            new = self.processes.shard.gather(result.params)
+        with clock.phase("evaluation"):
+            evaluation = self.processes.from_first(partial(self.evaluate, self.classifier, new))
+        clients = self._client_records(number, drawn, result)
+        if number == self.config.rounds and self.store.with_fishers:
+            compared = [record.client for record in clients[:MOST_COMPARED]]
+            self.similarity = importance_similarity(self.processes.uploads(self.store), compared)
+        attackers = self.attackers.active(number, drawn.epochs)
+        record = round_record(number, Round(evaluation, clients, attackers), self.clock.lap(), clock.seconds)
+        return new, record, clients
+
+    def _client_records(self, round: int, drawn: Participants, result: AggregationResult) -> list[ClientRecord]:
+        position = {client: index for index, client in enumerate(result.clients)}
+        kept, weights, scores = result.kept.tolist(), result.weights.tolist(), result.discrepancy.tolist()
+        records = []
+        for client in drawn.clients:
+            index = position.get(client)
+            score = None if index is None else scores[index]
+            records.append(
+                ClientRecord(
+                    round=round,
+                    client=client,
+                    malicious=client in self.attackers.clients,
+                    num_samples=self.data.num_samples(client),
+                    sent=client in drawn.epochs,
+                    discrepancy=None if score != score else score,
+                    weight=0.0 if index is None else weights[index],
+                    kept=index is not None and kept[index],
+                    reason=result.rejected.get(client, ""),
+                )
+            )
+        return records

@@ -1,0 +1,136 @@
+"""Figures of a run, drawn without any global state of matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from fdcr_fast.sim.run.folder import write_atomically
+from fdcr_fast.sim.run.records import RoundRecord
+from fdcr_fast.sim.run.result import SimulationResult
+
+BENIGN, MALICIOUS = "tab:blue", "tab:red"
+MAX_LINES = 40
+MAX_ANNOTATED = 15
+
+
+def _new(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def rounds_axis(axes: Axes, rounds: int) -> None:
+    """Label the horizontal axis with the numbers of the rounds."""
+    axes.set_xlabel("round")
+    axes.set_xlim(0.5, rounds + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+
+
+def column(rounds: Sequence[RoundRecord], name: str) -> list[float]:
+    """One field of every round in per cent, NaN where it is undefined."""
+    values = [getattr(record, name) for record in rounds]
+    return [float("nan") if value is None else 100 * value for value in values]
+
+
+def accuracy_figure(runs: Mapping[str, Sequence[RoundRecord]]) -> Figure:
+    """Accuracy and attack success rate over the rounds, one line per run."""
+    figure, panels = _new(2, 10, 4)
+    names = {"accuracy": "accuracy A (%)", "attack_success_rate": "attack success rate (%)"}
+    for axes, (name, label) in zip(panels, names.items(), strict=True):
+        for index, (run, rounds) in enumerate(runs.items()):
+            steps = [record.round for record in rounds]
+            axes.plot(steps, column(rounds, name), f"{'os^Dvx'[index % 6]}-", markersize=3.5, label=run)
+        axes.set_ylabel(label)
+        axes.set_ylim(-3, 103)
+        rounds_axis(axes, max(len(rounds) for rounds in runs.values()))
+    panels[0].legend(loc="best")
+    return figure
+
+
+def clients_figure(result: SimulationResult) -> Figure:
+    """Discrepancy ``V_k`` and weight of every client over the rounds, by kind (the paper's figure 2)."""
+    rounds = np.arange(1, len(result.rounds) + 1)
+    figure, panels = _new(2, 10, 4)
+    for axes, name in zip(panels, ("discrepancy", "weight"), strict=True):
+        for malicious, kind, colour in ((False, "benign", BENIGN), (True, "malicious", MALICIOUS)):
+            lines: dict[int, NDArray[np.float64]] = {}  # of some clients; the mean is that of all
+            total, count = np.zeros((2, len(rounds)))
+            members = set()
+            for record in result.clients:
+                value = getattr(record, name)
+                if record.malicious != malicious or not record.sent or value is None:
+                    continue
+                members.add(record.client)
+                if record.client in lines or len(lines) < MAX_LINES:
+                    lines.setdefault(record.client, np.full(len(rounds), np.nan))[record.round - 1] = value
+                total[record.round - 1] += value
+                count[record.round - 1] += 1
+            if not members:
+                continue
+            axes.plot(rounds, np.stack(list(lines.values()), axis=1), color=colour, linewidth=0.8, alpha=0.4)
+            mean = np.divide(total, count, where=count > 0, out=np.full(len(rounds), np.nan))
+            axes.plot(rounds, mean, "o-", color=colour, markersize=3.5, label=f"{kind}, mean of {len(members)}")
+        rounds_axis(axes, len(rounds))
+    discrepancy, weight = panels
+    discrepancy.set_ylabel("discrepancy $V_k$")
+    weight.set_ylabel("weight in the new model")
+    weight.set_ylim(bottom=0)
+    weight.legend(loc="best")
+    if discrepancy.lines:
+        discrepancy.set_yscale("log")
+    else:
+        message = f"server {result.config.server} computes no discrepancy"
+        discrepancy.text(0.5, 0.5, message, ha="center", transform=discrepancy.transAxes)
+        discrepancy.set_yticks([])
+    return figure
+
+
+def similarity_figure(result: SimulationResult) -> Figure:
+    """Similarity of the clients' importances in the last round (figure 1); malicious clients come last."""
+    assert result.similarity is not None
+    last = [record for record in result.clients if record.round == len(result.rounds)]
+    compared = last[: len(result.similarity)]
+    order = sorted(range(len(compared)), key=lambda index: (compared[index].malicious, index))
+    matrix = result.similarity.numpy()[np.ix_(order, order)]
+    figure, (axes,) = _new(1, 6, 5)
+    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(image, ax=axes, label="cosine similarity of importance")
+    axes.set_xlabel("client (malicious in red)")
+    if len(order) > MAX_LINES:
+        return figure
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(range(len(order)), labels=[str(compared[index].client) for index in order])
+        for index, label in zip(order, axis.get_ticklabels(), strict=True):
+            label.set_color(MALICIOUS if compared[index].malicious else "black")
+    if len(order) <= MAX_ANNOTATED:
+        for (row, column), value in np.ndenumerate(matrix):
+            colour = "black" if value > 0.6 else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG file.
+
+    Raises:
+        OSError: naming the file, such as where the disk is full; there is no part of it then.
+    """
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_atomically(path, image.getvalue())
+
+
+def write_figures(result: SimulationResult, folder: Path) -> None:
+    """Write accuracy.png, clients.png and, where there are Fishers, similarity.png."""
+    save_figure(accuracy_figure({result.config.server: result.rounds}), folder / "accuracy.png")
+    save_figure(clients_figure(result), folder / "clients.png")
+    if result.similarity is not None:
+        save_figure(similarity_figure(result), folder / "similarity.png")

@@ -1,0 +1,186 @@
+"""The folder of a run: config.yaml, rounds.csv, clients.csv and a checkpoint after every round."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+
+from fdcr_fast.sim.config import SimulationConfig
+from fdcr_fast.sim.run.records import ClientRecord, RoundRecord, Summary
+from fdcr_fast.sim.run.result import RunState
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let errors of the system say which file they are about, as those of writing to a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: after a crash at any moment, or an error, it holds the old content or the new.
+
+    Raises:
+        OSError: naming the file, such as where the disk is full.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with _named(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def append_records(path: Path, records: Sequence[BaseModel]) -> int:
+    """Add rows to a CSV file and return its new size; None is an empty cell.
+
+    The file keeps the columns that it began with, which may be fewer than there are now.
+
+    Raises:
+        OSError: naming the file, such as where the disk is full; some of the rows may have been added.
+    """
+    with _named(path), path.open("a+", newline="") as file:
+        file.seek(0)
+        begun = csv.DictReader(file).fieldnames
+        file.seek(0, os.SEEK_END)
+        writer = csv.DictWriter(
+            file, begun or list(type(records[0]).model_fields), extrasaction="ignore", lineterminator="\n"
+        )
+        if not begun:
+            writer.writeheader()
+        writer.writerows(record.model_dump() for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def read_records(path: Path, record_type: type[Record]) -> list[Record]:
+    """Rows of a CSV file that :func:`append_records` wrote; columns that it lacks have their defaults.
+
+    Raises:
+        ValueError: it lacks a column without a default, or has one that is not known.
+    """
+    fields = record_type.model_fields
+    required = {name for name, field in fields.items() if field.is_required()}
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if not required <= set(reader.fieldnames or ()) <= set(fields):
+            raise ValueError(f"{path} has other columns than this version of fdcr_fast writes: run it anew")
+        return [record_type.model_validate(row) for row in reader]
+
+
+class RunFolder:
+    """Files of one run.
+
+    The CSV files only grow, and a checkpoint remembers how long they were. Resuming cuts them back to that,
+    so a kill at any moment loses at most the round under way.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_path = path / "config.yaml"
+        self.rounds_path = path / "rounds.csv"
+        self.clients_path = path / "clients.csv"
+        self.checkpoint_path = path / "checkpoint.npz"
+        self.summary_path = path / "summary.json"
+
+    def create(self, config: SimulationConfig) -> None:
+        """Begin a run.
+
+        Raises:
+            FileExistsError: the folder holds a run already.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.config_path.exists():
+            raise FileExistsError(
+                f"{self.path} already holds a run; continue it with --resume, or choose another folder"
+            )
+        write_atomically(self.config_path, config.to_yaml().encode())
+
+    def config(self) -> SimulationConfig:
+        """The run's configuration.
+
+        Raises:
+            FileNotFoundError: the folder holds no run.
+            ValueError: its configuration is not valid.
+        """
+        if not self.config_path.is_file():
+            raise FileNotFoundError(f"{self.path} holds no run to resume: there is no config.yaml")
+        return SimulationConfig.from_yaml(self.config_path.read_text())
+
+    def save(self, state: RunState, new_clients: Sequence[ClientRecord]) -> None:
+        """Append the last round's records, then replace the checkpoint."""
+        sizes = [
+            append_records(self.rounds_path, state.rounds[-1:]),
+            append_records(self.clients_path, new_clients),
+        ]
+        assert state.last_update is not None  # there was a round
+        similarity = np.empty((0, 0)) if state.similarity is None else state.similarity.numpy()
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            params=state.params.numpy(),
+            last_update=state.last_update.numpy(),
+            csv_sizes=np.array(sizes, dtype=np.int64),
+            similarity=similarity,
+            memory=np.frombuffer(state.memory, np.uint8),
+        )
+        write_atomically(self.checkpoint_path, buffer.getvalue())
+
+    def load(self) -> RunState | None:
+        """The state after the last checkpoint, None before the first; removes rows of an unfinished round.
+
+        Raises:
+            ValueError: the CSV files are shorter than when the checkpoint was made, or another version wrote them.
+        """
+        files = (self.rounds_path, self.clients_path)
+        if not self.checkpoint_path.exists():
+            for path in files:
+                path.unlink(missing_ok=True)
+            return None
+        with np.load(self.checkpoint_path, allow_pickle=False) as arrays:
+            params, last_update, similarity = (
+                torch.from_numpy(arrays[name]) for name in ("params", "last_update", "similarity")
+            )
+            sizes = arrays["csv_sizes"].tolist()
+            memory = arrays["memory"].tobytes()
+        for path, size in zip(files, sizes, strict=True):
+            found = path.stat().st_size if path.exists() else 0
+            if found < size:
+                raise ValueError(f"{path} has {found} bytes, its checkpoint expects at least {size}: cannot resume")
+            os.truncate(path, size)
+        return RunState(
+            params,
+            read_records(self.rounds_path, RoundRecord),
+            read_records(self.clients_path, ClientRecord),
+            last_update,
+            similarity if similarity.numel() else None,
+            memory,
+        )
+
+    def finish(self, summary: Summary) -> None:
+        """Write the summary, which a finished run has."""
+        write_atomically(self.summary_path, summary.model_dump_json(indent=2).encode() + b"\n")
+
+    def summary(self) -> Summary:
+        """The summary of a finished run."""
+        return Summary.model_validate_json(self.summary_path.read_text())

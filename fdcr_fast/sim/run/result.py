@@ -1,0 +1,78 @@
+"""What a run says while it goes on, where it stands, and what it ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fdcr_fast.sim.config import SimulationConfig
+from fdcr_fast.sim.run.records import ClientRecord, RoundRecord, Summary
+
+MOST_COMPARED = 200  # clients whose similarity is kept, which takes time and memory for all pairs
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """Sent after every client (``record`` is None) and after every round.
+
+    Attributes:
+        round: The round under way or just finished, counted from 1.
+        clients_done: Number of its clients that are done.
+        record: The finished round's figures.
+    """
+
+    round: int
+    clients_done: int
+    record: RoundRecord | None = None
+
+
+Progress = Callable[[ProgressEvent], None]
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """Outcome of a run.
+
+    Attributes:
+        config: What was run.
+        params: Final global parameters, float32 ``[P]``.
+        rounds: One record per round.
+        clients: One record per round and client drawn for it.
+        similarity: Cosine similarity of the importances of the last round's clients, in the order of their records and
+            at most ``MOST_COMPARED`` of them, float64 ``[S, S]``; None where they compute no Fishers.
+        summary: Means over the last five rounds.
+    """
+
+    config: SimulationConfig
+    params: Tensor
+    rounds: tuple[RoundRecord, ...]
+    clients: tuple[ClientRecord, ...]
+    similarity: Tensor | None
+    summary: Summary
+
+
+@dataclass
+class RunState:
+    """Where a run stands between two rounds.
+
+    Attributes:
+        params: Global parameters ``[P]``.
+        rounds: Records of every finished round.
+        clients: Records of every client in every finished round.
+        last_update: What the last round changed in the parameters, ``[P]``; None before the first.
+        similarity: Similarity of the clients' importances, ``[S, S]``; after the last round only.
+        memory: What the server remembers of its clients, empty for one that remembers nothing.
+    """
+
+    params: Tensor
+    rounds: list[RoundRecord]
+    clients: list[ClientRecord]
+    last_update: Tensor | None = None
+    similarity: Tensor | None = None
+    memory: bytes = b""
+
+    def result(self, config: SimulationConfig, summary: Summary) -> SimulationResult:
+        """The outcome of a run that stands here at its end."""
+        return SimulationResult(config, self.params, tuple(self.rounds), tuple(self.clients), self.similarity, summary)

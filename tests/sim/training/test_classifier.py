@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fdcr_fast import _native
+from fdcr_fast.sim.training import classifier
+from fdcr_fast.sim.training.classifier import Classifier, classifier_of
+from fdcr_fast.sim.training.models import build_model
+from fdcr_fast.sim.training.sgd import SGD, shuffled
+
+
+@pytest.fixture(params=["operators", "autograd"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the model is differentiated."""
+    if request.param == "autograd":
+        monkeypatch.setattr(classifier, "network_layers", lambda model: None)
+    elif _native.module is None:
+        pytest.skip(_native.reason)
+    return str(request.param)
+
+
+def made(model: nn.Module, way: str) -> Classifier:
+    tested = classifier_of(model)
+    assert isinstance(tested, classifier.NetworkClassifier) == (way == "operators")
+    return tested
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "batch_size"),
+    [((1, 16, 16), 4, 16), ((3, 18, 16), 100, 64), ((1, 8, 8), 2, 16), ((1, 8, 8), 10, 1)],
+)
+def test_training_is_plain_sgd_with_momentum(
+    way: str, shape: tuple[int, int, int], classes: int, batch_size: int
+) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(50, *shape), torch.randint(0, classes, (50,))
+    rows = torch.arange(3, 40)
+    reference = build_model("auto", shape, classes, seed=0).double()
+    tested = made(build_model("auto", shape, classes, seed=0), way)
+    lr, momentum, decay = 0.05, 0.9, 1e-2
+    given = tested.params()
+    order = shuffled(rows, 2, torch.Generator().manual_seed(7))
+    trained = tested.train(given, images, labels, order, SGD(batch_size, lr, momentum, decay))
+
+    generator = torch.Generator().manual_seed(7)
+    velocity = [torch.zeros_like(p) for p in reference.parameters()]
+    for _ in range(2):
+        order = rows[torch.randperm(len(rows), generator=generator)].tolist()
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            log_p = reference(images[batch].double()).log_softmax(1)
+            loss = -sum(log_p[i, labels[row]] for i, row in enumerate(batch)) / len(batch)
+            gradients = torch.autograd.grad(loss, list(reference.parameters()))
+            with torch.no_grad():
+                for p, v, g in zip(reference.parameters(), velocity, gradients, strict=True):
+                    v.mul_(momentum).add_(g + decay * p)
+                    p.sub_(lr * v)
+    expected = torch.cat([p.detach().flatten() for p in reference.parameters()])
+    assert (trained.double() - expected).norm() < 1e-5 * expected.norm()
+    untouched = torch.cat([p.detach().flatten() for p in build_model("auto", shape, classes, seed=0).parameters()])
+    assert torch.equal(given, untouched)
+
+
+def test_parameters_survive_loading() -> None:
+    tested = classifier_of(build_model("cnn", (1, 16, 16), 3, seed=0))
+    params = torch.randn(tested.layout.numel)
+    tested.load(params)
+    assert torch.equal(tested.params(), params)
+    plain = copy.deepcopy(tested.model)
+    offset = 0
+    for parameter in plain.parameters():
+        values = params[offset : offset + parameter.numel()].reshape(parameter.shape)
+        assert torch.equal(parameter, values)
+        offset += parameter.numel()
+
+
+def test_fisher_squares_per_sample(way: str) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(20, 1, 16, 16), torch.randint(0, 3, (20,))
+    rows = torch.tensor([1, 4, 7, 19])
+    tested = made(build_model("cnn", (1, 16, 16), 3, seed=0), way)
+    model = copy.deepcopy(tested.model).double()
+    expected = torch.zeros(tested.layout.numel, dtype=torch.float64)
+    for row in rows.tolist():
+        log_p = model(images[row : row + 1].double()).log_softmax(1)[0, labels[row]]
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(log_p, list(model.parameters()))])
+        expected += gradient**2 / len(rows)
+    fisher = tested.fisher(tested.params(), images, labels, rows)
+    assert fisher.dtype == torch.float32
+    assert (fisher.double() - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_prediction_is_the_most_probable_class(way: str) -> None:
+    torch.manual_seed(0)
+    tested = made(build_model("mlp", (1, 8, 8), 5, seed=0), way)
+    images = torch.randn(1500, 1, 8, 8)
+    with torch.no_grad():
+        logits = copy.deepcopy(tested.model).double()(images.double())
+    torch.testing.assert_close(tested.logits(tested.params(), images).double(), logits, rtol=1e-5, atol=1e-5)
+    gap = logits.topk(2).values.diff().abs().flatten()
+    assert torch.equal(tested.predict(tested.params(), images)[gap > 1e-4], logits.argmax(1)[gap > 1e-4])
+
+
+def test_the_operators_take_what_they_know_and_nothing_else() -> None:
+    def layers(*modules: nn.Module) -> list[int] | None:
+        return classifier.network_layers(nn.Sequential(*modules))
+
+    head = [nn.Flatten(), nn.Linear(8, 3)]
+    conv = nn.Conv2d(1, 2, 3, padding=(0, 1), bias=False)
+    known = layers(
+        conv, nn.ReLU(), nn.MaxPool2d(2, stride=2), nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)
+    )
+    assert known == [2, 3, 3, 0, 1, 1, 1, 0, *(4, 0, 0, 0, 0, 0, 1, 1), *(3, 0, 0, 0, 0, 0, 0, 1)]
+    for name in ("cnn", "mlp"):
+        assert classifier.network_layers(build_model(name, (1, 16, 16), 10, 0)) is not None
+    for unknown in (
+        nn.Conv2d(1, 2, 3, stride=2),
+        nn.Conv2d(2, 2, 3, groups=2),
+        nn.Conv2d(1, 2, 3, dilation=2),
+        nn.Conv2d(1, 2, 3, padding="same"),
+        nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(1, 2, 3).double(),
+        nn.Conv2d(1, 2, 3).requires_grad_(False),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 2, 3)),
+        nn.Dropout(),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+    ):
+        assert layers(unknown, *head) is None
+    for pool in (nn.MaxPool2d(3), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, padding=1), nn.MaxPool2d(2, ceil_mode=True)):
+        assert layers(nn.Conv2d(1, 2, 3), pool, *head) is None
+    shared = nn.Linear(3, 3)
+    assert layers(*head, shared, shared) is None
+    assert layers(nn.Linear(8, 3)) is None
+    assert layers(nn.Conv2d(1, 2, 3), nn.Flatten()) is None
+    assert classifier.network_layers(nn.Linear(8, 3)) is None
+    hooked = nn.Linear(3, 3)
+    hooked.register_forward_hook(lambda *_: None)
+    assert layers(*head, hooked) is None
+
+
+def test_models_with_buffers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"1\.running_mean"):
+        classifier_of(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)))
