@@ -16,7 +16,7 @@ from harness import Report, Times, interleave
 from torch import Tensor
 
 from fdcr_fast import FDCR, FedAvg, UpdateStore
-from fdcr_fast.server.cluster import kmeans
+from fdcr_fast.rules.fdcr.clustering import kmeans
 
 PARAMS = 1_000_000
 CLIENTS = (10, 100, 1000)

@@ -15,7 +15,7 @@ from harness import Report, interleave
 from torch import Tensor
 
 from fdcr_fast import FDCR, StateStore, aggregate_state_dicts
-from fdcr_fast.server.cluster import kmeans
+from fdcr_fast.rules.fdcr.clustering import kmeans
 
 State = dict[str, Tensor]
 

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fdcr_fast.server.rules import AggregationResult, AggregationRule
-from fdcr_fast.server.vectors import shared
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.result import AggregationResult
+from fdcr_fast.store.upload import shared
 
 try:
     import byzfl

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from fdcr_fast.integrations.npy import npy_tensor
 from fdcr_fast.layout import ParamLayout
-from fdcr_fast.server.fdcr import FDCR
-from fdcr_fast.server.rules import AggregationResult, AggregationRule
-from fdcr_fast.server.state_store import StateStore
-from fdcr_fast.server.vectors import shown
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.fdcr.rule import FDCR
+from fdcr_fast.rules.result import AggregationResult
+from fdcr_fast.state_dicts.state_store import StateStore
+from fdcr_fast.store.upload import shown
 
 try:
     from flwr.common import EvaluateRes, FitIns, FitRes, Parameters, ndarrays_to_parameters

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from fdcr_fast.server.vectors import shared
+from fdcr_fast.store.upload import shared
 
 
 def npy_tensor(data: bytes) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import fdcr_fast
 from fdcr_fast.layout import ParamLayout
-from fdcr_fast.server.rules import AggregationResult, AggregationRule
-from fdcr_fast.server.state_store import StateStore
-from fdcr_fast.server.vectors import shown
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.result import AggregationResult
+from fdcr_fast.state_dicts.state_store import StateStore
+from fdcr_fast.store.upload import shown
 
 try:
     from nvflare.apis.dxo import from_shareable

@@ -22,8 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from fdcr_fast.server.cluster import CLUSTERINGS
-from fdcr_fast.server.scores import SCORES
+from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS
+from fdcr_fast.rules.fdcr.discrepancy import SCORES
 from fdcr_fast.sim.attacks.fishers import ATTACKER_FISHERS, OMNISCIENT_FISHERS
 from fdcr_fast.sim.attacks.poison import ATTACKS, PAPER_TRIGGER, Pixels
 from fdcr_fast.sim.attacks.schedule import parse_rounds

@@ -32,9 +32,10 @@ from fdcr_fast import (
     Sageflow,
     TrimmedMean,
 )
-from fdcr_fast.server.defenses.byzantine import ByzantineRule
-from fdcr_fast.server.intake import ClientUpdates
-from fdcr_fast.server.rules import AggregationRule, Selection
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.byzantine import ByzantineRule
+from fdcr_fast.rules.result import Selection
 from fdcr_fast.sim.server_data import ServerData
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fdcr_fast import FDCR, FedAvg, ParamLayout, UpdateStore
-from fdcr_fast.server.cluster import CLUSTERINGS
+from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NUMBERS = [0.0, -0.0, 1.0, -1.0, 1e-45, 1e-38, 1e-20, 1e3, 1e38, -3e38, 3.4e38, 65504.0, 1e39, 1e300, -1e308]

@@ -16,7 +16,8 @@ from gpu_cases import CASES
 
 import fdcr_fast
 from fdcr_fast import _native
-from fdcr_fast.server import cluster, pinned
+from fdcr_fast.rules.fdcr import clustering as cluster
+from fdcr_fast.store import pinned_rows as pinned
 
 K, P = 12, 20_000
 

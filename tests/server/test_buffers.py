@@ -19,7 +19,7 @@ from fdcr_fast import (
     TrimmedMean,
     aggregate_state_dicts,
 )
-from fdcr_fast.server.buffers import held_mean
+from fdcr_fast.state_dicts.buffers import held_mean
 
 K = 9
 ROBUST = [

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import DBSCAN, KMeans
 
-from fdcr_fast.server.cluster import CLUSTERINGS, dbscan, finch, kmeans
+from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS, dbscan, finch, kmeans
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # on import it asks for optional packages

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdcr_fast import FDCR, FedAvg, UpdateStore, ops
-from fdcr_fast.server import passes
-from fdcr_fast.server.intake import ClientUpdates
-from fdcr_fast.server.shares import limited_shares
+from fdcr_fast.round import readings
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.shares import limited_shares
 
 P = 3 * 4096 + 100
 
 
 @pytest.fixture
-def readings(monkeypatch):
+def reads(monkeypatch):
     """What was read, in order: (kind, single)."""
     seen = []
 
@@ -29,7 +29,7 @@ def readings(monkeypatch):
         return counted
 
     for kind in ("scores", "mean", "scores_and_mean"):
-        monkeypatch.setattr(passes, kind, count(kind, getattr(passes, kind)))
+        monkeypatch.setattr(readings, kind, count(kind, getattr(readings, kind)))
     return seen
 
 
@@ -60,11 +60,11 @@ def in_float64(w, updates, fishers, n, kept):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("source", ["store", "matrices"])
-def test_one_reading_where_the_guess_holds(readings, dtype, source):
+def test_one_reading_where_the_guess_holds(reads, dtype, source):
     w, updates, fishers, n = attacked(dtype=dtype)
     arguments = (stored(updates, fishers, n),) if source == "store" else (updates, fishers, n)
     result = FDCR(cluster="kmeans").aggregate(w, *arguments)
-    assert readings == [("scores_and_mean", True)]
+    assert reads == [("scores_and_mean", True)]
     assert result.kept.tolist() == [False] * 4 + [True] * 16
     V, step = in_float64(w, updates, fishers, n, result.kept)
     np.testing.assert_allclose(result.discrepancy, V, rtol=1e-6)
@@ -79,38 +79,38 @@ def test_the_result_has_the_same_bits_whatever_was_guessed(seed, wrong, rescale,
     right = rule.aggregate(w, updates, fishers, n)
     guess = torch.tensor([wrong >> k & 1 for k in range(20)], dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "sampled_scores", lambda *_, **__: passes.Scores(guess, guess, torch.ones(())))
+        patch.setattr(readings, "sampled_scores", lambda *_, **__: readings.Scores(guess, guess, torch.ones(())))
         other = rule.aggregate(w, updates, fishers, n)
     assert torch.equal(other.params, right.params)
     assert torch.equal(other.discrepancy, right.discrepancy)
     assert torch.equal(other.kept, right.kept)
 
 
-def test_a_wrong_guess_costs_one_more_reading(readings, monkeypatch):
+def test_a_wrong_guess_costs_one_more_reading(reads, monkeypatch):
     w, updates, fishers, n = attacked()
     monkeypatch.setattr(
-        passes,
+        readings,
         "sampled_scores",
-        lambda *_, **__: passes.Scores(torch.arange(20.0).double(), torch.ones(20), torch.ones(())),
+        lambda *_, **__: readings.Scores(torch.arange(20.0).double(), torch.ones(20), torch.ones(())),
     )
     FDCR(cluster="kmeans").aggregate(w, updates, fishers, n)
-    assert readings == [("scores_and_mean", True), ("mean", True)]
+    assert reads == [("scores_and_mean", True), ("mean", True)]
 
 
-def test_nobody_is_guessed_where_nobody_can_be_dropped(readings, monkeypatch):
-    monkeypatch.setattr(passes, "sampled_scores", None)
+def test_nobody_is_guessed_where_nobody_can_be_dropped(reads, monkeypatch):
+    monkeypatch.setattr(readings, "sampled_scores", None)
     FDCR(cluster=None).aggregate(*attacked())
-    assert readings == [("scores_and_mean", True)]
+    assert reads == [("scores_and_mean", True)]
 
 
 @pytest.mark.parametrize("noise", [1e-2, 1e-4, 1e-6])
-def test_clients_that_nearly_agree_are_scored_in_float64(readings, noise):
+def test_clients_that_nearly_agree_are_scored_in_float64(reads, noise):
     w, updates, fishers, n = attacked(attackers=0)
     updates = updates[:1] * (1 + noise * torch.randn(updates.shape, generator=torch.Generator().manual_seed(1)))
     fishers = fishers[:1] * (1 + noise * torch.rand(fishers.shape, generator=torch.Generator().manual_seed(2)))
     result = FDCR(cluster="kmeans").aggregate(w, updates, fishers, n)
-    assert readings[0] == ("scores_and_mean", True)
-    assert ("scores_and_mean", False) in readings
+    assert reads[0] == ("scores_and_mean", True)
+    assert ("scores_and_mean", False) in reads
     V, _ = in_float64(w, updates, fishers, n, result.kept)
     np.testing.assert_allclose(result.discrepancy, V, rtol=1e-6)
 
@@ -125,11 +125,11 @@ def test_clients_that_nearly_agree_are_scored_in_float64(readings, noise):
         lambda u, f: (u.double(), f),
     ],
 )
-def test_sizes_near_the_limits_of_float32_are_left_to_float64(readings, spoil):
+def test_sizes_near_the_limits_of_float32_are_left_to_float64(reads, spoil):
     w, updates, fishers, n = attacked()
     updates, fishers = spoil(updates, fishers)
     result = FDCR(cluster="kmeans", norm_bound=None).aggregate(w, updates, fishers, n)
-    assert not any(single for _, single in readings)
+    assert not any(single for _, single in reads)
     V, _ = in_float64(w, updates, fishers, n, result.kept)
     np.testing.assert_allclose(result.discrepancy, V, rtol=1e-6)
     assert result.params.isfinite().all()
@@ -146,7 +146,7 @@ def test_samples_are_spread_over_the_parameters():
         size = updates.shape[0] * updates.shape[2]
         tiles = ClientUpdates.from_matrices(updates.transpose(0, 1).reshape(2, size), None, [1, 1]).tiles
         tiles = type(tiles)(updates, None, size)
-        seen = list(passes._sample(tiles))
+        seen = list(readings._sample(tiles))
         assert 0 < sum(span.num_params for span in seen) <= size
         assert all(span.updates.shape[0] * span.updates.shape[2] >= span.num_params for span in seen)
 
@@ -240,10 +240,10 @@ def norm_readings(monkeypatch):
     return seen
 
 
-def test_norms_of_matrices_take_no_reading_of_their_own(readings, norm_readings):
+def test_norms_of_matrices_take_no_reading_of_their_own(reads, norm_readings):
     w, updates, fishers, n = attacked()
     FDCR(cluster="kmeans").aggregate(w, updates, fishers, n)
-    assert readings == [("scores_and_mean", True)]
+    assert reads == [("scores_and_mean", True)]
     assert P not in norm_readings
 
 
@@ -251,7 +251,7 @@ def test_norms_of_matrices_take_no_reading_of_their_own(readings, norm_readings)
 def test_a_wrong_guess_of_norms_changes_nothing(monkeypatch, guess):
     w, updates, fishers, n = attacked()
     expected = FDCR().aggregate(w, updates, fishers, n)
-    monkeypatch.setattr(passes, "sampled_norms", lambda _: torch.full((20,), guess, dtype=torch.float64))
+    monkeypatch.setattr(readings, "sampled_norms", lambda _: torch.full((20,), guess, dtype=torch.float64))
     same_result(FDCR().aggregate(w, updates, fishers, n), expected)
 
 
@@ -262,7 +262,7 @@ def test_what_one_entry_hides_is_found_without_a_reading_of_its_own(monkeypatch,
     updates[5, column] = value
     result = FDCR().aggregate(w, updates, fishers, n)
     assert list(result.rejected) == [5]
-    monkeypatch.setattr(passes, "sampled_norms", lambda _: torch.full((20,), torch.nan, dtype=torch.float64))
+    monkeypatch.setattr(readings, "sampled_norms", lambda _: torch.full((20,), torch.nan, dtype=torch.float64))
     same_result(result, FDCR().aggregate(w, updates, fishers, n))
 
 
@@ -273,5 +273,5 @@ def test_norms_at_the_bound_are_judged_by_exact_norms(monkeypatch, factor):
     median = norms[1:].sort().values[9]  # the lower median of all: row 0 is the longest
     updates[0] *= float(2 * median * factor / norms[0])
     result = FDCR(norm_bound=2.0).aggregate(w, updates, fishers, n)
-    monkeypatch.setattr(passes, "sampled_norms", lambda _: torch.full((20,), torch.nan, dtype=torch.float64))
+    monkeypatch.setattr(readings, "sampled_norms", lambda _: torch.full((20,), torch.nan, dtype=torch.float64))
     same_result(result, FDCR(norm_bound=2.0).aggregate(w, updates, fishers, n))

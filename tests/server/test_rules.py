@@ -9,12 +9,13 @@ import transcription
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdcr_fast.server.cluster import CLUSTERINGS
-from fdcr_fast.server.fdcr import FDCR
-from fdcr_fast.server.fedavg import FedAvg
-from fdcr_fast.server.rules import AggregationRule, Selection
-from fdcr_fast.server.scores import SCORES
-from fdcr_fast.server.store import UpdateStore
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS
+from fdcr_fast.rules.fdcr.discrepancy import SCORES
+from fdcr_fast.rules.fdcr.rule import FDCR
+from fdcr_fast.rules.fedavg import FedAvg
+from fdcr_fast.rules.result import Selection
+from fdcr_fast.store.update_store import UpdateStore
 
 
 @dataclasses.dataclass

@@ -40,9 +40,9 @@ from fdcr_fast import (
     UpdateStore,
     shard_range,
 )
-from fdcr_fast.server import sharded
-from fdcr_fast.server.blocks import BlockSums, cut, in_order
-from fdcr_fast.server.tiles import Span
+from fdcr_fast.distributed import param_shard as sharded
+from fdcr_fast.round.blocks import BlockSums, cut, in_order
+from fdcr_fast.round.tiles import Span
 
 # Plain PyTorch sums in another order, and takes minutes.
 pytestmark = pytest.mark.skipif(not fdcr_fast.backends()["cpu"].usable, reason="bits are those of the kernels")

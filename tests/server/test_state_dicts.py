@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fdcr_fast.layout import ParamLayout
-from fdcr_fast.server.fdcr import FDCR
-from fdcr_fast.server.fedavg import FedAvg
-from fdcr_fast.server.state_dicts import aggregate_state_dicts
+from fdcr_fast.rules.fdcr.rule import FDCR
+from fdcr_fast.rules.fedavg import FedAvg
+from fdcr_fast.state_dicts.aggregate import aggregate_state_dicts
 
 K = 6
 COUNTS = [3, 1, 4, 1, 5, 9]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fdcr_fast.layout import ParamLayout
-from fdcr_fast.server.store import UpdateStore
+from fdcr_fast.store.update_store import UpdateStore
 
 
 @given(

@@ -13,13 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fdcr_fast import _native
-from fdcr_fast.server import file_format, file_rows, file_tiles
-from fdcr_fast.server.fdcr import FDCR
-from fdcr_fast.server.fedavg import FedAvg
-from fdcr_fast.server.file_format import DamagedStoreError
-from fdcr_fast.server.file_rows import FileRows
-from fdcr_fast.server.rows import StoreShape
-from fdcr_fast.server.store import UpdateStore
+from fdcr_fast.rules.fdcr.rule import FDCR
+from fdcr_fast.rules.fedavg import FedAvg
+from fdcr_fast.store.file import format as file_format
+from fdcr_fast.store.file import rows as file_rows
+from fdcr_fast.store.file import tiles as file_tiles
+from fdcr_fast.store.file.format import DamagedStoreError
+from fdcr_fast.store.file.rows import FileRows
+from fdcr_fast.store.rows import StoreShape
+from fdcr_fast.store.update_store import UpdateStore
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_config
 
 from fdcr_fast import FDCR, RLR, Bulyan, CoalitionFDCR, DnC, FedAvg, Krum, ModelQuality, ParamGroups, UpdateStore
-from fdcr_fast.server.rules import AggregationRule
+from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.run.federation import build_rule
 from fdcr_fast.sim.seeding import derive_seed

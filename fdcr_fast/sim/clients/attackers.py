@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import UpdateStore
-from fdcr_fast.server.tiles import WHOLE, Shard
+from fdcr_fast.round.shard import WHOLE, Shard
 from fdcr_fast.sim.attacks.fishers import ATTACKER_FISHERS, OMNISCIENT_FISHERS, FisherKnowledge
 from fdcr_fast.sim.attacks.poison import Poisoning
 from fdcr_fast.sim.attacks.schedule import attacks_in, parse_rounds

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fdcr_fast.server.shared_memory import SharedTensor
 from fdcr_fast.sim.datasets.partition import Partition
+from fdcr_fast.store.shared_memory import SharedTensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fdcr_fast import ParamShard, UpdateStore
-from fdcr_fast.server.intake import ClientUpdates
-from fdcr_fast.server.rules import AggregationResult, AggregationRule
-from fdcr_fast.server.tiles import WHOLE, Shard
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.shard import WHOLE, Shard
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.result import AggregationResult
 from fdcr_fast.sim.clients.population import Population
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.execution.across_ranks import AcrossRanks

@@ -14,9 +14,6 @@ import torch
 from torch import nn
 
 from fdcr_fast import UpdateStore
-from fdcr_fast.server.row_writer import RowWriter
-from fdcr_fast.server.rows import Accepted
-from fdcr_fast.server.shared_memory import SharedTensor
 from fdcr_fast.sim.clients.population import Job, Population
 from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.config import SimulationConfig
@@ -24,6 +21,9 @@ from fdcr_fast.sim.costs import Phase, Stopwatch
 from fdcr_fast.sim.execution.contract import Outcome, describe
 from fdcr_fast.sim.execution.forkserver import forkserver_context
 from fdcr_fast.sim.training.classifier import classifier_of
+from fdcr_fast.store.row_writer import RowWriter
+from fdcr_fast.store.rows import Accepted
+from fdcr_fast.store.shared_memory import SharedTensor
 
 AHEAD = 2  # orders that a worker is given at a time, so that it need not wait for the next one
 SECONDS_OF_AN_ORDER = 0.02  # an order takes a tenth of a millisecond on its way to and fro

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fdcr_fast import ParamGroups
-from fdcr_fast.server.rules import AggregationResult, AggregationRule
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.result import AggregationResult
 from fdcr_fast.sim.clients.attackers import Attackers
 from fdcr_fast.sim.clients.data import FederatedData
 from fdcr_fast.sim.clients.participation import Participants, draw_participants

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fdcr_fast.server.intake import ClientUpdates
-from fdcr_fast.server.tiles import Span
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.tiles import Span
 
 
 def importance_similarity(uploads: ClientUpdates, clients: Sequence[int]) -> Tensor:

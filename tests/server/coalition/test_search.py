@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from fdcr_fast.server.coalition import search
-from fdcr_fast.server.coalition.search import Views, find_coalition
+from fdcr_fast.rules.coalition import search
+from fdcr_fast.rules.coalition.search import Views, find_coalition
 
 
 def symmetric(K):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from fdcr_fast.server.coalition.search import Views
-from fdcr_fast.server.coalition.state import CoalitionState
+from fdcr_fast.rules.coalition.search import Views
+from fdcr_fast.rules.coalition.state import CoalitionState
 
 
 def views(K, seed):

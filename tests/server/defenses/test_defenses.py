@@ -35,10 +35,10 @@ from fdcr_fast import (
     UpdateStore,
     _native,
 )
-from fdcr_fast.server.defenses.flame import majority_cluster
-from fdcr_fast.server.defenses.foolsgold import foolsgold_weights
-from fdcr_fast.server.defenses.krum import krum_scores
-from fdcr_fast.server.defenses.multi_metrics import whitened_scores
+from fdcr_fast.rules.pairwise.flame import majority_cluster
+from fdcr_fast.rules.pairwise.foolsgold import foolsgold_weights
+from fdcr_fast.rules.pairwise.krum import krum_scores
+from fdcr_fast.rules.pairwise.multi_metrics import whitened_scores
 
 
 def quality(params):

@@ -1,0 +1,1 @@
+"""One round over several processes, each with some of the parameters."""

@@ -1,0 +1,113 @@
+"""The clients' updates a few parameters at a time, in plain PyTorch: for what no operator computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdcr_fast.round.blocks import cut
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.tiles import Span
+from fdcr_fast.round.vectors import sent
+
+_BLOCK = 1 << 18  # numbers of the valid clients that are looked at together
+_MODELS = 1 << 24  # numbers of the models that are made together
+
+
+class Columns(NamedTuple):
+    """Consecutive parameters of the valid clients.
+
+    Attributes:
+        params: Which of the parameters that are here.
+        updates: ``[n, len]``, not to be written to.
+    """
+
+    params: slice
+    updates: Tensor
+
+
+def column_blocks(clients: ClientUpdates) -> Iterator[Columns]:
+    """All parameters that are here in order, in the dtype of the clients; a block is valid until the next one."""
+    for span in clients.spans():
+        yield from _columns(clients, span)
+
+
+def column_sums(
+    clients: ClientUpdates, term: Callable[[Columns], Tensor], *size: int, ranges: Iterable[slice] | None = None
+) -> Tensor:
+    """Sums over parameters of numbers of each valid client, float64 ``[*size, n]``, where the rows are.
+
+    Args:
+        clients: Of the round.
+        term: These sums over a block of parameters, whose updates are float64.
+        size: How many numbers of a client.
+        ranges: Over which of the model's parameters; None for all.
+    """
+    here = None
+    if ranges is not None:
+        shift = clients.shard.first
+        here = [slice(part.start - shift, part.stop - shift) for part in _merged(ranges)]
+
+    def read(span: Span, total: Tensor) -> Tensor:
+        for params, updates in _columns(clients, span, here):
+            total = total + term(Columns(params, updates.double()))
+        return total
+
+    zeros = torch.zeros(*size, _count(clients), dtype=torch.float64, device=clients.tiles.device)
+    return clients.sum(zeros, read)
+
+
+def _merged(ranges: Iterable[slice]) -> list[slice]:
+    """The ranges in order; those that follow each other, such as weight and bias, are one."""
+    merged: list[slice] = []
+    for part in sorted(ranges, key=lambda part: part.start):
+        if merged and merged[-1].stop == part.start:
+            part = slice(merged.pop().start, part.stop)
+        merged.append(part)
+    return merged
+
+
+def _count(clients: ClientUpdates) -> int:
+    """How many are valid, at least one."""
+    return len(clients.clients) if clients.rows is None else len(clients.rows)
+
+
+def _columns(clients: ClientUpdates, span: Span, ranges: Sequence[slice] | None = None) -> Iterator[Columns]:
+    """What a span holds of the ranges, in blocks of bounded size: whole tiles, joined, or a part of one."""
+    valid = None if clients.rows is None else sent(clients.rows, clients.tiles.device)
+    length = span.updates.shape[2]
+    width = max(1, _BLOCK // _count(clients))
+    width -= width % min(width, length)
+    stops = [*range(span.first + width, span.first + span.num_params, width)]
+    if ranges is not None:
+        stops = sorted({*stops, *(stop for part in ranges for stop in (part.start, part.stop))})
+    for block in cut(span, stops):
+        if ranges is None or any(part.start <= block.first < part.stop for part in ranges):
+            rows = block.updates if valid is None else block.updates.index_select(1, valid)
+            joined = rows.transpose(0, 1).flatten(1)
+            yield Columns(slice(block.first, block.first + block.num_params), joined[:, : block.num_params])
+
+
+def squared_length(vector: Tensor) -> Tensor:
+    """Sum of squares in float64."""
+    length: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
+    return length.square()
+
+
+def dot_products(clients: ClientUpdates, vector: Tensor) -> Tensor:
+    """``<delta_k, vector>`` of the valid clients with a vector ``[P]``, float64 ``[n]``."""
+    return column_sums(clients, lambda columns: columns.updates @ vector[columns.params].double()).cpu()
+
+
+def client_params(global_params: Tensor, clients: ClientUpdates) -> Iterator[Tensor]:
+    """``w + delta_k [P]`` of one valid client after the other, in the dtype of the global parameters."""
+    valid = clients.valid.nonzero().flatten()
+    for batch in valid.split(max(1, _MODELS // clients.num_params)):  # rounds in files are read once for so many
+        some = clients.with_valid(torch.zeros_like(clients.valid).index_fill_(0, batch, True))
+        models = global_params.repeat(len(batch), 1)
+        for params, updates in column_blocks(some):
+            models[:, params] += updates.to(models.dtype)
+        yield from models

@@ -1,0 +1,221 @@
+"""Readings of all clients of a round, span by span: scores, the mean, or both at once.
+
+Results lie where the rows are, and nothing here waits for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdcr_fast import ops
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.tiles import ClientTiles, MatrixTiles, Span
+from fdcr_fast.round.vectors import arrays, sent
+
+Importances = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+# In float32 a product is right to 2^-24 of itself, so V, which is made of differences, to about 1e-7 of itself times
+# how much larger what was subtracted is than what was left. Beyond this ratio V is computed again in float64.
+_CANCELLATION = 8.0
+_SAME = 1e-5  # scores that are closer together are told apart in float64 only
+_FEWEST_SAMPLED = 4096  # parameters
+_LEAST_RMS, _MOST_NORM, _RANGE = 1e-14, 1e15, 1e30  # squares of sizes in between are far from the limits of float32
+
+
+class Scores(NamedTuple):
+    """What a reading tells of every client.
+
+    Attributes:
+        distance: ``S_k = sum_v (u_v - u_{k,v})^2``, float64 ``[K]``, NaN for clients that are not valid.
+        squared_norm: ``sum_v delta_{k,v}^2``, likewise.
+        mean_square: ``sum_v u_v^2``, a scalar.
+    """
+
+    distance: Tensor
+    squared_norm: Tensor
+    mean_square: Tensor
+
+
+def may_fit_single(clients: ClientUpdates) -> bool:
+    """What :func:`fits_single` says of rounds with numbers of usual sizes."""
+    return clients.num_params >= ops.STRETCH and torch.float64 not in clients.tiles.dtypes
+
+
+def fits_single(clients: ClientUpdates) -> bool:
+    """Whether products of this round stay far from the limits of float32; small rounds are computed in float64."""
+    if not may_fit_single(clients):
+        return False
+    squares, low, high = (None if x is None else clients.of_valid(x).numpy() for x in clients.statistics)
+    if not _LEAST_RMS * clients.num_params**0.5 <= math.sqrt(squares.max()) <= _MOST_NORM:
+        return False
+    return low is None or bool((high - low).min() >= 1 / _RANGE and high.max() <= _RANGE)
+
+
+def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Any:
+    """Whether scores from float32 products are right to about 1e-6 of themselves, and tell the clients apart."""
+    squares, shares = clients.of_valid(scores.distance), clients.of_valid(alpha)
+    xp, squares, shares, mean_square = arrays(squares, shares, scores.mean_square)
+    distance = xp.sqrt(squares)
+    smallest, largest = distance.min(), distance.max()
+    rounded = 2 * xp.sqrt(mean_square) + smallest + shares @ distance
+    least = smallest >= _LEAST_RMS * clients.num_params**0.5
+    apart = largest - smallest > _SAME * largest
+    return least & apart & (rounded <= _CANCELLATION * smallest)
+
+
+def scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
+    """One reading for the distances of the reweighted updates to their mean."""
+    clients, alpha = clients.on_device(), sent(alpha, clients.tiles.device)
+
+    def read(span: Span, totals: Tensor) -> Tensor:
+        importances = _importances(clients, span, reweight)
+        return ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, single)
+
+    return _scores(clients.sum(_no_totals(clients), read))
+
+
+def squared_norms(clients: ClientUpdates) -> Tensor:
+    """One reading for the squared norms of the updates, float64 ``[K]``, of clients that are not valid too."""
+    zeros = torch.zeros(len(clients.clients), dtype=torch.float64, device=clients.tiles.device)
+    return clients.sum(zeros, lambda span, total: total + ops.squared_norm(span.updates, span.num_params))
+
+
+def mean(global_params: Tensor, clients: ClientUpdates, weights: Tensor, *, rescale: bool, single: bool) -> Tensor:
+    """One reading for the new global parameters."""
+    clients, weights = clients.on_device(), sent(weights, clients.tiles.device)
+    return _by_span(
+        global_params,
+        clients,
+        lambda params, span: ops.rescaled_mean(
+            params, span.updates, *_importances(clients, span, rescale), weights, single
+        ),
+    )
+
+
+def scores_and_mean(
+    global_params: Tensor,
+    clients: ClientUpdates,
+    alpha: Tensor,
+    weights: Tensor,
+    *,
+    reweight: bool,
+    rescale: bool,
+    single: bool,
+) -> tuple[Scores, Tensor]:
+    """Both of the above in one reading, with the same bits."""
+    clients = clients.on_device()
+    alpha, weights = sent(alpha, clients.tiles.device), sent(weights, clients.tiles.device)
+    params = _NewParams(global_params)
+
+    def read(span: Span, totals: Tensor) -> Tensor:
+        importances = _importances(clients, span, reweight or rescale)
+        totals, new = ops.discrepancy_and_mean(
+            params.old(span), span.updates, *importances, alpha, weights, totals, reweight, rescale, single
+        )
+        params.put(span, new)
+        return totals
+
+    return _scores(clients.sum(_no_totals(clients), read)), params.new
+
+
+def central_mean(global_params: Tensor, clients: ClientUpdates, read: Tensor, keep: int, *, nearest: bool) -> Tensor:
+    """One reading for the mean of ``keep`` central values of every parameter."""
+    return _by_span(
+        global_params, clients, lambda params, span: ops.central_mean(params, span.updates, read, keep, nearest)
+    )
+
+
+def worth_sampling(clients: ClientUpdates) -> bool:
+    """Whether a sample is less than half of the parameters."""
+    return clients.num_params > 2 * _FEWEST_SAMPLED
+
+
+def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
+    """Scores over a few of the parameters, spread over all of them: a guess."""
+    clients, totals = clients.on_device(), _no_totals(clients)
+    alpha = sent(alpha, totals.device)
+    for span in _sample(clients.tiles):
+        importances = _importances(clients, span, reweight)
+        totals = ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, single)
+    return _scores(clients.shard.sum_parts(totals))
+
+
+def sampled_norms(clients: ClientUpdates) -> Tensor:
+    """Squared norms ``[K]`` of the updates, guessed from a few of the parameters."""
+    total, size = torch.zeros(len(clients.clients), dtype=torch.float64, device=clients.tiles.device), 0
+    for span in _sample(clients.tiles):
+        total += ops.squared_norm(span.updates, span.num_params)
+        size += span.num_params
+    return clients.shard.sum_parts(total * (clients.tiles.num_params / size))
+
+
+def _sample(tiles: ClientTiles) -> Iterator[Span]:
+    """About one in 64 parameters, and at least 4096 if there are so many, in up to 16 windows."""
+    P, windows = tiles.num_params, tiles.windows
+    wanted = max(_FEWEST_SAMPLED, P // 64)
+    if not isinstance(tiles, MatrixTiles):
+        count = min(windows, -(-P // tiles.tile))
+        for i in range(count):
+            first = i * (P // count) // tiles.tile * tiles.tile
+            yield tiles.window(first, min(tiles.tile, P - first, wanted // count))
+    elif tiles.tile * windows <= wanted:  # short tiles: every so many-th
+        whole = max(1, P // tiles.tile)
+        step = max(1, whole * tiles.tile // wanted)
+        chosen = slice(0, whole, step)
+        fishers = None if tiles.fishers is None else tiles.fishers[chosen]
+        updates = tiles.updates[chosen]
+        yield Span(0, min(P, updates.shape[0] * tiles.tile), updates, fishers)
+    else:
+        for first in range(0, P, max(1, P // windows)):
+            column = first % tiles.tile
+            yield tiles.window(first, min(wanted // windows, tiles.tile - column, P - first))
+
+
+def _by_span(global_params: Tensor, clients: ClientUpdates, read: Callable[[Tensor, Span], Tensor]) -> Tensor:
+    """New parameters from those of every span."""
+    params = _NewParams(global_params)
+    for span in clients.spans():
+        params.put(span, read(params.old(span), span))
+    return params.new
+
+
+class _NewParams:
+    """New parameters that come span by span; not copied if they come at once."""
+
+    def __init__(self, global_params: Tensor) -> None:
+        self._old = global_params
+        self._new: Tensor | None = None
+
+    def old(self, span: Span) -> Tensor:
+        return self._old[span.first : span.first + span.num_params]
+
+    def put(self, span: Span, new: Tensor) -> None:
+        if span.num_params == len(self._old):
+            self._new = new
+            return
+        if self._new is None:
+            self._new = torch.empty_like(self._old, memory_format=torch.contiguous_format)
+        self._new[span.first : span.first + span.num_params] = new
+
+    @property
+    def new(self) -> Tensor:
+        assert self._new is not None, "a round has at least one parameter"
+        return self._new
+
+
+def _importances(clients: ClientUpdates, span: Span, wanted: bool) -> Importances:
+    return (span.fishers, clients.fisher_min, clients.fisher_max) if wanted else (None, None, None)
+
+
+def _no_totals(clients: ClientUpdates) -> Tensor:
+    return torch.zeros(2 * len(clients.clients) + 1, dtype=torch.float64, device=clients.tiles.device)
+
+
+def _scores(totals: Tensor) -> Scores:
+    clients = len(totals) // 2
+    return Scores(totals[:clients], totals[clients:-1], totals[-1])

@@ -1,0 +1,65 @@
+"""Who is refused before any rule looks, and what is said about it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Hashable, Mapping
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+OnInvalid: TypeAlias = Literal["reject", "raise"]
+OnEmpty: TypeAlias = Literal["raise", "keep"]
+
+_SHOWN = 3  # reasons in a message about many clients
+# Squared distances between updates reach 4 times their squared norms.
+_LARGEST_SQUARE = sys.float_info.max / 8
+FEWEST_SAMPLES, MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range neither vanish nor overflow
+
+
+def require_finite(finite: Tensor | bool | None) -> None:
+    """Raise unless the global parameters are finite, or known to be."""
+    if finite is not None and not finite:
+        raise ValueError("global_params are not finite")
+
+
+def refuse(rejected: Mapping[Hashable, str], on_invalid: OnInvalid) -> None:
+    """Raise ValueError with every client and reason, if there are any and ``on_invalid`` asks for it."""
+    if on_invalid not in get_args(OnInvalid):
+        raise ValueError(f"on_invalid must be one of {get_args(OnInvalid)}, got {on_invalid!r}")
+    if on_invalid == "raise" and rejected:
+        raise ValueError(reasons(rejected, len(rejected)))
+
+
+def reasons(rejected: Mapping[Hashable, str], most: int = _SHOWN) -> str:
+    """The first few reasons, in a message about many clients."""
+    first = [f"client {client!r}: {reason}" for client, reason in itertools.islice(rejected.items(), most)]
+    more = len(rejected) - len(first)
+    return "; ".join([*first, *([f"and {more} more"] if more else [])])
+
+
+def rejection_reason(
+    num_samples: float, squared_norm: float | None, fisher_min: float | None, fisher_max: float | None
+) -> str | None:
+    """Why a client's contribution cannot be used by any rule, from its statistics if known; None if it can."""
+    if not FEWEST_SAMPLES < num_samples < MOST_SAMPLES:
+        return f"the sample count must be positive and finite, got {num_samples:g}"
+    if squared_norm is not None and not squared_norm <= _LARGEST_SQUARE:
+        return "the update is not finite, or too large to be squared in float64"
+    if fisher_min is None or fisher_max is None:
+        return None
+    if not math.isfinite(fisher_min) or not math.isfinite(fisher_max):
+        return "the Fisher is not finite"
+    if fisher_min < 0:
+        return f"the Fisher has negative entries, the smallest is {fisher_min:g}"
+    return None
+
+
+def median_size(sizes: NDArray[np.float64]) -> float:
+    """The lower median of those that are not zero; infinity where all are."""
+    ascending = np.sort(sizes[sizes > 0])
+    return float(ascending[(len(ascending) - 1) // 2]) if len(ascending) else math.inf

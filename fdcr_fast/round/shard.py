@@ -1,0 +1,45 @@
+"""The parameters that a process holds, and how what is computed from several of them is summed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from fdcr_fast.round.tiles import Span
+
+
+class Shard:
+    """The parameters that this process holds, here all of them; what is computed from several goes through it."""
+
+    first: int = 0  # of the parameters
+
+    def total_params(self, here: int) -> int:
+        """``P`` of the model, of whose parameters so many are here."""
+        return here
+
+    def sum(self, spans: Iterator[Span], zeros: Tensor, read: Callable[[Span, Tensor], Tensor]) -> Tensor:
+        """A sum over all parameters; ``read`` returns what it is given plus that over a span."""
+        total = zeros
+        for span in spans:
+            total = read(span, total)
+        return total
+
+    def sum_vector(self, vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum over all parts of a vector ``[P]``, of which this process has its own, of what ``term`` says."""
+        return term(vector)
+
+    def sum_parts(self, part: Tensor) -> Tensor:
+        """The sum over all processes of what each has."""
+        return part
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """A vector ``[P]``, of which every process has its own parameters."""
+        return vector
+
+    def own(self, vector: Tensor) -> Tensor:
+        """This process's parameters of a vector ``[P]``."""
+        return vector
+
+
+WHOLE = Shard()

@@ -1,0 +1,37 @@
+"""How much one client may count for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdcr_fast.round.screening import FEWEST_SAMPLES
+
+
+def limited_shares(shares: Tensor, limit: float | None) -> Tensor:
+    """The shares with none above ``limit``: ``min(limit, c * share)`` with the ``c`` for which they add up to 1.
+
+    Args:
+        shares: Not negative, float64 ``[K]``, adding up to 1, or all 0. Those that are 0 stay so.
+        limit: In (0, 1]; None for no limit. Where so few shares are positive that all of them at the limit do not
+            reach 1, they become equal.
+    """
+    if limit is None:
+        return shares
+    positive = shares > 0
+    count = positive.sum()
+    descending = shares.sort(descending=True).values
+    cut = torch.arange(len(shares), dtype=shares.dtype, device=shares.device)
+    rest = descending.flip(0).cumsum(0).flip(0)  # of the i-th and all smaller ones
+    # With the i largest at the limit, the others are scaled to 1 - i * limit; the first i for which they stay below.
+    scale = (1 - cut * limit) / rest
+    first = (scale * descending <= limit).to(torch.int8).argmax(keepdim=True)
+    limited = torch.where(positive, (shares * scale.gather(0, first)).clamp(max=limit), shares)
+    equal = torch.where(positive, 1 / count, 0.0).to(shares.dtype)
+    return torch.where(shares.max() > limit, torch.where(count * limit <= 1, equal, limited), shares)
+
+
+def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:
+    """``n_k / sum n`` over the chosen clients, 0 for the others (eq. 11); float64 ``[K]``."""
+    counts = torch.where(chosen, num_samples, 0.0)
+    return counts / counts.sum().clamp(min=FEWEST_SAMPLES)

@@ -1,0 +1,145 @@
+"""Tiled client matrices as rules read them, wherever they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive parameters of all clients, ``[first, first + num_params)``, as tiled client matrices.
+
+    Attributes:
+        first: The first parameter.
+        num_params: How many there are.
+        updates: Tiled ``[T', K, L]``.
+        fishers: Likewise, or None where there are none.
+    """
+
+    first: int
+    num_params: int
+    updates: Tensor
+    fishers: Tensor | None
+
+
+class ClientTiles(Protocol):
+    """The rows of one round, wherever they lie."""
+
+    @property
+    def num_params(self) -> int:
+        """``P``."""
+
+    @property
+    def tile(self) -> int:
+        """``L``, the number of parameters in a tile."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the spans."""
+
+    @property
+    def with_fishers(self) -> bool:
+        """Whether the spans have Fishers."""
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Of updates and Fishers."""
+
+    @property
+    def windows(self) -> int:
+        """In how many places a few parameters are read without much more than these being read."""
+
+    def spans(self) -> Iterator[Span]:
+        """The whole round in the order of the parameters, cut between tiles; a span is valid until the next one."""
+
+    def window(self, first: int, num_params: int) -> Span:
+        """The parameters ``[first, first + num_params)`` alone, which must lie in one tile."""
+
+
+@dataclass(frozen=True)
+class MatrixTiles:
+    """Rows in tiled client matrices in memory, in one span.
+
+    Attributes:
+        updates: Tiled ``[T, K, L]``.
+        fishers: Likewise, or None.
+        num_params: ``P``.
+    """
+
+    updates: Tensor
+    fishers: Tensor | None
+    num_params: int
+    windows: ClassVar[int] = 16
+
+    @classmethod
+    def of(cls, updates: Tensor, fishers: Tensor | None) -> MatrixTiles:
+        """View ``updates [K, P]`` and ``fishers [K, P]``, of any strides, as one tile; nothing is copied.
+
+        Raises:
+            TypeError: not floating-point tensors.
+            ValueError: shapes or devices do not fit, or there is no client or no parameter.
+        """
+        check_floating("updates", updates, "[K, P]")
+        K, P = updates.shape
+        if K == 0 or P == 0:
+            raise ValueError(f"expected at least one client and one parameter, got updates [{K}, {P}]")
+        if fishers is not None:
+            check_floating("fishers", fishers, "[K, P]")
+            if fishers.shape != (K, P):
+                raise ValueError(f"expected fishers [{K}, {P}] like updates, got {list(fishers.shape)}")
+            check_device("fishers", fishers, updates)
+            fishers = fishers.detach().unsqueeze(0)
+        return cls(updates.detach().unsqueeze(0), fishers, P)
+
+    @property
+    def tile(self) -> int:
+        """``L``, the number of parameters in a tile."""
+        return self.updates.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the matrices."""
+        return self.updates.device
+
+    @property
+    def with_fishers(self) -> bool:
+        """Whether there are Fishers."""
+        return self.fishers is not None
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Of updates and Fishers."""
+        return frozenset(x.dtype for x in (self.updates, self.fishers) if x is not None)
+
+    def spans(self) -> Iterator[Span]:
+        """Everything at once."""
+        yield Span(0, self.num_params, self.updates, self.fishers)
+
+    def window(self, first: int, num_params: int) -> Span:
+        """Views of the parameters ``[first, first + num_params)``, which must lie in one tile."""
+        tile, column = divmod(first, self.tile)
+        columns = slice(column, column + num_params)
+        fishers = None if self.fishers is None else self.fishers[tile : tile + 1, :, columns]
+        return Span(first, num_params, self.updates[tile : tile + 1, :, columns], fishers)
+
+
+def check_floating(name: str, tensor: object, shape: str) -> None:
+    """Raise unless ``tensor`` is a real floating-point tensor with as many dimensions as ``shape`` names."""
+    if not isinstance(tensor, Tensor):
+        hint = "; states by name are for aggregate_state_dicts and StateStore" if isinstance(tensor, Mapping) else ""
+        raise TypeError(f"expected {name} {shape} to be a torch.Tensor, got {type(tensor).__name__}{hint}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected floating-point {name} {shape}, got {tensor.dtype}")
+    if tensor.dim() != shape.count(",") + 1:
+        raise ValueError(f"expected {name} {shape}, got shape {list(tensor.shape)}")
+
+
+def check_device(name: str, tensor: Tensor, updates: Tensor | ClientTiles) -> None:
+    """Raise unless ``tensor`` lies where the updates lie."""
+    if tensor.device != updates.device:
+        raise ValueError(f"expected {name} on the device of the updates, {updates.device}, got {tensor.device}")

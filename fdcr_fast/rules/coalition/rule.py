@@ -1,0 +1,161 @@
+"""The aggregation rule that drops a coalition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.coalition.search import Views, find_coalition
+from fdcr_fast.rules.coalition.state import CoalitionState
+from fdcr_fast.rules.coalition.views import ParamGroups, round_views, standard_scores, standardised
+from fdcr_fast.rules.result import Selection
+
+_CONCENTRATION_WEIGHT = 0.3  # of c beside A in J
+_GATE_PERMUTATIONS = 19
+_GATE_DEVIATIONS = 1.5
+
+
+@dataclass(frozen=True)
+class CoalitionShare:
+    """Why one client was kept or dropped: how much it is part of the set ``S`` that was found, by view.
+
+    For the members of ``S`` the mean of each share is the bracket of that view in ``J``; for the others it tells how
+    they would have fitted in. Positive is like the coalition.
+
+    Attributes:
+        kept: Whether the client was aggregated.
+        similarity: ``A_kS - A_kR``, both means without the client itself; to a set of this client alone 0 - ``A_kR``.
+        distance: ``A_RR - A_kR``.
+        concentration: ``c_k - c_R``.
+    """
+
+    kept: bool
+    similarity: float
+    distance: float
+    concentration: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoalitionFDCR(AggregationRule):
+    r"""Drop the minority of clients that resemble each other most, as attackers who plant one backdoor do.
+
+    With ``D_k`` the update of client ``k``, ``F_k`` its diagonal Fisher and ``Pbar = mean_k F_k / sum F_k``, the
+    importance of each parameter to all clients, each round gives
+
+    - ``A_ij``: the cosine of ``u_i - mean u`` and ``u_j - mean u``, where ``u_k`` is ``Pbar^(1/4) D_k`` at length 1,
+    - ``r_k = log(sum_head Pbar D_k^2 / sum_head D_k^2)`` and ``kappa_k = log(mean(q^2) / mean(q)^2)`` over the features
+      with ``q = D_k^2 / (Pbar + regularisation mean Pbar)``; ``c = zs(r) + zs(kappa)``,
+
+    both standardised over the round's clients, averaged over the rounds that clients and pairs took part in (one that
+    lies ``t`` rounds back counts ``decay^t``), and standardised again, ``c`` times 0.3. The set ``S`` of clients that
+    maximises
+
+    .. math:: J(S) = \sqrt{|S||R|} \left[ A_{SS} - 2 A_{SR} + A_{RR} + c_S - c_R \right],
+
+    ``R`` the others, is dropped, see :func:`fdcr_fast.rules.coalition.search.find_coalition`, and the others are
+    averaged by sample count, without rescaling. Nothing depends on the scale of any update or Fisher, and a client's
+    own Fisher counts only by its share in ``Pbar``. It takes an honest majority: ``|S| <= floor((K - 1) / 2)``, and
+    with fewer than 3 clients nobody is dropped. Without the gate somebody is always dropped, attack or not.
+
+    The rule remembers earlier rounds in ``state``, which every call of ``aggregate`` updates and :meth:`reset` clears:
+    a rule is one experiment's. Where it was found and what it does not reach: docs/research-coalition.md.
+
+    Args:
+        groups: Which parameters are the head and the features; None takes all parameters as both.
+        state: Of earlier rounds, such as ``CoalitionState.from_json(text)``.
+        gate: Drop nobody in rounds in which the best set does not stand out: after the first ``gate_from`` rounds,
+            ``J`` must exceed the mean of those of 19 problems with the clients permuted in ``c`` by 1.5 of their
+            standard deviations.
+        gate_from: Rounds before which the gate is open.
+        decay: In (0, 1], what a round counts beside the next one.
+        max_clients: Clients remembered, those seen last; memory is 16 bytes for each pair of them.
+        regularisation: Of ``kappa``.
+        norm_bound: See :class:`fdcr_fast.FDCR`.
+        max_weight_share: Likewise.
+        seed: Of the gate's permutations.
+    """
+
+    sharded = True
+    groups: ParamGroups | None = None
+    state: CoalitionState = field(default_factory=CoalitionState, hash=False)
+    gate: bool = False
+    gate_from: int = 4
+    decay: float = 0.8
+    max_clients: int = 2000
+    regularisation: float = 0.01
+    norm_bound: float | None = 100.0
+    max_weight_share: float | None = None
+    seed: int = 0
+    importance: bool = field(default=True, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], got {self.decay}")
+        if self.max_clients < 1:
+            raise ValueError(f"max_clients must be at least 1, got {self.max_clients}")
+        if not 0 < self.regularisation < math.inf:
+            raise ValueError(f"regularisation must be positive and finite, got {self.regularisation}")
+
+    def select(self, clients: ClientUpdates) -> Selection:
+        """Find the coalition in this round's views and those remembered, and drop it."""
+        rows = clients.valid.nonzero().flatten()
+        ids = [clients.clients[k] for k in rows.tolist()]
+        if len(ids) < 3:
+            return Selection(clients.valid)
+        groups = ParamGroups.whole(clients.num_params) if self.groups is None else self.groups
+        self.state.check_model(clients.num_params)
+        seen = round_views(clients, groups, self.regularisation)
+        means = self.state.remember(ids, seen, decay=self.decay, max_clients=self.max_clients)
+        views = Views(standardised(means.similarity), _CONCENTRATION_WEIGHT * standard_scores(means.concentration))
+        members, score = find_coalition(views)
+        dropped = members if self._stands_out(views, score) else torch.zeros_like(members)
+        kept = clients.valid.clone()
+        kept[rows[dropped]] = False
+        return Selection(kept, explanation=_explanation(ids, views, members, dropped))
+
+    def reset(self) -> None:
+        """Forget earlier rounds."""
+        self.state.clear()
+
+    def memory(self) -> bytes:
+        """The state as JSON."""
+        return self.state.to_json().encode()
+
+    def with_memory(self, memory: bytes) -> CoalitionFDCR:
+        """The rule with the state of another one."""
+        return replace(self, state=CoalitionState.from_json(memory.decode()))
+
+    def _stands_out(self, views: Views, score: float) -> bool:
+        if not self.gate or self.state.rounds <= self.gate_from:
+            return True
+        generator = torch.Generator().manual_seed(self.seed + self.state.rounds)
+        chance = torch.empty(_GATE_PERMUTATIONS, dtype=torch.float64)
+        for i in range(_GATE_PERMUTATIONS):
+            order = torch.randperm(len(views), generator=generator)
+            chance[i] = find_coalition(replace(views, concentration=views.concentration[order]))[1]
+        return bool(score - chance.mean() >= _GATE_DEVIATIONS * chance.std(correction=0))
+
+
+def _explanation(clients: list[Any], views: Views, members: Tensor, dropped: Tensor) -> dict[Hashable, CoalitionShare]:
+    inside, outside = members.double(), (~members).double()
+    A, c = views.similarity, views.concentration
+
+    def mean_to(group: Tensor) -> Tensor:
+        return (A @ group) / (group.sum() - group).clamp(min=1)  # the diagonal is 0: without the client itself
+
+    r = outside.sum()
+    to_rest = mean_to(outside)
+    rest = (outside @ A @ outside) / (r * (r - 1))
+    shares = torch.stack([mean_to(inside) - to_rest, rest - to_rest, c - (c @ outside) / r], 1).tolist()
+    return {
+        client: CoalitionShare(not gone, *share)
+        for client, gone, share in zip(clients, dropped.tolist(), shares, strict=True)
+    }

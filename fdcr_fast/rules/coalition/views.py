@@ -1,0 +1,179 @@
+"""How clients resemble each other: in the direction of their updates, and in what these concentrate on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fdcr_fast.layout import ParamLayout
+from fdcr_fast.round import readings
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.columns import Columns, column_sums
+from fdcr_fast.round.tiles import Span
+from fdcr_fast.round.tiles_view import TilesView
+from fdcr_fast.rules.coalition.search import Views
+from fdcr_fast.rules.gram import GramView, grams
+
+_NO_DIRECTION = 1e-6  # squared length beside which a cosine is rounding
+
+
+@dataclass(frozen=True)
+class ParamGroups:
+    """Which parameters decide between classes, and which find features.
+
+    Attributes:
+        head: Ranges of the last linear layer.
+        features: Ranges of everything before the last two linear layers.
+    """
+
+    head: tuple[slice, ...]
+    features: tuple[slice, ...]
+
+    @classmethod
+    def whole(cls, num_params: int) -> ParamGroups:
+        """All parameters in both groups, for a model of which nothing is known."""
+        return cls((slice(0, num_params),), (slice(0, num_params),))
+
+    @classmethod
+    def from_layout(cls, layout: ParamLayout) -> ParamGroups:
+        """Linear layers told by their shape: modules with a matrix named ``weight``."""
+        linear = [
+            name.rpartition(".")[0]
+            for name, shape in zip(layout.names, layout.shapes, strict=True)
+            if name.rpartition(".")[2] == "weight" and len(shape) == 2
+        ]
+        return cls._of_modules(layout, linear)
+
+    @classmethod
+    def from_module(cls, model: nn.Module) -> ParamGroups:
+        """Linear layers in the order of ``model.named_modules()``."""
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        return cls._of_modules(ParamLayout.from_module(model), linear)
+
+    @classmethod
+    def _of_modules(cls, layout: ParamLayout, linear: list[str]) -> ParamGroups:
+        """Where a model has fewer layers than that, the features are all but the head, and else everything."""
+
+        def ranges(modules: list[str], inside: bool) -> tuple[slice, ...]:
+            return tuple(layout.slices[name] for name in layout.names if (name.rpartition(".")[0] in modules) == inside)
+
+        if not linear:
+            return cls.whole(layout.numel)
+        head = ranges(linear[-1:], True)
+        return cls(head, ranges(linear[-2:], False) or ranges(linear[-1:], False) or head)
+
+
+def standardised(matrix: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over what lies off the diagonal, 0 on it; what is not finite counts as mean."""
+    off = ~torch.eye(len(matrix), dtype=torch.bool)
+    result = torch.zeros_like(matrix)
+    result[off] = standard_scores(matrix[off])
+    return result
+
+
+def standard_scores(values: Tensor) -> Tensor:
+    """``(x - mean) / sd`` with the population's deviation; 0 where all are equal or a value is not finite."""
+    finite = values.isfinite()
+    known = values[finite]
+    if len(known) < 2:
+        return torch.zeros_like(values)
+    deviation, mean = torch.std_mean(known, correction=0)
+    return torch.where(finite, values - mean, 0.0) / deviation if deviation > 0 else torch.zeros_like(values)
+
+
+def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
+    """The views of one round of valid clients only; see :class:`fdcr_fast.CoalitionFDCR` for the formulas."""
+    mean_fisher = _mean_fisher(clients)
+    head = _head_importance(clients, groups, mean_fisher)
+    kurtosis = _kurtosis(clients, groups, mean_fisher, regularisation)
+    return Views(
+        standardised(_similarity(clients, mean_fisher)),
+        standard_scores(head) + standard_scores(kurtosis),
+    )
+
+
+@dataclass(frozen=True)
+class _SharedFisher(TilesView):
+    """The tiles of a round in which all clients have one Fisher ``[P]``; of rows it takes no memory."""
+
+    fisher: Tensor
+
+    with_fishers = True
+
+    def seen(self, span: Span) -> Span:
+        tiles, _, length = span.updates.shape
+        own = self.fisher[span.first : span.first + span.num_params]
+        padded = nn.functional.pad(own, (0, tiles * length - len(own)))
+        return replace(span, fishers=padded.view(tiles, 1, length).expand(span.updates.shape))
+
+
+def _similarity(clients: ClientUpdates, mean_fisher: Tensor) -> Tensor:
+    """``A [K', K']`` before standardising."""
+    # sqrt(F) D with F = sqrt(Pbar), whose scale does not matter, is Pbar^(1/4) D.
+    dtype = torch.float64 if torch.float64 in clients.tiles.dtypes else torch.float32
+    metric = (mean_fisher / _mean_over_params(clients, mean_fisher)).sqrt().to(dtype)
+    shared = replace(clients, tiles=_SharedFisher(clients.tiles, metric))
+    (inner,) = grams(shared, views=[GramView("fisher_update")])
+    valid = clients.valid
+    cosines = _cosines(inner.cpu()[valid][:, valid]).nan_to_num(0.0)
+    rows = cosines.mean(0)
+    return _cosines(cosines - rows - rows[:, None] + rows.mean(), _NO_DIRECTION)
+
+
+def _cosines(gram: Tensor, least: float = 0.0) -> Tensor:
+    """Cosines from inner products; NaN for those whose squared length is not above the least."""
+    square = gram.diagonal()
+    length = torch.where(square > least, square, torch.nan).sqrt()
+    return gram / (length[:, None] * length)
+
+
+@dataclass(frozen=True)
+class _FishersAlone(TilesView):
+    """The tiles of a round with the Fishers in the place of the updates."""
+
+    with_fishers = False
+
+    def seen(self, span: Span) -> Span:
+        assert span.fishers is not None, "a rule that takes importances is given Fishers"
+        return replace(span, updates=span.fishers, fishers=None)
+
+
+def _mean_fisher(clients: ClientUpdates) -> Tensor:
+    """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum; float64, of the parameters here."""
+    fishers = replace(clients, tiles=_FishersAlone(clients.tiles))
+    total = column_sums(fishers, lambda columns: columns.updates.sum(1)).cpu()
+    weights = torch.zeros(len(clients.valid), dtype=torch.float64)
+    weights[clients.valid] = 1 / (len(total) * total)
+    nothing = torch.zeros(clients.tiles.num_params, dtype=torch.float64, device=clients.tiles.device)
+    return readings.mean(nothing, fishers, weights, rescale=False, single=False)
+
+
+def _mean_over_params(clients: ClientUpdates, vector: Tensor) -> Tensor:
+    """Of a vector over all parameters, of which some are here."""
+    return clients.shard.sum_vector(vector, torch.sum) / clients.num_params
+
+
+def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor) -> Tensor:
+    """``r_k``: how important the parameters of the head are that a client changes."""
+
+    def terms(columns: Columns) -> Tensor:
+        squares = columns.updates.square()
+        return torch.stack([squares @ mean_fisher[columns.params], squares.sum(1)])
+
+    weighted, plain = column_sums(clients, terms, 2, ranges=groups.head)
+    return torch.log(weighted / plain).cpu()
+
+
+def _kurtosis(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor, regularisation: float) -> Tensor:
+    """``kappa_k``: how much a client's update concentrates on unimportant features."""
+    floor = regularisation * _mean_over_params(clients, mean_fisher)
+    size = sum(group.stop - group.start for group in groups.features)
+
+    def terms(columns: Columns) -> Tensor:
+        q = columns.updates.square().div_(mean_fisher[columns.params] + floor)
+        return torch.stack([q.sum(1), q.square_().sum(1)])
+
+    first, second = column_sums(clients, terms, 2, ranges=groups.features)
+    return torch.log((second / size) / (first / size) ** 2).cpu()

@@ -1,0 +1,47 @@
+"""The mean of every parameter, turned around where clients disagree on its sign."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.columns import column_blocks
+from fdcr_fast.rules.base import AggregationRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLR(AggregationRule):
+    """Robust learning rate (Ozdayi et al., "Defending against Backdoors in Federated Learning with Robust Learning
+    Rate", AAAI 2021): the mean update, turned around where too few clients agree on its sign.
+
+    ``w'[v] = w[v] +- sum_k alpha_k delta_k[v]``, plus where ``|sum_k sign(delta_k[v])| >= threshold``, else minus;
+    ``alpha_k = n_k / sum n``, and the server's learning rate is 1.
+
+    Args:
+        threshold: Between the number of attackers and that of the other clients, both left out.
+        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
+        max_weight_share: Likewise.
+    """
+
+    sharded = True
+    threshold: float
+    norm_bound: float | None = None
+    max_weight_share: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold must not be negative, got {self.threshold}")
+
+    def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
+        """The weighted mean, with the signs of the votes."""
+        params = super().combine(global_params, clients, weights)
+        limit = torch.finfo(params.dtype).max
+        for columns, updates in column_blocks(clients):
+            agreed = updates.sign().sum(0, dtype=torch.float32).abs() >= self.threshold
+            old, new = global_params[columns].double(), params[columns].double()
+            params[columns] = torch.where(agreed, new, (2 * old - new).clamp(-limit, limit)).to(params.dtype)
+        return params

@@ -1,0 +1,52 @@
+"""The mean, clipped and with noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.columns import squared_length
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.noise import check_deviation, with_noise
+from fdcr_fast.rules.randomness import round_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class CRFL(AggregationRule):
+    """Clip the averaged global parameters and add noise (Xie et al., "CRFL: Certifiably Robust Federated Learning
+    against Backdoor Attacks", ICML 2021, Algorithm 1).
+
+    ``w'' = w' / max(1, ||w'|| / param_norm) + N(0, noise^2)`` with ``w'`` of FedAvg. The smoothed prediction that the
+    certificate of the paper is about is no part of aggregation. There the last round adds no noise, here every one
+    does.
+
+    Args:
+        param_norm: Longest vector of global parameters. (The paper takes 15 for MNIST.)
+        noise: Standard deviation of the noise.
+        seed: Of the noise, to be kept secret; see :func:`fdcr_fast.rules.randomness.round_generator`.
+        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
+        max_weight_share: Likewise.
+    """
+
+    sharded = True
+    param_norm: float = 15.0
+    noise: float = 0.01
+    seed: int = 0
+    norm_bound: float | None = None
+    max_weight_share: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        if not 0 < self.param_norm < math.inf:
+            raise ValueError(f"param_norm must be positive and finite, got {self.param_norm}")
+        check_deviation("noise", self.noise)
+
+    def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
+        """The weighted mean, clipped, with noise."""
+        params = super().combine(global_params, clients, weights)
+        norm = clients.shard.sum_vector(params, squared_length).sqrt().item()
+        generator = round_generator(self.seed, "CRFL", clients.shard.gather(global_params))
+        return with_noise(params * min(1.0, self.param_norm / max(norm, 1e-300)), self.noise, generator, clients.shard)

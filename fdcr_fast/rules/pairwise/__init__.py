@@ -1,0 +1,1 @@
+"""Rules that compare clients with each other."""

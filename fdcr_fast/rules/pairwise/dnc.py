@@ -1,0 +1,90 @@
+"""Outliers in the direction in which clients differ most."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.vectors import sent
+from fdcr_fast.rules.byzantine import ByzantineRule
+from fdcr_fast.rules.gram import gram
+from fdcr_fast.rules.pairwise.comparison import equal_weights, of_all
+from fdcr_fast.rules.randomness import round_generator
+from fdcr_fast.rules.result import Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class DnC(ByzantineRule):
+    """Divide and conquer (Shejwalkar and Houmansadr, "Manipulating the Byzantine", NDSS 2021, Algorithm 2).
+
+    Of a random sample of the parameters, clients in the rows and centred over them, the squared projections on the
+    first right singular vector are the outlier scores; the ``filter_fraction * f`` clients with the largest are
+    dropped. Those who are never dropped in several samples are averaged, all alike whatever their sample counts.
+    The projections come from the eigenvector of the clients' inner products, so that no vector of the sample's size is
+    iterated on. It needs ``K >= 2 f + 1`` clients. ``discrepancy`` holds the largest score over the samples.
+
+    Args:
+        iterations: How many samples.
+        sample: Parameters in each, or all where there are not so many.
+        filter_fraction: Of ``f``, how many clients are dropped in each, rounded down.
+        seed: Of the draws, to be kept secret; see :func:`fdcr_fast.rules.randomness.round_generator`.
+    """
+
+    sharded = True
+    iterations: int = 5
+    sample: int = 10_000
+    filter_fraction: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.iterations < 1 or self.sample < 1:
+            raise ValueError(f"iterations and sample must be at least 1, got {self.iterations} and {self.sample}")
+        if not 0 <= self.filter_fraction <= 1:
+            raise ValueError(f"filter_fraction must be in [0, 1], got {self.filter_fraction}")
+
+    def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
+        """Keep those that no sample drops."""
+        drop = int(self.filter_fraction * self.tolerated(clients))
+        n = int(clients.valid.sum())
+        draw = random.Random(round_generator(self.seed, "DnC", clients.shard.gather(global_params)).initial_seed())
+        sample = min(self.sample, clients.num_params)
+        good = torch.ones(n, dtype=torch.bool)
+        worst = torch.zeros(n, dtype=torch.float64)
+        drawn = torch.tensor([sorted(draw.sample(range(clients.num_params), sample)) for _ in range(self.iterations)])
+        for updates in _samples(clients, drawn):
+            scores = outlier_scores(updates)
+            good[scores.argsort(descending=True, stable=True)[:drop]] = False
+            worst = torch.maximum(worst, scores)
+        kept = of_all(clients, good)
+        return Selection(kept, of_all(clients, worst), weights=equal_weights(kept))
+
+
+def outlier_scores(updates: Tensor) -> Tensor:
+    """Squared projections of the centred rows ``[n, m]`` on their first right singular vector, float64 ``[n]``."""
+    centred = updates - updates.mean(0)
+    size = centred.abs().max()
+    if size == 0:
+        return torch.zeros(len(updates), dtype=torch.float64)
+    centred = centred / size
+    # The library's product: that of PyTorch has other bits with other numbers of threads.
+    values, vectors = torch.linalg.eigh(gram(centred, precision="float64"))
+    scores: Tensor = values[-1] * vectors[:, -1].square() * size**2
+    return scores
+
+
+def _samples(clients: ClientUpdates, drawn: Tensor) -> Tensor:
+    """The drawn parameters ``[S, m]`` of the valid clients in one reading, float64 ``[S, n, m]``."""
+    params = drawn.flatten() - clients.shard.first
+    valid = clients.valid.nonzero().flatten()
+    result = torch.zeros(len(valid), len(params), dtype=torch.float64)
+    for span in clients.spans():
+        here = ((span.first <= params) & (params < span.first + span.num_params)).nonzero().flatten()
+        place = sent(params[here] - span.first, span.updates.device)
+        length = span.updates.shape[2]
+        result[:, here] = span.updates[place // length, :, place % length].t().double().cpu()[valid]
+    return clients.shard.sum_parts(result).view(len(valid), *drawn.shape).transpose(0, 1)

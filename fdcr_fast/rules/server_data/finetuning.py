@@ -1,0 +1,39 @@
+"""The mean, and then training on the server's data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.server_data.callables import check_callable, like
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning(AggregationRule):
+    """FedAvg, and then training on the server's own data: ``w'' = refine(w')``.
+
+    The plain use of clean data against a backdoor, as in the fine-tuning baseline of Liu et al., "Fine-Pruning" (RAID
+    2018), after every round. Where no client can be used nothing is refined.
+
+    Args:
+        refine: From global parameters ``[P]`` to better ones.
+        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
+        max_weight_share: Likewise.
+    """
+
+    refine: Callable[[Tensor], Tensor]
+    norm_bound: float | None = None
+    max_weight_share: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        check_callable(self, "refine", "better ones [P]")
+
+    def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
+        """The weighted mean, refined."""
+        params = super().combine(global_params, clients, weights)
+        return like(params, self.refine(params), "refine").to(params.dtype)

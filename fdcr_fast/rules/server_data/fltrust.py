@@ -1,0 +1,54 @@
+"""Weights by direction, compared with the server's own update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.columns import dot_products
+from fdcr_fast.round.shares import limited_shares
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.pairwise.comparison import of_all
+from fdcr_fast.rules.result import Selection
+from fdcr_fast.rules.server_data.callables import check_callable, like
+
+
+@dataclass(frozen=True, kw_only=True)
+class FLTrust(AggregationRule):
+    """Trust by direction (Cao et al., "FLTrust: Byzantine-robust Federated Learning via Trust Bootstrapping", NDSS
+    2021, Algorithm 2; ``alpha`` is 1 here).
+
+    With the server's own update ``d``, ``T_k = max(0, cos(delta_k, d))`` and ``w' = w + sum_k T_k (||d|| / ||delta_k||)
+    delta_k / sum_k T_k``; where no client is trusted, ``w' = w``. Sample counts do not matter. ``discrepancy`` holds
+    ``1 - cos``.
+
+    Args:
+        server_update: From ``w [P]`` to ``d [P]``, what training on the server's data from ``w`` on changes.
+        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
+        max_weight_share: Of ``T_k / sum T``, with which clients count after their updates were brought to one length.
+    """
+
+    weighs_samples = False
+    server_update: Callable[[Tensor], Tensor]
+    norm_bound: float | None = None
+    max_weight_share: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        check_callable(self, "server_update", "the server's own update [P]")
+
+    def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
+        """Keep whoever points into the server's half space."""
+        own = like(global_params, self.server_update(global_params), "server_update")
+        size = torch.linalg.vector_norm(own, dtype=torch.float64).item()
+        norms = clients.squared_norm[clients.valid].sqrt()
+        lengths = norms * size
+        cosine = torch.where(lengths > 0, dot_products(clients, own) / lengths, 0.0).clamp_(-1, 1)
+        trust = cosine.clamp(min=0)
+        shares = limited_shares(trust / trust.sum().clamp(min=1e-300), self.max_weight_share)
+        weights = torch.where(shares > 0, shares * size / norms, 0.0)
+        return Selection(of_all(clients, trust > 0), of_all(clients, 1 - cosine), weights=of_all(clients, weights))

@@ -1,0 +1,124 @@
+"""Rows that stay in the tensors in which they came, from where rules read them through a small buffer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdcr_fast import ops
+from fdcr_fast.round.tiles import Span
+from fdcr_fast.store.rows import FISHER, NO_STATISTICS, UPDATE, Accepted, Statistics, StoreShape, Vectors
+from fdcr_fast.store.store_tiles import StoreTiles, whole_stretches
+from fdcr_fast.store.upload import SplitVector
+
+_SPAN_BYTES = 1 << 23  # of the buffer: many parameters at once, and still in cache when they are read
+_PART = 1 << 18  # numbers of a client that are looked at together when it comes
+
+
+@dataclass(frozen=True)
+class BorrowedRow:
+    """What a client sent, by UPDATE and FISHER, and what is to be taken from the update."""
+
+    vectors: Mapping[int, SplitVector]
+    base: Tensor | None
+
+
+class BorrowedRows:
+    """Rows of which only the Fishers are looked at when they come: the updates are when they are aggregated.
+
+    Args:
+        shape: Of the rows as rules read them.
+        device: Where the clients' tensors are.
+    """
+
+    def __init__(self, shape: StoreShape, device: torch.device) -> None:
+        self.shape = shape
+        self.device = device
+        self._rows: dict[int, BorrowedRow] = {}
+
+    def fill(self, row: int, vectors: Vectors, base: Tensor | None = None) -> tuple[Statistics, int]:
+        """Keep a client's vectors as a row that is nobody's yet; statistics of the Fisher, and no checksum."""
+        split = {matrix: SplitVector(pieces) for matrix, pieces in vectors.items()}
+        statistics = dict.fromkeys(vectors.keys() - {UPDATE}, NO_STATISTICS)
+        scratch = torch.empty(1, min(_PART, self.shape.num_params), dtype=self.shape.dtype, device=self.device)
+        for start in range(0, self.shape.num_params, _PART):
+            stop = min(start + _PART, self.shape.num_params)
+            for matrix, before in statistics.items():
+                part = split[matrix].between(start, stop)
+                statistics[matrix] = ops.fill_row(part, scratch[:, : stop - start], before)
+        self._rows[row] = BorrowedRow(split, base)
+        return statistics, 0
+
+    def commit(self, accepted: Accepted) -> None:
+        """There is nothing to write down."""
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Let go of the tensors."""
+        for row in rows:
+            self._rows.pop(row, None)
+
+    def mark_round(self, ended: bool) -> None:
+        """There is nothing to remember."""
+
+    def pack(self, rows: Sequence[int]) -> list[int]:
+        """Rows can lie anywhere."""
+        return list(rows)
+
+    def read(self, row: int) -> Tensor:
+        """One client's row ``[matrices, P]``, a copy."""
+        tiles, copied = self.tiles([row]), []
+        for span in tiles.spans():
+            matrices = [span.updates] if span.fishers is None else [span.fishers, span.updates]
+            copied.append(torch.stack([x.flatten()[: span.num_params] for x in matrices]))
+        return torch.cat(copied, dim=1)
+
+    def tiles(self, rows: Sequence[int]) -> BorrowedTiles:
+        """The given rows, as rules read them."""
+        return BorrowedTiles(self.shape, [self._rows[row] for row in rows], self.device)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class BorrowedTiles(StoreTiles):
+    """Rows as rules read them: a span is filled from the clients' tensors when it is asked for."""
+
+    windows = 4  # each takes a slice of every client's tensors
+
+    def __init__(self, shape: StoreShape, rows: Sequence[BorrowedRow], device: torch.device) -> None:
+        super().__init__(shape)
+        self.device = device
+        self._rows = rows
+        same_base = [list(run) for _, run in itertools.groupby(range(len(rows)), lambda k: id(rows[k].base))]
+        self._runs = [(slice(run[0], run[-1] + 1), rows[run[0]].base) for run in same_base]
+        self._step = whole_stretches(shape, _SPAN_BYTES // (max(len(rows), 1) * shape.piece_bytes))
+        self._buffer = torch.empty(self._step, len(rows), shape.matrices, shape.tile, dtype=shape.dtype, device=device)
+
+    def spans(self) -> Iterator[Span]:
+        """The whole round; a span lies in the buffer that the next one is read into."""
+        for first in range(0, self._shape.tiles, self._step):
+            tiles = min(self._step, self._shape.tiles - first)
+            yield self._filled(first * self.tile, self._buffer[:tiles])
+
+    def window(self, first: int, num_params: int) -> Span:
+        """The parameters ``[first, first + num_params)`` alone."""
+        size = len(self._rows), self._shape.matrices, num_params
+        return self._filled(first, self._buffer.view(-1)[: math.prod(size)].view(1, *size))
+
+    def _filled(self, first: int, numbers: Tensor) -> Span:
+        stop = min(first + numbers.shape[0] * numbers.shape[3], self.num_params)
+        updates, fishers = numbers[:, :, UPDATE], numbers[:, :, FISHER] if self.with_fishers else None
+        for rows, base in self._runs:
+            less = None if base is None else base[first:stop]
+            ops.fill_rows(self._pieces(UPDATE, rows, first, stop), updates[:, rows], less)
+        if fishers is not None:
+            ops.fill_rows(self._pieces(FISHER, slice(None), first, stop), fishers)
+        return Span(first, stop - first, updates, fishers)
+
+    def _pieces(self, matrix: int, rows: slice, start: int, stop: int) -> list[Tensor]:
+        return [piece for row in self._rows[rows] for piece in row.vectors[matrix].between(start, stop)]

@@ -1,0 +1,1 @@
+"""Rows in a file: its bytes (``format``), writing (``rows``) and reading (``tiles``) it."""

@@ -1,0 +1,95 @@
+"""Rows in one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fdcr_fast import ops
+from fdcr_fast.round.tiles import ClientTiles, MatrixTiles
+from fdcr_fast.store.memory import available_memory, giga
+from fdcr_fast.store.rows import FISHER, NO_STATISTICS, UPDATE, Accepted, Statistics, StoreShape, Vectors
+from fdcr_fast.store.shared_memory import SharedTensor
+
+
+class MemoryRows:
+    """Rows in one tensor, which other processes can be given if it is shared, and which the system may not move if it
+    is pinned.
+
+    Raises:
+        ValueError: the memory that is left does not hold them.
+    """
+
+    def __init__(self, shape: StoreShape, device: torch.device, shared: bool = False, pinned: bool = False) -> None:
+        self.shape = shape
+        self.device = device
+        self._shared = None
+        _check_memory(shape, device)
+        size = (shape.tiles, shape.capacity, shape.matrices, shape.tile)
+        if shared:
+            self._shared = SharedTensor(size, shape.dtype)
+            self.data = self._shared.tensor
+        else:
+            self.data = torch.empty(size, dtype=shape.dtype, device=device, pin_memory=pinned)
+
+    def __getstate__(self) -> tuple[StoreShape, SharedTensor]:
+        if self._shared is None:
+            raise TypeError("this store is not shared with other processes: make it with shared=True")
+        return self.shape, self._shared
+
+    def __setstate__(self, state: tuple[StoreShape, SharedTensor]) -> None:
+        self.shape, self._shared = state
+        self.data = self._shared.tensor
+        self.device = self.data.device
+
+    def fill(self, row: int, vectors: Vectors, base: Tensor | None = None) -> tuple[Statistics, int]:
+        """Copy a client's vectors, the update less the base, into a row that is nobody's yet.
+
+        Returns:
+            Their statistics, and no checksum.
+        """
+        return {
+            matrix: ops.fill_row(pieces, self.data[:, row, matrix], NO_STATISTICS, base if matrix == UPDATE else None)
+            for matrix, pieces in vectors.items()
+        }, 0
+
+    def commit(self, accepted: Accepted) -> None:
+        """Memory has nothing to write down."""
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Nor to take back."""
+
+    def mark_round(self, ended: bool) -> None:
+        """Nor to remember."""
+
+    def pack(self, rows: Sequence[int]) -> list[int]:
+        """Move the given rows to the front, in this order, where they are not; each moves into a gap."""
+        for position, row in enumerate(rows):
+            if position != row:
+                self.data[:, position].copy_(self.data[:, row])
+        return list(range(len(rows)))
+
+    def read(self, row: int) -> Tensor:
+        """One client's row ``[matrices, P]``, a copy."""
+        return self.data[:, row].transpose(0, 1).flatten(1)[:, : self.shape.num_params].clone()
+
+    def tiles(self, rows: Sequence[int]) -> ClientTiles:
+        """The packed rows, as rules read them; views."""
+        packed = self.data[:, : len(rows)]
+        return MatrixTiles(
+            packed[:, :, UPDATE], packed[:, :, FISHER] if self.shape.with_fishers else None, self.shape.num_params
+        )
+
+    def close(self) -> None:
+        """Memory is freed with its last view."""
+
+
+def _check_memory(shape: StoreShape, device: torch.device) -> None:
+    available = available_memory() if device.type == "cpu" else None
+    if available is not None and shape.nbytes > available:
+        raise ValueError(
+            f"a store of {shape.capacity} clients with {shape.num_params} parameters takes {giga(shape.nbytes)}, and "
+            f"{giga(available)} of memory are left: take fewer clients, a narrower dtype, or a file (path=)"
+        )

@@ -1,0 +1,69 @@
+"""What fills a store's rows with what clients send: in the process of the store, or in others that share its memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdcr_fast.layout import ParamLayout
+from fdcr_fast.round.screening import rejection_reason
+from fdcr_fast.store.borrowed_rows import BorrowedRows
+from fdcr_fast.store.file.rows import FileRows
+from fdcr_fast.store.memory_rows import MemoryRows
+from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, Vectors
+from fdcr_fast.store.upload import shown, vector_pieces
+
+
+@dataclass(frozen=True, eq=False)
+class RowWriter:
+    """Validates a contribution in the one pass that copies it into a row.
+
+    Attributes:
+        rows: Where to.
+        layout: Names and shapes of the parameters, for mappings by name.
+        buffer_dtype: Of the numbers in raw buffers.
+    """
+
+    rows: MemoryRows | FileRows | BorrowedRows
+    layout: ParamLayout | None
+    buffer_dtype: torch.dtype
+
+    def fill(
+        self, row: int, client: Hashable, update: Any, fisher: Any, num_samples: Any, base: Tensor | None = None
+    ) -> Accepted:
+        """Fill a row that is nobody's until its client is accepted; see :meth:`UpdateStore.put`.
+
+        Raises:
+            ValueError: why the client cannot be.
+        """
+        count = _number(num_samples)
+        vectors: Vectors = {UPDATE: self._pieces("update" if base is None else "state", update)}
+        with_fishers = self.rows.shape.with_fishers
+        if with_fishers:
+            vectors = {**vectors, FISHER: self._pieces("Fisher", fisher)}
+        statistics, checksum = self.rows.fill(row, vectors, base)
+        norm = statistics[UPDATE][0].item() if UPDATE in statistics else None
+        low, high = statistics[FISHER][1:].tolist() if with_fishers else (None, None)
+        reason = rejection_reason(count, norm, low, high)
+        if reason is not None:
+            raise ValueError(reason)
+        return Accepted(client, row, count, math.nan if norm is None else norm, low or 0.0, high or 0.0, checksum)
+
+    def _pieces(self, name: str, values: Any) -> list[Tensor]:
+        pieces = vector_pieces(name, values, self.rows.shape.num_params, self.layout, self.buffer_dtype)
+        return [piece.to(self.rows.device) for piece in pieces]
+
+
+def _number(value: Any) -> float:
+    try:
+        if isinstance(value, str | bytes | bytearray):
+            raise TypeError("text is no number, even where it looks like one")
+        return float(value.item() if isinstance(value, Tensor | np.ndarray) else value)
+    except Exception:  # the object is the client's, and so is whatever it raises
+        raise ValueError(f"the sample count must be a number, got {shown(value)}") from None

@@ -1,0 +1,545 @@
+"""The clients' uploads of one round, validated as they arrive, in the order in which they are aggregated."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import threading
+import warnings
+from collections.abc import Hashable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdcr_fast import ops
+from fdcr_fast.layout import ParamLayout
+from fdcr_fast.round.client_ids import plain_id
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.screening import OnInvalid, refuse
+from fdcr_fast.round.tiles import MatrixTiles
+from fdcr_fast.store.borrowed_rows import BorrowedRows
+from fdcr_fast.store.file.rows import FileRows
+from fdcr_fast.store.memory_rows import MemoryRows
+from fdcr_fast.store.pinned_rows import PinnedRows
+from fdcr_fast.store.row_writer import RowWriter
+from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, FreeRows, StoreShape, as_dtype
+from fdcr_fast.warning import callers_level
+
+_MEMORY_TILE = 32  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
+
+
+class Contribution(NamedTuple):
+    """What the store holds of one client.
+
+    Attributes:
+        client: Its id.
+        update: ``delta_k [P]``, a copy.
+        fisher: ``F_k [P]`` likewise, or None in a store without Fishers.
+        num_samples: ``n_k``.
+    """
+
+    client: Hashable
+    update: Tensor
+    fisher: Tensor | None
+    num_samples: float
+
+
+class UpdateStore:
+    """Updates and Fishers of up to ``capacity`` clients in tiles ``[T, capacity, 2, L]``, Fisher first.
+
+    Parameter ``p`` lies in tile ``p // L`` at ``p % L``, so that every pass over all clients reads memory or file in
+    sequence, and what one pass read of a tile is still cached for the next. A contribution is validated in the one
+    pass that copies it. All methods may be called from many threads at once; contributions are then copied side by
+    side, and views that the store has given out hold until a client is removed or replaced or the store is cleared.
+
+    **Rounds.** A store holds one round. ``AggregationRule.aggregate`` ends it: what was put stays there to be looked at
+    or aggregated by another rule, until the next contribution begins the next round, as :meth:`clear` does.
+
+    **Order.** Clients lie in rows in the order in which their ``put`` began, or where ``row`` says; where one was
+    rejected or removed, a later client takes the row, or else the last one moves there. The order decides how sums
+    are rounded, nothing else.
+
+    **Files.** With ``path`` the rows lie in a new file (docs/store-format.md) that may be larger than memory, and rules
+    read it span by span. When ``put`` has returned, the contribution outlives a crash. Ids are then str or int. What
+    was rejected is not written down.
+
+    Args:
+        num_params: ``P``, or the layout.
+        capacity: Largest number of accepted clients in a round.
+        dtype: In which updates and Fishers are kept: float32, float64, bfloat16 or float16, also by name.
+        tile: ``L``; by default such that a tile of all clients fits into cache.
+        device: Where they are kept.
+        compute_device: Where rules read them, by default there. A store on the CPU for a GPU lies in pinned memory and
+            may be larger than that of the GPU, which takes 128 MiB or two tiles of all clients at a time.
+        with_fishers: False for a store without Fishers, for rules that need none; half the memory. Fishers that are
+            given all the same are ignored, once with a warning.
+        layout: Names and shapes of the parameters, so that clients may send mappings by name.
+        buffer_dtype: Of the numbers in raw buffers (``bytes``); by default ``dtype``.
+        on_invalid: ``"reject"`` records a contribution that cannot be used; ``"raise"`` raises ValueError as well.
+        path: Of a file to create; None for memory.
+        max_resident: With ``path``, bytes that the buffers may take through which it is read, and each ``put`` writes;
+            by default 256 MiB, or more where many clients need it.
+        sync: With ``path``, False trades crash safety for speed: nothing is flushed to the disk before the system does.
+        shared: Whether other processes can fill rows; see :meth:`writer`.
+        copy: False for a store that takes no memory: contributions stay in the tensors that were put, which must not
+            change before the round is aggregated, and are read from there. Whether an update is finite is seen then.
+
+    Attributes:
+        rejected: Reason by client id of those that were not accepted.
+
+    Raises:
+        ValueError: a size is not positive, options exclude each other, memory cannot be pinned for the compute device,
+            or what is left of it does not hold the store.
+        FileExistsError: there is a file at ``path``; see :meth:`open`.
+    """
+
+    def __init__(
+        self,
+        num_params: int | ParamLayout,
+        capacity: int,
+        dtype: torch.dtype | str = torch.float32,
+        *,
+        tile: int | None = None,
+        device: torch.device | str = "cpu",
+        compute_device: torch.device | str | None = None,
+        with_fishers: bool = True,
+        layout: ParamLayout | None = None,
+        buffer_dtype: torch.dtype | str | None = None,
+        on_invalid: OnInvalid = "reject",
+        path: str | os.PathLike[str] | None = None,
+        max_resident: int | None = None,
+        sync: bool = True,
+        shared: bool = False,
+        copy: bool = True,
+    ) -> None:
+        if isinstance(num_params, ParamLayout):
+            layout, num_params = num_params if layout is None else layout, num_params.numel
+        dtype = as_dtype(dtype)
+        device = torch.device(device)
+        reader = device if compute_device is None else torch.device(compute_device)
+        pinned = reader != device
+        if tile is None:
+            tile = min(ops.STRETCH if pinned or not copy else _MEMORY_TILE, max(num_params, 1))
+            if path is not None:
+                tile = FileRows.tile(num_params, capacity, dtype, with_fishers, max_resident)
+        shape = StoreShape(num_params, capacity, tile, dtype, with_fishers)
+        if pinned and (path is not None or shared or device.type != "cpu"):
+            raise ValueError("a store with a compute_device of its own lies in memory of this process, on the CPU")
+        if path is not None and device.type != "cpu":
+            raise ValueError(f"a store in a file is read on the CPU, not on {device}")
+        if shared and (path is not None or device.type != "cpu"):
+            raise ValueError(
+                "a shared store lies in memory, on the CPU; other processes open one in a file by its path"
+            )
+        if not copy and (path is not None or shared or pinned):
+            raise ValueError("a store that does not copy has no memory of its own: no path, shared, or compute_device")
+        rows: MemoryRows | FileRows | BorrowedRows
+        if pinned:
+            rows = PinnedRows(shape, reader)
+        elif not copy:
+            rows = BorrowedRows(shape, device)
+        elif path is None:
+            rows = MemoryRows(shape, device, shared)
+        else:
+            rows = FileRows.create(path, shape, max_resident, sync)
+        self._start(rows, {}, layout, buffer_dtype, on_invalid, aggregated=False)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        mode: Literal["r", "r+"] = "r",
+        *,
+        layout: ParamLayout | None = None,
+        buffer_dtype: torch.dtype | str | None = None,
+        on_invalid: OnInvalid = "reject",
+        max_resident: int | None = None,
+        sync: bool = True,
+        verify: bool = False,
+    ) -> UpdateStore:
+        """The store in a file: exactly the clients whose ``put`` had returned when it was last written.
+
+        Args:
+            path: Of the file.
+            mode: ``"r"`` reads what is there now, also while another process writes; if that process then removes or
+                replaces clients, reading raises RuntimeError instead of giving a mixture. ``"r+"`` goes on writing;
+                only one process can.
+            layout: As of a new store, and so are ``buffer_dtype``, ``on_invalid``, ``max_resident`` and ``sync``.
+            verify: Also read all data and compare checksums.
+
+        Raises:
+            ValueError: it is no store, or it is damaged; the message says where.
+            BlockingIOError: another process has it open for writing, and so would this one.
+        """
+        if mode not in ("r", "r+"):
+            raise ValueError(f"mode must be 'r' or 'r+', got {mode!r}")
+        rows, accepted = FileRows.open(path, mode == "r+", max_resident, sync, verify)
+        store = cls.__new__(cls)
+        store._start(rows, accepted, layout, buffer_dtype, on_invalid, aggregated=rows.round_ended())
+        return store
+
+    @staticmethod
+    def required_bytes(
+        num_params: int,
+        capacity: int,
+        dtype: torch.dtype | str = torch.float32,
+        *,
+        tile: int | None = None,
+        with_fishers: bool = True,
+    ) -> int:
+        """Memory that such a store takes, ``nbytes``, without making it."""
+        dtype = as_dtype(dtype)
+        tile = min(_MEMORY_TILE, max(num_params, 1)) if tile is None else tile
+        return StoreShape(num_params, capacity, tile, dtype, with_fishers).nbytes
+
+    def _start(
+        self,
+        rows: MemoryRows | FileRows | BorrowedRows,
+        accepted: dict[Hashable, Accepted],
+        layout: ParamLayout | None,
+        buffer_dtype: torch.dtype | str | None,
+        on_invalid: OnInvalid,
+        *,
+        aggregated: bool,
+    ) -> None:
+        shape = rows.shape
+        if layout is not None and layout.numel != shape.num_params:
+            raise ValueError(f"the layout has {layout.numel} parameters, the store {shape.num_params}")
+        refuse({}, on_invalid)
+        self._rows = rows
+        self._writer = RowWriter(rows, layout, shape.dtype if buffer_dtype is None else as_dtype(buffer_dtype))
+        self._on_invalid = on_invalid
+        self._changed = threading.Condition()
+        self._accepted = accepted
+        self._arriving: set[Hashable] = set()
+        self._free = self._rows_of_nobody()
+        self._arrived = 0
+        self._aggregated = frozenset(accepted) if aggregated else None
+        self._warned = False
+        self.rejected: dict[Hashable, str] = {}
+
+    def __enter__(self) -> UpdateStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._accepted)
+
+    def __contains__(self, client_id: Hashable) -> bool:
+        return client_id in self._accepted
+
+    def __iter__(self) -> Iterator[Contribution]:
+        """The accepted contributions, one by one, in the order of the rows."""
+        return map(self._contribution, self._in_order())
+
+    def __getitem__(self, client_id: Hashable) -> Contribution:
+        """The accepted contribution of one client."""
+        with self._changed:
+            return self._contribution(self._accepted[client_id])
+
+    def __repr__(self) -> str:
+        return (
+            f"UpdateStore(num_params={self.num_params}, capacity={self.capacity}, dtype={self.dtype}): "
+            f"{len(self)} clients, {len(self.rejected)} rejected"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a store is not copied: make a second one and put into it what iterating over this one gives, or open its "
+            "file; other processes fill rows through writer()"
+        )
+
+    @property
+    def aggregated(self) -> bool:
+        """Whether the round has ended, so that the next contribution begins another one."""
+        return self._aggregated is not None
+
+    @property
+    def num_params(self) -> int:
+        """``P``."""
+        return self._rows.shape.num_params
+
+    @property
+    def capacity(self) -> int:
+        """Largest number of accepted clients."""
+        return self._rows.shape.capacity
+
+    @property
+    def tile(self) -> int:
+        """``L``, the number of parameters in a tile."""
+        return self._rows.shape.tile
+
+    @property
+    def with_fishers(self) -> bool:
+        """Whether the store holds Fishers."""
+        return self._rows.shape.with_fishers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which updates and Fishers are kept."""
+        return self._rows.shape.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where updates and Fishers are kept."""
+        return self._rows.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory, or file, of updates and Fishers at full capacity."""
+        return self._rows.shape.nbytes
+
+    @property
+    def clients(self) -> tuple[Hashable, ...]:
+        """Ids of the accepted clients: the rows of everything else."""
+        return tuple(client.client for client in self._in_order())
+
+    @property
+    def updates(self) -> Tensor:
+        """Tiled client matrix ``[T, K, L]`` of the accepted clients' updates; a view, of a store in one memory only."""
+        return self._matrices().updates
+
+    @property
+    def fishers(self) -> Tensor | None:
+        """Tiled client matrix ``[T, K, L]`` of the Fishers likewise; None in a store without."""
+        return self._matrices().fishers
+
+    @property
+    def num_samples(self) -> Tensor:
+        """Sample counts of the accepted clients, float64 ``[K]``."""
+        return self.client_updates().num_samples
+
+    def clear(self) -> None:
+        """Forget everything for the next round; memory and file are kept."""
+        with self._changed:
+            self._wait_for_arrivals()
+            self._next_round({})
+
+    def end_round(self, clients: Iterable[Hashable]) -> None:
+        """Let the next contribution begin another round, as ``AggregationRule.aggregate`` does when it is done.
+
+        Args:
+            clients: Who took part. What others put meanwhile belongs to the next round.
+        """
+        with self._changed:
+            self._mark_round(frozenset(clients))
+
+    def close(self) -> None:
+        """Let go of the file, which others can then write; a store in memory needs no closing."""
+        with self._changed:
+            self._wait_for_arrivals()
+            self._rows.close()
+
+    def reject(self, client_id: Hashable, reason: str) -> None:
+        """Record that a client has no usable contribution this round, such as one that sent nothing."""
+        client_id = plain_id(client_id)
+        with self._changed:
+            self._begin_round()
+            if client_id in self._accepted:
+                raise ValueError(f"client {client_id!r} is already accepted")
+            self.rejected[client_id] = reason
+
+    def remove(self, client_id: Hashable) -> None:
+        """Take back an accepted contribution; its client may send another one.
+
+        Raises:
+            KeyError: no such client is accepted.
+        """
+        with self._changed:
+            if client_id not in self._accepted:
+                raise KeyError(f"client {client_id!r} is not in the store")
+            self._release(self._accepted.pop(client_id).row)
+
+    def put(
+        self,
+        update: Any,
+        fisher: Any,
+        num_samples: float | Tensor,
+        client_id: Hashable | None = None,
+        *,
+        row: int | None = None,
+        replace: bool = False,
+        base: Tensor | None = None,
+    ) -> bool:
+        """Copy one client's contribution into the store, if it can be used.
+
+        Args:
+            update: ``delta_k = w_k - w [P]`` in floating point, of any strides: a tensor, a NumPy array, an object with
+                ``__dlpack__``, a mapping by parameter name (of a store with a layout), or a buffer of ``P`` numbers.
+            fisher: ``F_k [P]`` likewise; None for a store without Fishers.
+            num_samples: ``n_k``.
+            client_id: A string, an integer, or anything else that has a hash and tells it from others; by default the
+                number of earlier calls in this round, or the next one that is no client's.
+            row: Where it lies, so that the order of the rows does not depend on who arrives first; by default the
+                first free row.
+            replace: Whether a contribution under an accepted id takes the place of the first one, which stays until the
+                new one is accepted; that takes a free row. By default it is not accepted.
+            base: ``w [P]``, float32 or float64, where ``update`` is the client's state ``w_k`` instead: the difference
+                is formed in the dtype of ``w`` while it is copied.
+
+        Returns:
+            Whether it was accepted; if not, ``rejected`` tells why.
+
+        Raises:
+            RuntimeError: the store is full.
+            TypeError: the id cannot be one.
+            ValueError: it was not accepted, and ``on_invalid`` is ``"raise"``; or the given row is not free.
+        """
+        if client_id is not None:
+            client_id = plain_id(client_id)
+        with self._changed:
+            self._begin_round()
+            client = self._next_id() if client_id is None else client_id
+            self._arrived += 1
+            if client in self._arriving or (client in self._accepted and not replace):
+                return self._refuse(client, "sent a second contribution, which was ignored; the first one counts")
+            if not self._free:
+                raise RuntimeError(f"the store is full: its capacity is {self.capacity} clients")
+            row = self._free.take(row)
+            self._arriving.add(client)
+        self._note_unused(fisher)
+        try:
+            accepted = self._writer.fill(row, client, update, fisher, num_samples, base)
+            self._rows.commit(accepted)
+        except BaseException as error:
+            with self._changed:
+                self._arriving.discard(client)
+                self._free.release(row)
+                self._changed.notify_all()
+                if isinstance(error, ValueError):
+                    return self._refuse(client, str(error))
+            raise
+        with self._changed:
+            self._arriving.discard(client)
+            self._changed.notify_all()
+            self.rejected.pop(client, None)
+            earlier = self._accepted.pop(client, None)
+            self._accepted[client] = accepted
+            if earlier is not None:
+                self._release(earlier.row)
+        return True
+
+    def writer(self) -> RowWriter:
+        """What fills rows of a shared store in another process, to which it goes when that is started.
+
+        There ``accepted = writer.fill(row, client_id, update, fisher, num_samples)`` raises ValueError with the reason
+        why a client cannot be accepted; here :meth:`admit` or :meth:`reject` then says so. Who fills which row, and
+        that nobody reads the store meanwhile, is up to the caller.
+        """
+        return self._writer
+
+    def admit(self, accepted: Accepted) -> None:
+        """Accept a client whose row another process has filled.
+
+        Raises:
+            ValueError: it is accepted already, or its row is not free.
+        """
+        with self._changed:
+            self._begin_round()
+            if accepted.client in self._accepted:
+                raise ValueError(f"client {accepted.client!r} is already accepted")
+            self._free.take(accepted.row)
+            self._rows.commit(accepted)
+            self._accepted[accepted.client] = accepted
+            self.rejected.pop(accepted.client, None)
+
+    def client_updates(self) -> ClientUpdates:
+        """The round so far, as rules see it; waits for contributions that are being copied."""
+        with self._changed:
+            clients = self._in_order()
+            tiles = self._rows.tiles([client.row for client in clients])
+            rejected = dict(self.rejected)
+
+        numbers = [
+            (client.num_samples, client.squared_norm, client.fisher_min, client.fisher_max) for client in clients
+        ]
+        num_samples, squared_norm, low, high = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 4).T.contiguous()
+        return ClientUpdates(
+            tiles=tiles,
+            num_samples=num_samples,
+            clients=tuple(client.client for client in clients),
+            squared_norm=squared_norm,
+            fisher_min=low if self.with_fishers else None,
+            fisher_max=high if self.with_fishers else None,
+            valid=torch.ones(len(clients), dtype=torch.bool),
+            rejected=rejected,
+            unread=isinstance(self._rows, BorrowedRows),
+        )
+
+    def _begin_round(self) -> None:
+        """Forget the last round if it has ended."""
+        if self._aggregated is None:
+            return
+        self._wait_for_arrivals()
+        self._next_round({client: c for client, c in self._accepted.items() if client not in self._aggregated})
+
+    def _next_round(self, late: dict[Hashable, Accepted]) -> None:
+        """Forget all but those who were too late for the last round."""
+        self._rows.forget([accepted.row for client, accepted in self._accepted.items() if client not in late])
+        self._accepted, self._arrived, self.rejected = late, len(late), {}
+        self._free = self._rows_of_nobody()
+        self._mark_round(None)
+
+    def _rows_of_nobody(self) -> FreeRows:
+        taken = {accepted.row for accepted in self._accepted.values()}
+        return FreeRows(row for row in range(self.capacity) if row not in taken)
+
+    def _mark_round(self, aggregated: frozenset[Hashable] | None) -> None:
+        if (aggregated is None) != (self._aggregated is None):
+            self._rows.mark_round(aggregated is not None)
+        self._aggregated = aggregated
+
+    def _next_id(self) -> int:
+        taken = (self._accepted, self._arriving, self.rejected)
+        return next(number for number in itertools.count(self._arrived) if not any(number in ids for ids in taken))
+
+    def _note_unused(self, fisher: Any) -> None:
+        if fisher is not None and not self.with_fishers and not self._warned:
+            self._warned = True
+            text = "the store keeps no Fishers (with_fishers=False): those given are ignored"
+            warnings.warn(text, stacklevel=callers_level())
+
+    def _refuse(self, client: Hashable, reason: str) -> Literal[False]:
+        self.rejected[client] = reason
+        refuse({client: reason}, self._on_invalid)
+        return False
+
+    def _contribution(self, client: Accepted) -> Contribution:
+        row = self._rows.read(client.row)
+        return Contribution(client.client, row[UPDATE], row[FISHER] if self.with_fishers else None, client.num_samples)
+
+    def _release(self, row: int) -> None:
+        self._rows.forget([row])
+        self._free.release(row)
+
+    def _wait_for_arrivals(self) -> None:
+        self._changed.wait_for(lambda: not self._arriving)
+
+    def _in_order(self) -> list[Accepted]:
+        """The accepted clients by row, the last ones in the gaps that others have left."""
+        with self._changed:
+            self._wait_for_arrivals()
+            by_row = {client.row: client for client in self._accepted.values()}
+            last = sorted(by_row)
+            clients = [by_row[k] if k in by_row else by_row[last.pop()] for k in range(len(by_row))]
+            rows = self._rows.pack([client.row for client in clients])
+            if rows != [client.row for client in clients]:
+                clients = [dataclasses.replace(client, row=row) for client, row in zip(clients, rows, strict=True)]
+                self._accepted = {client.client: client for client in clients}
+                self._free = FreeRows(range(len(clients), self.capacity))
+            return clients
+
+    def _matrices(self) -> MatrixTiles:
+        tiles = self.client_updates().tiles
+        if not isinstance(tiles, MatrixTiles):
+            raise ValueError(
+                "of a store in a file, or for another device, there are spans: see client_updates().spans()"
+            )
+        return tiles
