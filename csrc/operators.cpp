@@ -1,5 +1,5 @@
 // The CPU operators: tensors in, plain structs to the kernels, tensors out. The schemas and the documentation
-// are in fdcr_fast/ops/schemas.py; the checks here only keep the kernels inside their memory.
+// are in fdcr_fast/ops; the checks here only keep the kernels inside their memory.
 #include <tuple>
 
 #include "cpu/kernels.h"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import ops
-from fdcr_fast.ops.reference import GRAM_TRANSFORMS
+from fdcr_fast.ops.gram import GRAM_TRANSFORMS
 from fdcr_fast.server.intake import ClientUpdates
 from fdcr_fast.server.store import UpdateStore
 from fdcr_fast.server.tiles import WHOLE, ClientTiles, MatrixTiles, Shard, Span

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdcr_fast import _native, diagonal_fisher, ops
-from fdcr_fast.ops import NetworkLayer
+from fdcr_fast import _native, diagonal_fisher
+from fdcr_fast.ops import networks
+from fdcr_fast.ops.networks import NetworkLayer
 from fdcr_fast.sim.attacks.training import LocalAttack
 
 BATCH = 1024  # images of one forward pass by autograd
@@ -50,7 +51,7 @@ class Classifier(ABC):
                 loss, grad = self.grad(params, images, labels, epoch[first : first + sgd.batch_size])
                 if attack is not None:
                     grad = attack.grad(loss, grad, params)
-                ops.sgd_step(params, velocity, grad, sgd.lr, sgd.momentum, sgd.weight_decay)
+                networks.sgd_step(params, velocity, grad, sgd.lr, sgd.momentum, sgd.weight_decay)
                 if attack is not None:
                     params.copy_(attack.project(params))
         return params
@@ -60,7 +61,7 @@ class NetworkClassifier(Classifier):
     """By the operators of small networks: no autograd graph, nothing allocated per layer.
 
     Args:
-        layers: See :class:`fdcr_fast.ops.NetworkLayer`.
+        layers: See :class:`fdcr_fast.ops.networks.NetworkLayer`.
     """
 
     def __init__(self, layers: list[int]) -> None:
@@ -68,15 +69,15 @@ class NetworkClassifier(Classifier):
 
     def logits(self, params: Tensor, images: Tensor) -> Tensor:
         """``[N, classes]``."""
-        return ops.network_outputs(params, images, torch.arange(len(images)), self.layers)
+        return networks.network_outputs(params, images, torch.arange(len(images)), self.layers)
 
     def grad(self, params: Tensor, images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and gradient."""
-        return ops.network_grad(params, images, labels, rows, self.layers)
+        return networks.network_grad(params, images, labels, rows, self.layers)
 
     def fisher(self, params: Tensor, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """Diagonal Fisher."""
-        return ops.sum_squared_network_grads(params, images, labels, rows, self.layers) / len(rows)
+        return networks.sum_squared_network_grads(params, images, labels, rows, self.layers) / len(rows)
 
     def train(
         self, params: Tensor, images: Tensor, labels: Tensor, order: Tensor, sgd: SGD, attack: LocalAttack | None
@@ -84,7 +85,7 @@ class NetworkClassifier(Classifier):
         """All steps in one operator, unless an attack looks at each."""
         if attack is not None:
             return super().train(params, images, labels, order, sgd, attack)
-        return ops.train_network(params, images, labels, order, self.layers, *sgd)
+        return networks.train_network(params, images, labels, order, self.layers, *sgd)
 
 
 class AutogradClassifier(Classifier):

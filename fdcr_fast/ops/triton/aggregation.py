@@ -320,7 +320,7 @@ def discrepancy(
     num_params: int,
     single: bool,
 ) -> Tensor:
-    """Sums of squared distances to the mean reweighted update; see ``schemas``."""
+    """Sums of squared distances to the mean reweighted update."""
     given = updates, fishers, fisher_min, fisher_max, num_params, single
     return _aggregate(*given, alpha=alpha, totals=totals, reweight=fishers is not None)[0]
 
@@ -334,7 +334,7 @@ def rescaled_mean(
     weights: Tensor,
     single: bool,
 ) -> Tensor:
-    """Weighted mean of rescaled updates, added to the global parameters; see ``schemas``."""
+    """Weighted mean of rescaled updates, added to the global parameters."""
     given = updates, fishers, fisher_min, fisher_max, global_params.numel(), single
     return _aggregate(*given, global_params=global_params, weights=weights, rescale=fishers is not None)[1]
 
@@ -352,7 +352,7 @@ def discrepancy_and_mean(
     rescale: bool,
     single: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Both from one reading; see ``schemas``."""
+    """Both from one reading."""
     return _aggregate(
         updates,
         fishers,
