@@ -26,11 +26,11 @@ class NetworkLayer(NamedTuple):
     """The numbers that describe a layer; ``layers`` of the operators are those of all layers in a row.
 
     Attributes:
-        out_channels: Of the convolution.
-        kernel_height: 0: as large as the input, in both directions.
-        kernel_width: See ``kernel_height``.
-        padding_height: Zeros on both sides.
-        padding_width: See ``padding_height``.
+        out_channels: Channels that the convolution gives.
+        kernel_height: Rows of the kernel; 0 for as many as the input has.
+        kernel_width: Columns of the kernel; 0 for as many as the input has.
+        padding_height: Rows of zeros above and below the input.
+        padding_width: Columns of zeros left and right of it.
         pool: Whether the maximum of 2 by 2 pixels is taken; what is left over at the ends is dropped.
         relu: Whether ReLU follows.
         bias: Whether there is one.
@@ -110,7 +110,7 @@ def network_outputs(params: Tensor, images: Tensor, rows: Tensor, layers: Sequen
         params: ``[P]``.
         images: ``[M, C, H, W]``, any strides.
         rows: int64 ``[B]``, the images to take, from 0 to ``M - 1``.
-        layers: See :class:`NetworkLayer`.
+        layers: The numbers of all layers in a row, each a :class:`NetworkLayer`.
 
     Returns:
         ``[B, classes]``.
@@ -260,7 +260,7 @@ def train_network(
         params: ``[P]``, to begin with.
         images: As in :func:`network_grad`, and so are ``labels`` and ``layers``.
         order: int64 ``[E, n]``, the images of each of ``E`` epochs in their order.
-        batch_size: Of a step; the last one of an epoch takes what is left.
+        batch_size: Images of a step; the last one of an epoch takes what is left.
         lr: As in :func:`sgd_step`, and so are ``momentum`` and ``weight_decay``.
 
     Returns:

@@ -38,8 +38,8 @@ def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Te
     Args:
         values: Vectors that make up one vector ``[P]``; floating, any strides and dtypes.
         row: ``[T, L]``, floating; written.
-        statistics: Of the numbers before these: float64 ``(squared norm, smallest, largest)``; ``(0, inf, -inf)`` where
-            there are none. The compiled kernels give a vector that is copied in parts of a multiple of
+        statistics: Those of the numbers before these, float64 ``(squared norm, smallest, largest)``; ``(0, inf, -inf)``
+            where there are none. The compiled kernels give a vector that is copied in parts of a multiple of
             :data:`~fdcr_fast.ops.STRETCH` numbers, in order, the same bits as in one, for any tiles.
         base: ``[P]``, float32 or float64; the values are rounded to its dtype before it is taken from them. None for
             zeros.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fdcr_fast.ops.operator import BLOCK_ELEMENTS, check_floating
 
-STRETCH = 4096  # kStretch of csrc/cpu/aggregation.inc: how many parameters scores are summed over before they are added
+# How many parameters scores are summed over before they are added, in order: kStretch of csrc/cpu/clients/blocks.inc.
+STRETCH = 4096
 
 
 def check_clients(

@@ -24,7 +24,7 @@ from fdcr_fast.server.row_writer import RowWriter
 from fdcr_fast.server.rows import FISHER, UPDATE, Accepted, FreeRows, MemoryRows, StoreShape, as_dtype
 from fdcr_fast.server.tiles import MatrixTiles
 
-_MEMORY_TILE = 32  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
+_MEMORY_TILE = 32  # a line of columns of csrc/cpu/clients/aggregation.inc: what is read next then always lies next
 
 
 class Contribution(NamedTuple):

@@ -172,7 +172,7 @@ def squared_sums(
 
 
 def bias_tile_of(outs: int, positions: int) -> tuple[int, int]:
-    """Of a program: output channels, and positions at a time."""
+    """Sizes of a program's block: output channels, and positions at a time."""
     of_positions = power_of_two(positions, most=128)
     return power_of_two(outs, most=2048 // of_positions), of_positions
 
@@ -200,12 +200,12 @@ def _bias(grad: Tensor) -> Tensor:
 
 
 def _precision() -> str:
-    """Of products of float32: three products of TF32, or one where PyTorch's own matrix products may be so."""
+    """How products of float32 are formed: by three of TF32, or one where PyTorch's own matrix products may be so."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def tile_of(outs: int, columns: int, positions: int, device: Target) -> tuple[int, int, int]:
-    """Of a program: output channels and columns of the weight, and positions at a time."""
+    """Sizes of a program's block: output channels and columns of the weight, and positions at a time."""
     return (
         power_of_two(outs, least=16, most=64),
         power_of_two(columns, least=16, most=64 if device.capability >= 90 else 32),
