@@ -30,8 +30,8 @@ class Operator(Generic[P, R]):
     """An operator, called through the PyTorch dispatcher; ``torch.ops.fdcr_fast`` holds it under the same name.
 
     Attributes:
-        reference: What it computes, in plain PyTorch, from arguments that ``check`` accepts.
-        check: Raises where the operator does not accept the arguments.
+        reference: The function that computes it in plain PyTorch, from arguments that ``check`` accepts.
+        check: The function of the same arguments that raises where they do not fit.
         gpu_kernels: The backends that have kernels for it on GPUs; the reference takes the place of the others.
     """
 
