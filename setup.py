@@ -179,11 +179,17 @@ def sources() -> list[str]:
     return [f"csrc/{name}" for name in names]
 
 
+def headers(without: str) -> list[str]:
+    """All of csrc but what another device's kernels are made of."""
+    found = (path.relative_to(HERE) for path in HERE.glob("csrc/**/*.*"))
+    return [str(path) for path in found if path.parts[1] != without]
+
+
 kernels = Extension(
     "fdcr_fast._C",
     sources(),
     include_dirs=["csrc"],
-    depends=[str(path.relative_to(HERE)) for path in HERE.glob("csrc/**/*.*") if path.parent.name != "cuda"],
+    depends=headers(without="cuda"),
     language="c++",
     extra_compile_args=[
         "-std=c++17",
@@ -204,7 +210,7 @@ cuda_kernels = Extension(
     "fdcr_fast._cuda",
     sorted(str(path.relative_to(HERE)) for pattern in ("*.cu", "*.cpp") for path in HERE.glob(f"csrc/cuda/{pattern}")),
     include_dirs=["csrc"],
-    depends=[str(path.relative_to(HERE)) for path in HERE.glob("csrc/**/*.*") if path.parent.name != "cpu"],
+    depends=headers(without="cpu"),
     language="c++",
     define_macros=[
         ("FDCR_CUDA_ARCHITECTURES", f'"{os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES}"'),

@@ -13,7 +13,7 @@ from typing import Any
 from gpu_traffic import Traffic
 from torch import Tensor
 
-from fdcr_fast.ops import reference
+from fdcr_fast.ops.squared_grads import accumulation_dtype
 
 THREADS, TILE = 128, 64  # kThreads of csrc/cuda/kernels.h, kTile of product.cuh
 
@@ -74,7 +74,7 @@ def _layer(
     multiprocessors: int, grad: Tensor, input: Tensor, outs: int, columns: int, groups: int, spatial: int
 ) -> Traffic:
     """Exact for linear layers; of a convolution's input, every number is counted for each column that it is in."""
-    samples, wide = len(grad), reference.accumulation_dtype(grad, input).itemsize
+    samples, wide = len(grad), accumulation_dtype(grad, input).itemsize
     depth = 128 // wide
     squares = spatial == 1
     tiles = groups * blocks(outs, TILE) * max(1, blocks(columns, TILE))

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import fdcr_fast
-from fdcr_fast.ops import reference
-from fdcr_fast.ops.backends import WITHOUT_CUDA
+from fdcr_fast.ops.backends import with_kernels
+from fdcr_fast.ops.operator import OPERATORS
 from fdcr_fast.sim import SimulationConfig
 from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.costs import Stopwatch
@@ -70,8 +70,8 @@ def implementations() -> dict[str, tuple[Callable[[str], Any], Callable[..., Tra
     found: dict[str, tuple[Callable[[str], Any], Callable[..., Traffic]]] = {}
     status = fdcr_fast.backends()
     if status["cuda"].usable:  # what the dispatcher finds
-        kernels = torch.ops.fdcr_fast
-        found["cuda"] = (lambda name: None if name in WITHOUT_CUDA else getattr(kernels, name)), cuda_model.bytes_moved
+        kernels = {name: getattr(torch.ops.fdcr_fast, name) for name in with_kernels("cuda")}
+        found["cuda"] = kernels.get, cuda_model.bytes_moved
     if status["triton"].usable and torch.cuda.is_available():
         from fdcr_fast.ops import triton
 
@@ -108,7 +108,7 @@ def predictions() -> str:
         if case.name in PREDICTED:
             args = case.arguments(make)
             traffic, cuda = gpu_model.bytes_moved(case.operator, args), "-"
-            if case.operator not in WITHOUT_CUDA:
+            if case.operator in with_kernels("cuda"):
                 formed = cuda_model.bytes_moved(case.operator, args)
                 cuda = f"{1e3 * predicted_seconds(formed, as_formed=True):.3f}"
             milliseconds = f"{1e3 * predicted_seconds(traffic):.3f}"
@@ -159,7 +159,7 @@ def main() -> int:
     wrong = []
     for case in CASES:
         args = case.arguments(maker("cuda"))
-        exact = getattr(reference, case.operator)(*in_float64(args))
+        exact = OPERATORS[case.operator].reference(*in_float64(args))
         for backend, (find, model) in backends.items():
             if (operator := find(case.operator)) is None:
                 continue

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -16,7 +18,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr size_t kLayerNumbers = 8;  // LAYER of fdcr_fast/ops/schemas
+// A layer as operators get it: the numbers of NetworkLayer in fdcr_fast/ops/networks.py, in their order.
+struct LayerNumbers {
+  int64_t out_channels;
+  int64_t kernel[2];  // 0: as large as the input
+  int64_t padding[2];
+  int64_t pool, relu, bias;  // 0 or 1
+};
+constexpr size_t kLayerNumbers = sizeof(LayerNumbers) / sizeof(int64_t);
 
 void check_vector(const Tensor& x, ScalarType type, const char* name) {
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.dim() == 1 && x.is_contiguous(), name,
@@ -45,25 +54,27 @@ struct Network {
     STD_TORCH_CHECK(!numbers.empty() && numbers.size() % kLayerNumbers == 0 && channels > 0,
                     "expected layers of ", kLayerNumbers, " numbers and images that have channels");
     int64_t used = 0;
-    for (auto at = numbers.begin(); at != numbers.end(); at += kLayerNumbers) {
+    for (size_t at = 0; at < numbers.size(); at += kLayerNumbers) {
+      LayerNumbers given;
+      std::memcpy(&given, numbers.data() + at, sizeof given);
       fdcr::NetworkLayer layer;
       layer.in_channels = channels;
-      layer.out_channels = channels = at[0];
-      layer.pool = at[5] != 0;
-      layer.relu = at[6] != 0;
+      layer.out_channels = channels = given.out_channels;
+      layer.pool = given.pool != 0;
+      layer.relu = given.relu != 0;
       int64_t weights = layer.in_channels * layer.out_channels;
       bool fits = channels > 0;
       for (int d = 0; d < 2; ++d) {
         layer.input[d] = size[d];
-        layer.kernel[d] = at[1 + d] == 0 ? size[d] : at[1 + d];
-        layer.padding[d] = at[3 + d];
+        layer.kernel[d] = given.kernel[d] == 0 ? size[d] : given.kernel[d];
+        layer.padding[d] = given.padding[d];
         weights *= layer.kernel[d];
         size[d] = (size[d] + 2 * layer.padding[d] - layer.kernel[d] + 1) / (layer.pool ? 2 : 1);
         fits = fits && layer.kernel[d] > 0 && layer.padding[d] >= 0 && size[d] > 0;
       }
       layer.weight = used;
       used += weights;
-      if (at[7] != 0) {
+      if (given.bias != 0) {
         layer.bias = used;
         used += channels;
       }

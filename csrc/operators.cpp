@@ -1,6 +1,13 @@
 // The CPU operators: tensors in, plain structs to the kernels, tensors out. The schemas and the documentation
-// are in fdcr_fast/ops/schemas.py; the checks here only keep the kernels inside their memory.
+// are in fdcr_fast/ops; the checks here only keep the kernels inside their memory.
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "tensors.h"

@@ -14,7 +14,7 @@ from hypothesis import settings
 from ranks import started
 
 from fdcr_fast import _native
-from fdcr_fast.ops import reference
+from fdcr_fast.ops.operator import OPERATORS
 
 # The same examples on every CI run: a red run can be repeated. Elsewhere every run looks at new ones.
 EXAMPLES = int(os.environ.get("FDCR_TEST_EXAMPLES", "60"))  # of each property
@@ -58,7 +58,7 @@ def compiled(request):
 def implementation(request):
     """Every implementation of the operators that this machine can run, in turn."""
     if request.param == "reference":
-        yield lambda name: getattr(reference, name)
+        yield lambda name: OPERATORS[name].reference
     elif request.param == "triton":
         if not INTERPRETED:
             pytest.skip("Triton's interpreter takes a process of its own: tests/triton_kernels runs these tests in one")

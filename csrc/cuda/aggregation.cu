@@ -4,9 +4,8 @@
 // neighbouring parameters of up to kHeld clients in registers: the mean over the clients goes through shared
 // memory, then the distances to it come from what is held. More clients than the block's threads can hold are
 // read a second time, which is meant to find them in the L2 cache: few blocks run then, of narrow steps.
-#include <limits>
-
 #include "elements.cuh"
+#include "half_tanh.h"
 #include "reduction.cuh"
 
 namespace fdcr::cuda {
@@ -38,28 +37,21 @@ struct Client {
   bool scored, averaged;
 };
 
-// tanh(x / 2) for x in [0, 1]: a polynomial in x^2 by interpolation at Chebyshev nodes, as on the CPU.
-__device__ __forceinline__ float half_tanh(float x) {
-  const float y = x * x;
-  float p = y * 3.345965888001956e-05f - 0.00041393935680389404f;
-  p = p * y + 0.004163984674960375f;
-  p = p * y - 0.041666336357593536f;
-  p = p * y + 0.5f;
-  return x * p;
+// The terms of the polynomial from kTerm on, by Horner's rule.
+template <class M, int kTerm = 0>
+__device__ __forceinline__ M half_tanh_terms(M squared) {
+  constexpr int kTerms = sizeof(HalfTanh<M>::c) / sizeof(M);
+  constexpr M c = HalfTanh<M>::c[kTerm];
+  if constexpr (kTerm + 1 == kTerms)
+    return c;
+  else
+    return half_tanh_terms<M, kTerm + 1>(squared) * squared + c;
 }
 
-__device__ __forceinline__ double half_tanh(double x) {
-  const double y = x * x;
-  double p = y * -2.7987532118716755e-10 + 4.161635317217189e-09;
-  p = p * y - 4.4047370446504587e-08;
-  p = p * y + 4.3822864428950054e-07;
-  p = p * y - 4.3276377855561695e-06;
-  p = p * y + 4.271381463014264e-05;
-  p = p * y - 0.00042162697952141247;
-  p = p * y + 0.0041666666663085945;
-  p = p * y - 0.04166666666665585;
-  p = p * y + 0.49999999999999994;
-  return x * p;
+// tanh(x / 2) for x in [0, 1].
+template <class M>
+__device__ __forceinline__ M half_tanh(M x) {
+  return x * half_tanh_terms<M>(x * x);
 }
 
 template <class M>

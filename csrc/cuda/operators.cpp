@@ -3,7 +3,11 @@
 #include "operators.h"
 
 #include <memory>
+#include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "device.h"
 

@@ -1,39 +1,29 @@
 """Operators: one meaning each, one implementation per backend, reached through the PyTorch dispatcher.
 
-``schemas`` defines what exists and what it accepts, ``reference`` says what it means in plain PyTorch, the compiled
-extension replaces the reference on the CPU when it loads. Call the functions exported here; ``torch.ops.fdcr_fast``
-holds the same operators for ``torch.compile`` and ``torch.library.opcheck``.
+A module per family holds everything about its operators but the kernels (see :mod:`fdcr_fast.ops.operator`); the
+compiled extension takes the place of the references on the CPU when it loads, ``backends`` those on GPUs. Call the
+functions exported here; ``torch.ops.fdcr_fast`` holds the same operators for ``torch.compile`` and
+``torch.library.opcheck``.
+
+Conventions. ``N`` samples, ``T`` positions (tokens, pixels), ``K`` clients, ``P`` parameters. Floating tensors may be
+float64, float32, bfloat16 or float16, with any strides.
 """
 
-from fdcr_fast.ops.network_schemas import (
-    NetworkLayer,
-    network_grad,
-    network_outputs,
-    sgd_step,
-    sized_layers,
-    sum_squared_network_grads,
-    train_network,
-)
-from fdcr_fast.ops.schemas import (
-    STRETCH,
-    central_mean,
-    discrepancy,
-    discrepancy_and_mean,
-    fill_row,
-    fill_rows,
-    gram,
-    importance_range,
-    rescaled_mean,
-    squared_norm,
+from fdcr_fast.ops.aggregation import discrepancy, discrepancy_and_mean, rescaled_mean
+from fdcr_fast.ops.central import central_mean
+from fdcr_fast.ops.client_statistics import importance_range, squared_norm
+from fdcr_fast.ops.gram import gram
+from fdcr_fast.ops.rows import fill_row, fill_rows
+from fdcr_fast.ops.squared_grads import (
     sum_squared_grads_conv,
     sum_squared_grads_embedding,
     sum_squared_grads_linear,
     sum_squared_grads_norm,
 )
+from fdcr_fast.ops.tiles import STRETCH
 
 __all__ = [
     "STRETCH",
-    "NetworkLayer",
     "central_mean",
     "discrepancy",
     "discrepancy_and_mean",
@@ -41,16 +31,10 @@ __all__ = [
     "fill_rows",
     "gram",
     "importance_range",
-    "network_grad",
-    "network_outputs",
     "rescaled_mean",
-    "sgd_step",
-    "sized_layers",
     "squared_norm",
     "sum_squared_grads_conv",
     "sum_squared_grads_embedding",
     "sum_squared_grads_linear",
     "sum_squared_grads_norm",
-    "sum_squared_network_grads",
-    "train_network",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -14,14 +13,9 @@ import torch
 
 from fdcr_fast import _native
 from fdcr_fast._version import __version__
-from fdcr_fast.ops import reference
-from fdcr_fast.ops.network_schemas import NETWORK_OPERATORS
-from fdcr_fast.ops.schemas import OPERATORS, checked
+from fdcr_fast.ops.operator import OPERATORS
 
 CAPABILITY = (8, 0)  # of the oldest NVIDIA GPUs that the CUDA and Triton kernels are for
-WITHOUT_TRITON = frozenset(NETWORK_OPERATORS) | {"fill_rows"}  # operators that are plain PyTorch on GPUs, too
-# Operators that csrc/cuda has no kernels for: Triton's, or plain PyTorch, where the others are compiled.
-WITHOUT_CUDA = WITHOUT_TRITON | {"central_mean", "fill_row", "sum_squared_grads_embedding", "sum_squared_grads_norm"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,11 @@ def backends() -> dict[str, BackendStatus]:
     }
 
 
+def with_kernels(backend: str) -> set[str]:
+    """Names of the operators that a backend for GPUs has kernels for."""
+    return {name for name, operator in OPERATORS.items() if backend in operator.gpu_kernels}
+
+
 def _cuda() -> BackendStatus:
     if _native.cuda is None:
         return BackendStatus(False, _native.cuda_reason)
@@ -60,7 +59,8 @@ def _cuda() -> BackendStatus:
         return BackendStatus(False, reason)
     build = _native.cuda.build_info()
     reason = f"compiled by CUDA {build['cuda']} for {build['architectures']}"
-    return BackendStatus(True, f"{reason}; {', '.join(sorted(WITHOUT_CUDA))} by triton or the reference")
+    others = ", ".join(sorted(OPERATORS.keys() - with_kernels("cuda")))
+    return BackendStatus(True, f"{reason}; {others} by triton or the reference")
 
 
 def _no_gpu() -> str | None:
@@ -118,7 +118,7 @@ def _on_device(name: str, *args: Any) -> Any:
     """The Triton kernel on the device of the tensors, or what stands in for it on older ones."""
     tensors = [x for x in args if isinstance(x, torch.Tensor) and x.is_cuda]
     if tensors and torch.cuda.get_device_capability(tensors[0].device) < CAPABILITY:
-        return getattr(reference, name)(*args)
+        return OPERATORS[name].reference(*args)
     kernels = importlib.import_module("fdcr_fast.ops.triton")  # and Triton, which takes a second: when first needed
     if not tensors:
         return getattr(kernels, name)(*args)
@@ -134,12 +134,9 @@ def _register() -> None:
     if _native.BACKEND == "reference" or not _has_triton() or not (nvidia or _native.INTERPRETED):
         return
     key = "CPU" if _native.INTERPRETED else "CUDA"
-    compiled = frozenset() if _native.cuda is None else OPERATORS.keys() - WITHOUT_CUDA
-    for name, (_, check, _) in OPERATORS.items():
-        if name not in WITHOUT_TRITON | compiled:
-            call: Callable[..., Any] = partial(_on_device, name)
-            _library.impl(name, checked(check, call), key)
+    compiled = set() if _native.cuda is None else with_kernels("cuda")
+    for name in with_kernels("triton") - compiled:
+        OPERATORS[name].implement(key, partial(_on_device, name))
 
 
-_library = torch.library.Library("fdcr_fast", "IMPL")
 _register()

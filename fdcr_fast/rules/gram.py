@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import ops
-from fdcr_fast.ops.reference import GRAM_TRANSFORMS
+from fdcr_fast.ops.gram import GRAM_TRANSFORMS
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.shard import WHOLE, Shard
 from fdcr_fast.round.tiles import ClientTiles, MatrixTiles, Span

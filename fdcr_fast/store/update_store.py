@@ -28,7 +28,7 @@ from fdcr_fast.store.row_writer import RowWriter
 from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, FreeRows, StoreShape, as_dtype
 from fdcr_fast.warning import callers_level
 
-_MEMORY_TILE = 32  # a line of columns of csrc/cpu/aggregation.inc: what is read next then always lies next
+_MEMORY_TILE = 32  # a line of columns of csrc/cpu/clients/aggregation.inc: what is read next then always lies next
 
 
 class Contribution(NamedTuple):

@@ -15,7 +15,7 @@ import gpu_cases as cases
 from cuda_model import bytes_moved
 from torch.utils._pytree import tree_map
 
-from fdcr_fast.ops import reference
+from fdcr_fast.ops.operator import OPERATORS
 
 LIBRARY = ctypes.CDLL(sys.argv[1])
 torch.ops.load_library(sys.argv[1])
@@ -80,7 +80,7 @@ def grams():
 
 def values():
     for operator, args in itertools.chain(layers(), rounds(), grams()):
-        exact = getattr(reference, operator)(*tree_map(in_float64, args))
+        exact = OPERATORS[operator].reference(*tree_map(in_float64, args))
         found = getattr(torch.ops.fdcr_fast, operator)(*args)
         given = {x.dtype for x in args if isinstance(x, torch.Tensor)}
         for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, exact)), strict=True):

@@ -10,8 +10,7 @@ import torch
 from on_host import build, run, sanitized
 
 from fdcr_fast import _native
-from fdcr_fast.ops.backends import WITHOUT_CUDA
-from fdcr_fast.ops.schemas import OPERATORS
+from fdcr_fast.ops.backends import with_kernels
 
 ROOT = Path(__file__).parents[2]
 CHECK = Path(__file__).with_name("check.py")
@@ -63,10 +62,10 @@ def test_threads_stay_inside_their_memory(tmp_path):
 def test_every_operator_has_kernels_or_is_left_to_others(library):
     code = (
         f"import torch, fdcr_fast; torch.ops.load_library({str(library)!r}); "
-        "from fdcr_fast.ops.schemas import OPERATORS; has = torch._C._dispatch_has_kernel_for_dispatch_key; "
+        "from fdcr_fast.ops.operator import OPERATORS; has = torch._C._dispatch_has_kernel_for_dispatch_key; "
         "print(*sorted(name for name in OPERATORS if has(f'fdcr_fast::{name}', 'CPU')))"
     )
-    assert run("-c", code).stdout.split() == sorted(OPERATORS.keys() - WITHOUT_CUDA)
+    assert run("-c", code).stdout.split() == sorted(with_kernels("cuda"))
 
 
 def test_memory_bound_kernels_move_little_more_than_they_must():
@@ -76,7 +75,7 @@ def test_memory_bound_kernels_move_little_more_than_they_must():
     def make(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    assert set(MODELS) == OPERATORS.keys() - WITHOUT_CUDA
+    assert set(MODELS) == with_kernels("cuda")
     for case in CASES:
         if case.operator in MODELS:
             traffic = bytes_moved(case.operator, case.arguments(make))

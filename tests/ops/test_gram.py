@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from problems import client_matrices, rows
 
 from fdcr_fast import ops
-from fdcr_fast.ops import reference, schemas
-from fdcr_fast.ops.reference import GRAM_TRANSFORMS
+from fdcr_fast.ops.gram import GRAM_TRANSFORMS
 
 TRANSFORMS = sorted(GRAM_TRANSFORMS)
 
@@ -284,7 +283,7 @@ def test_nobody_and_nothing(implementation):
 
 def checked_reference(**arguments):
     """As where nothing is compiled."""
-    return schemas.checked(schemas._check_gram, reference.gram)(*arguments.values())
+    return ops.gram.checked(ops.gram.reference)(**arguments)
 
 
 @pytest.mark.parametrize(

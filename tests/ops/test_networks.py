@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdcr_fast import ops
-from fdcr_fast.ops import NetworkLayer
+from fdcr_fast.ops import networks
+from fdcr_fast.ops.networks import NetworkLayer
 
 
 def dyadic(generator, shape, scale):
@@ -107,7 +107,7 @@ CNN = [NetworkLayer(6, 5, 5, pool=1, relu=1), NetworkLayer(9, 3, 3, 1, 1, relu=1
 
 def cnn(M):
     torch.manual_seed(0)
-    sizes = [s.weight[0] * math.prod(s.weight[1:]) + s.weight[0] for s in ops.sized_layers(flat(CNN), (2, 12, 13))]
+    sizes = [s.weight[0] * math.prod(s.weight[1:]) + s.weight[0] for s in networks.sized_layers(flat(CNN), (2, 12, 13))]
     return torch.randn(sum(sizes)) * 0.1, torch.randn(M, 2, 12, 13), torch.randint(5, (M,)), torch.randperm(M)
 
 
@@ -194,9 +194,9 @@ def test_what_does_not_fit_is_refused():
         (flat([NetworkLayer(6, 13, 13), *CNN[1:]]), "does not fit"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            ops.network_outputs(params.to("meta"), images.to("meta"), rows.to("meta"), layers)
+            networks.network_outputs(params.to("meta"), images.to("meta"), rows.to("meta"), layers)
         with pytest.raises(RuntimeError):
-            ops.network_outputs(params, images, rows, layers)
+            networks.network_outputs(params, images, rows, layers)
     for args in [
         (params[1:], images, labels, rows),
         (params.double(), images, labels, rows),
@@ -207,9 +207,9 @@ def test_what_does_not_fit_is_refused():
         (params, images, labels + 5, rows),
     ]:
         with pytest.raises((RuntimeError, IndexError)):
-            ops.network_grad(*args, flat(CNN))
+            networks.network_grad(*args, flat(CNN))
     for order, batch_size in [(rows, 4), (rows[None] + 1, 4), (rows[None], 0)]:
         with pytest.raises((RuntimeError, IndexError)):
-            ops.train_network(params, images, labels, order, flat(CNN), batch_size, 0.1, 0.9, 0.0)
+            networks.train_network(params, images, labels, order, flat(CNN), batch_size, 0.1, 0.9, 0.0)
     with pytest.raises(RuntimeError):
-        ops.sgd_step(params, params[1:], params, 0.1, 0.9, 0.0)
+        networks.sgd_step(params, params[1:], params, 0.1, 0.9, 0.0)

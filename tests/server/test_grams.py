@@ -5,7 +5,7 @@ import torch
 
 import fdcr_fast
 from fdcr_fast import GramView, UpdateStore, estimate_gram, gram, grams
-from fdcr_fast.ops.reference import GRAM_TRANSFORMS
+from fdcr_fast.ops.gram import GRAM_TRANSFORMS
 from fdcr_fast.round.client_updates import ClientUpdates
 
 K, P = 7, 3000

@@ -8,7 +8,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fdcr_fast import ops
 from fdcr_fast.importance.rules.table import rule
-from fdcr_fast.ops.reference import accumulation_dtype
+from fdcr_fast.ops.squared_grads import accumulation_dtype
 
 # Groups with fewer channels than a cache line holds would read lines of all channels together again and again.
 _FEW_CHANNELS = 8

@@ -1,6 +1,4 @@
-"""The operators as Triton kernels, under the names of ``ops.reference``.
-
-All but those of ``backends.WITHOUT_TRITON``, which the dispatcher leaves to the reference.
+"""Triton kernels of the operators: functions of the names and arguments of those in :mod:`fdcr_fast.ops`.
 
 One module per family holds kernels and their launchers. Block sizes are functions of shapes and of the device, nothing
 is tuned at run time. Sums that several programs share are partial results, added in a fixed order: no atomics, the same

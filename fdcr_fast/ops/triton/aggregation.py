@@ -55,10 +55,10 @@ def block_of(clients: int, double: bool, device: Target) -> Block:
 
 @triton.jit
 def half_tanh(x):
-    """``tanh(x / 2)`` for x in [0, 1]: a polynomial in x^2 by interpolation at Chebyshev nodes, as on the CPU."""
+    """``tanh(x / 2)`` for x in [0, 1], by the polynomial of csrc/half_tanh.h."""
     y = x * x
     if x.dtype == tl.float64:
-        p = y * -2.7987532118716755e-10 + 4.161635317217189e-09
+        p = y * -2.7987532117168755e-10 + 4.161635317217189e-09
         p = p * y - 4.4047370446504587e-08
         p = p * y + 4.3822864428950054e-07
         p = p * y - 4.3276377855561695e-06
@@ -320,7 +320,7 @@ def discrepancy(
     num_params: int,
     single: bool,
 ) -> Tensor:
-    """Sums of squared distances to the mean reweighted update; see ``schemas``."""
+    """Sums of squared distances to the mean reweighted update."""
     given = updates, fishers, fisher_min, fisher_max, num_params, single
     return _aggregate(*given, alpha=alpha, totals=totals, reweight=fishers is not None)[0]
 
@@ -334,7 +334,7 @@ def rescaled_mean(
     weights: Tensor,
     single: bool,
 ) -> Tensor:
-    """Weighted mean of rescaled updates, added to the global parameters; see ``schemas``."""
+    """Weighted mean of rescaled updates, added to the global parameters."""
     given = updates, fishers, fisher_min, fisher_max, global_params.numel(), single
     return _aggregate(*given, global_params=global_params, weights=weights, rescale=fishers is not None)[1]
 
@@ -352,7 +352,7 @@ def discrepancy_and_mean(
     rescale: bool,
     single: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Both from one reading; see ``schemas``."""
+    """Scores and the new global parameters from one reading."""
     return _aggregate(
         updates,
         fishers,

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdcr_fast.ops import reference
+from fdcr_fast import ops
+from fdcr_fast.ops.central import check_keep
 from fdcr_fast.ops.triton.elements import rounded, span, tiled
 from fdcr_fast.ops.triton.gram import two_to
 from fdcr_fast.ops.triton.launch import blocks, launch, power_of_two
@@ -256,12 +257,12 @@ def columns_of(clients: int, itemsize: int, nearest: bool) -> int:
 
 
 def central_mean(global_params: Tensor, updates: Tensor, read: Tensor, keep: int, nearest: bool) -> Tensor:
-    """The middle of every parameter over the clients, added to the global parameters; see ``schemas``."""
+    """The middle of every parameter over the clients, added to the global parameters."""
     rows = read.nonzero().flatten()
     clients = len(rows)
     if nearest and clients > _SORTED:
-        return reference.central_mean(global_params, updates, read, keep, nearest)
-    reference.check_keep(keep, clients, nearest)
+        return ops.central_mean.reference(global_params, updates, read, keep, nearest)
+    check_keep(keep, clients, nearest)
     result = torch.empty_like(global_params, memory_format=torch.contiguous_format)
     tiles, _, length = updates.shape
     arguments = (

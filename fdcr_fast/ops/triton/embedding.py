@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdcr_fast.ops.reference import accumulation_dtype
+from fdcr_fast.ops.squared_grads import accumulation_dtype
 from fdcr_fast.ops.triton.elements import span
 from fdcr_fast.ops.triton.launch import blocks, launch, power_of_two
 
@@ -51,7 +51,7 @@ def squared_embedding_grads(
 
 
 def sum_squared_grads_embedding(grad_output: Tensor, indices: Tensor, num_embeddings: int) -> Tensor:
-    """Sum over samples of squared per-sample gradients of an embedding table; see ``schemas``."""
+    """Sum over samples of squared per-sample gradients of an embedding table."""
     width = grad_output.shape[2]
     result = grad_output.new_empty(num_embeddings, width, dtype=accumulation_dtype(grad_output))
     rows = indices.flatten()

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdcr_fast.ops import reference
+from fdcr_fast import ops
+from fdcr_fast.ops.gram import check_ranges
 from fdcr_fast.ops.triton.elements import product, span, tiled
 from fdcr_fast.ops.triton.launch import Target, blocks, launch, power_of_two, splits, target
 
@@ -170,12 +171,12 @@ def gram(
     num_params: int,
     float64: bool,
 ) -> Tensor:
-    """Inner products of transformed clients; see ``schemas``."""
+    """Inner products of transformed clients."""
     if float64 or torch.float64 in (updates.dtype, updates.dtype if fishers is None else fishers.dtype):
-        return reference.gram(
+        return ops.gram.reference(
             updates, fishers, fisher_min, fisher_max, read, transforms, ranges, total, num_params, float64
         )
-    reference.check_ranges(ranges, num_params)
+    check_ranges(ranges, num_params)
     tiles, clients, length = updates.shape
     of_clients = clients_of(clients, target(updates.device))
     edge = blocks(clients, of_clients)

@@ -34,7 +34,7 @@ assumed = Target(2, 90) if INTERPRETED else H100
 
 
 def target(device: torch.device) -> Target:
-    """Of the device that tensors are on."""
+    """What block sizes of kernels on this device depend on."""
     return _of_gpu(device) if device.type == "cuda" else assumed
 
 
@@ -55,7 +55,7 @@ def blocks(size: int, block: int) -> int:
 
 
 def splits(size: int, tiles: int, device: torch.device) -> int:
-    """Into how many parts to cut a sum of ``size`` terms so that ``tiles`` sums keep the device busy."""
+    """How many parts a sum of ``size`` terms is cut into, so that ``tiles`` sums keep the device busy."""
     return max(1, min(size, blocks(2 * target(device).multiprocessors, max(tiles, 1)), 256))
 
 

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdcr_fast.ops import reference
+from fdcr_fast import ops
+from fdcr_fast.ops.squared_grads import accumulation_dtype
 from fdcr_fast.ops.triton.elements import product
 from fdcr_fast.ops.triton.launch import Target, blocks, in_order, launch, power_of_two, splits, target
 
@@ -171,7 +172,7 @@ def squared_sums(
 
 
 def bias_tile_of(outs: int, positions: int) -> tuple[int, int]:
-    """Of a program: output channels, and positions at a time."""
+    """Sizes of a program's block: output channels, and positions at a time."""
     of_positions = power_of_two(positions, most=128)
     return power_of_two(outs, most=2048 // of_positions), of_positions
 
@@ -199,12 +200,12 @@ def _bias(grad: Tensor) -> Tensor:
 
 
 def _precision() -> str:
-    """Of products of float32: three products of TF32, or one where PyTorch's own matrix products may be so."""
+    """How products of float32 are formed: by three of TF32, or one where PyTorch's own matrix products may be so."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def tile_of(outs: int, columns: int, positions: int, device: Target) -> tuple[int, int, int]:
-    """Of a program: output channels and columns of the weight, and positions at a time."""
+    """Sizes of a program's block: output channels and columns of the weight, and positions at a time."""
     return (
         power_of_two(outs, least=16, most=64),
         power_of_two(columns, least=16, most=64 if device.capability >= 90 else 32),
@@ -287,9 +288,9 @@ def _weight(
 
 
 def sum_squared_grads_linear(grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over samples of squared per-sample gradients of a linear layer; see ``schemas``."""
-    if reference.accumulation_dtype(grad_output, input) == torch.float64:
-        return reference.sum_squared_grads_linear(grad_output, input)
+    """Sum over samples of squared per-sample gradients of a linear layer."""
+    if accumulation_dtype(grad_output, input) == torch.float64:
+        return ops.sum_squared_grads_linear.reference(grad_output, input)
     grad, input = grad_output.transpose(1, 2), input.transpose(1, 2)
     return _weight(grad, input, (1,), (1,), (0,), (1,), 1), _bias(grad)
 
@@ -303,9 +304,9 @@ def sum_squared_grads_conv(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over samples of squared per-sample gradients of a convolution; see ``schemas``."""
+    """Sum over samples of squared per-sample gradients of a convolution."""
     geometry = kernel_size, stride, padding, dilation, groups
-    if reference.accumulation_dtype(grad_output, input) == torch.float64:
-        return reference.sum_squared_grads_conv(grad_output, input, *geometry)
+    if accumulation_dtype(grad_output, input) == torch.float64:
+        return ops.sum_squared_grads_conv.reference(grad_output, input, *geometry)
     shape = grad_output.shape[1], input.shape[1] // groups, *kernel_size
     return _weight(grad_output, input, *geometry).view(shape), _bias(grad_output.flatten(2))

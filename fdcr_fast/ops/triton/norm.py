@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdcr_fast.ops.reference import accumulation_dtype
+from fdcr_fast.ops.squared_grads import accumulation_dtype
 from fdcr_fast.ops.triton.elements import span
 from fdcr_fast.ops.triton.launch import blocks, in_order, launch, power_of_two, splits
 
@@ -200,7 +200,7 @@ def _strides(statistics: Tensor) -> tuple[int, ...]:
 def sum_squared_grads_norm(
     grad_output: Tensor, input: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Sum over samples of squared per-sample gradients of a norm layer's scale and shift; see ``schemas``."""
+    """Sum over samples of squared per-sample gradients of a norm layer's scale and shift."""
     dtype = accumulation_dtype(grad_output, input)
     samples, positions, groups, channels, pixels = input.shape
     held, (of_channels, of_pixels, of_positions) = block_of(input, mean is None or variance is None)

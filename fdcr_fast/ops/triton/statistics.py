@@ -93,13 +93,13 @@ def _statistics(values: Tensor, num_params: int, *, norm: bool, range: bool) -> 
 
 
 def importance_range(fishers: Tensor, num_params: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest Fisher entry per client; see ``schemas``."""
+    """Smallest and largest Fisher entry per client."""
     _, low, high = _statistics(fishers, num_params, norm=False, range=True)
     return low.amin(0), high.amax(0)
 
 
 def squared_norm(updates: Tensor, num_params: int) -> Tensor:
-    """Sum of squares per client in float64; see ``schemas``."""
+    """Sum of squares per client in float64."""
     return _statistics(updates, num_params, norm=True, range=False)[0].sum(0)
 
 
@@ -142,7 +142,7 @@ def fill(
 
 
 def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Tensor | None = None) -> Tensor:
-    """Copy a vector into tiles, with statistics of what is kept; see ``schemas``."""
+    """Copy a vector into tiles, with statistics of what is kept."""
     tiles, length = row.shape
     if base is not None:
         parts_of_base = base.to(row.device).split([len(piece) for piece in values])

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdcr_fast import ParamLayout, _native, diagonal_fisher, ops
+from fdcr_fast import ParamLayout, _native, diagonal_fisher
+from fdcr_fast.ops import networks
 from fdcr_fast.sim.training.network import network_layers
 from fdcr_fast.sim.training.objective import Objective
 from fdcr_fast.sim.training.sgd import SGD
@@ -89,7 +90,7 @@ class Classifier(ABC):
                 loss, grad = self.grad(params, images, labels, batch)
                 if objective is not None:
                     grad = objective.grad(loss, grad, params)
-                ops.sgd_step(params, velocity, grad, sgd.lr, sgd.momentum, sgd.weight_decay)
+                networks.sgd_step(params, velocity, grad, sgd.lr, sgd.momentum, sgd.weight_decay)
                 if objective is not None:
                     params.copy_(objective.project(params))
         return params
@@ -100,7 +101,7 @@ class NetworkClassifier(Classifier):
 
     Args:
         model: Its architecture is ``layers``.
-        layers: See :class:`fdcr_fast.ops.NetworkLayer`.
+        layers: See :class:`fdcr_fast.ops.networks.NetworkLayer`.
     """
 
     def __init__(self, model: nn.Module, layers: list[int]) -> None:
@@ -109,15 +110,15 @@ class NetworkClassifier(Classifier):
 
     def logits(self, params: Tensor, images: Tensor) -> Tensor:
         """The output, from one operator."""
-        return ops.network_outputs(params, images, torch.arange(len(images)), self.layers)
+        return networks.network_outputs(params, images, torch.arange(len(images)), self.layers)
 
     def grad(self, params: Tensor, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and gradient, by one operator."""
-        return ops.network_grad(params, images, labels, indices, self.layers)
+        return networks.network_grad(params, images, labels, indices, self.layers)
 
     def fisher(self, params: Tensor, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """The diagonal Fisher, by one operator."""
-        return ops.sum_squared_network_grads(params, images, labels, indices, self.layers) / len(indices)
+        return networks.sum_squared_network_grads(params, images, labels, indices, self.layers) / len(indices)
 
     def train(
         self,
@@ -131,7 +132,7 @@ class NetworkClassifier(Classifier):
         """All steps in one operator, unless an objective looks at each."""
         if objective is not None:
             return super().train(params, images, labels, order, sgd, objective)
-        return ops.train_network(params, images, labels, order, self.layers, *sgd)
+        return networks.train_network(params, images, labels, order, self.layers, *sgd)
 
 
 class AutogradClassifier(Classifier):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fdcr_fast.ops import NetworkLayer
+from fdcr_fast.ops.networks import NetworkLayer
 
 
 def network_layers(model: nn.Module) -> list[int] | None:
