@@ -178,7 +178,7 @@ def test_the_gate_compares_the_score_with_those_of_permuted_views(monkeypatch, s
         chance = 2 + [0, 1.5**0.5, -(1.5**0.5)][len(searched) % 3]
         return torch.arange(8) < 2, score if len(searched) == 1 else chance
 
-    monkeypatch.setattr("fdcr_fast.server.coalition.rule.find_coalition", scored)
+    monkeypatch.setattr("fdcr_fast.rules.coalition.rule.find_coalition", scored)
     rule = CoalitionFDCR(groups=GROUPS, gate=True, gate_from=0)
     result = kept_by(rule, *uploads(8, 0), "tensors")
     assert (~result.kept).nonzero().flatten().tolist() == dropped
