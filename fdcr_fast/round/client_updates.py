@@ -15,8 +15,8 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.round.client_ids import different_ids
 from fdcr_fast.round.screening import (
-    _LARGEST_SQUARE,
     FEWEST_SAMPLES,
+    LARGEST_SQUARE,
     MOST_SAMPLES,
     OnEmpty,
     median_size,
@@ -186,16 +186,15 @@ class ClientUpdates:
                 others rejected. None for no bound.
         """
         counts, squares = self.num_samples.numpy(), self.squared_norm.numpy()
-        usable = (counts > FEWEST_SAMPLES) & (counts < MOST_SAMPLES) & (squares <= _LARGEST_SQUARE)
+        usable = (counts > FEWEST_SAMPLES) & (counts < MOST_SAMPLES) & (squares <= LARGEST_SQUARE)
         if self.fisher_min is not None and self.fisher_max is not None:
             low, high = self.fisher_min.numpy(), self.fisher_max.numpy()
             usable &= (low >= 0) & (high < math.inf)
             if importance:
-                with np.errstate(invalid="ignore"):  # of infinities
-                    usable &= high - low >= _NARROWEST
+                usable &= high > low + _NARROWEST
         norms = np.sqrt(squares)
         bound = math.inf
-        if norm_bound is not None:
+        if norm_bound is not None and len(norms) > 0 and not norms.max() <= norm_bound * norms.min():
             median = median_size(norms[usable])
             bound = norm_bound * median
         passing = usable & (norms <= bound)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from fdcr_fast.distributed.param_shard import ParamShard
 from fdcr_fast.round import readings
@@ -356,10 +355,10 @@ def looks_like_states(global_params: Tensor, clients: ClientUpdates) -> bool:
     count = min(tiles.tile, tiles.num_params, _LOOKED_AT)
     if tiles.device.type != "cpu" or not clients.clients or count < _FEWEST_LOOKED_AT:
         return False
-    own = global_params[:count]
-    updates = clients.of_valid(tiles.window(0, count).updates[0])
-    size, distance = vector_norm(own, dtype=torch.float64), vector_norm(updates - own, dim=1, dtype=torch.float64)
-    return 2 * int((2 * distance < size).count_nonzero()) > len(updates)
+    own, updates = global_params[:count], clients.of_valid(tiles.window(0, count).updates[0])
+    w, delta = (x.float().numpy() for x in (own, updates))
+    near = 4 * np.square(delta - w).sum(1) < np.square(w).sum()
+    return 2 * int(near.sum()) > len(near)
 
 
 def _stored(

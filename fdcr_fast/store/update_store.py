@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -460,8 +461,8 @@ class UpdateStore:
         numbers = [
             (client.num_samples, client.squared_norm, client.fisher_min, client.fisher_max) for client in clients
         ]
-        columns = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 4).T.contiguous()
-        num_samples, squared_norm, low, high = columns.unbind()
+        columns = np.array(numbers, dtype=np.float64).reshape(-1, 4).T
+        num_samples, squared_norm, low, high = map(torch.from_numpy, columns)
         return ClientUpdates(
             tiles=tiles,
             num_samples=num_samples,

@@ -56,7 +56,7 @@ def _clustering(
         labels = np.zeros_like(order)
         if low < high:
             scaled = _unit(ascending, math.frexp(max(-low, high))[1])
-            labels[order] = label_sorted(torch.from_numpy(scaled), *args, **kwargs).numpy()
+            labels[order] = label_sorted(scaled, *args, **kwargs)
         return labels
 
     return cluster
@@ -96,10 +96,10 @@ def finch(values: Tensor, partition: str | int = "first") -> Tensor:
     check_partition(partition)
     coarsest = len(values).bit_length()  # every cluster has at least two of the level below
     index = partition if isinstance(partition, int) else {"first": 0, "last": coarsest}[partition]
-    if values.device.type == "cpu":  # NumPy's calls take less time
-        labels = torch.from_numpy(_labels_of_runs(values.numpy()))
-    else:
-        labels = _labels_of_runs(values)
+    labels = _labels_of_runs(values)
+    if index == 0:
+        return labels
+    values, labels = torch.as_tensor(values), torch.as_tensor(labels)
     for _ in range(min(index, coarsest)):
         of_run = _labels_of_runs(_means(values, labels), labels[-1])
         coarser = of_run.index_select(0, labels)
@@ -137,6 +137,7 @@ def kmeans(values: Tensor) -> Tensor:
 
     Of several equally good splits the lowest is taken.
     """
+    values = torch.as_tensor(values)
     centred = values - values.mean()
     centred = centred / centred.abs().max()
     below = centred.cumsum(0)[:-1]
@@ -170,10 +171,11 @@ def dbscan(values: Tensor, eps: float = 0.5, min_samples: int = 2) -> Tensor:
         min_samples: As in scikit-learn; at least 1.
     """
     check_density(eps, min_samples)
-    scores = values - values.mean()
+    scores = torch.as_tensor(values)
+    scores = scores - scores.mean()
     scores = scores / scores.abs().max()
     scores = scores / scores.std(correction=0)
-    K = len(values)
+    K = len(scores)
     core = (
         torch.searchsorted(scores, scores + eps, right=True) - torch.searchsorted(scores, scores - eps) >= min_samples
     )
