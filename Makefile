@@ -31,7 +31,7 @@ sanitize: $(VENV)/installed
 		$(BIN)/python setup.py --quiet build_ext --inplace --force
 	LD_PRELOAD="$$(for l in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$l.so; done | paste -sd ' ')" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -n auto \
-		-k "not reference and not 32_bits and not test_registration" tests/ops tests/importance/test_layer_rules.py
+		-k "not reference and not 32_bits and not test_registration" tests/ops tests/fisher/layers/test_layer_rules.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"

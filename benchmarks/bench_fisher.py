@@ -25,9 +25,9 @@ from harness import Report, interleave
 from models import PROBLEMS, Problem, problem
 from torch import Tensor
 
-from fdcr_fast.importance.graph import visit_gradients
-from fdcr_fast.importance.per_sample import PerSampleGradients
-from fdcr_fast.importance.rules import RULES
+from fdcr_fast.fisher.graph.gradients import visit_gradients
+from fdcr_fast.fisher.layers import RULES
+from fdcr_fast.fisher.per_sample import PerSampleGradients
 
 _CHECKED_SAMPLES = 3
 _CHECKED_PARTS = 5

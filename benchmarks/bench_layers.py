@@ -14,7 +14,7 @@ from harness import Report, interleave
 from models import PROBLEMS, problem
 from torch import Tensor, nn
 
-from fdcr_fast.importance.rules import RULES
+from fdcr_fast.fisher.layers import RULES
 
 _SECONDS = 1.0
 _CHECKED_SAMPLES = 2

@@ -3,7 +3,7 @@
 from fdcr_fast import ops
 from fdcr_fast._version import __version__
 from fdcr_fast.distributed.param_shard import ParamShard
-from fdcr_fast.importance.fisher import diagonal_fisher, diagonal_fisher_stacked
+from fdcr_fast.fisher.diagonal import diagonal_fisher, diagonal_fisher_stacked
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.ops.backends import BackendStatus, backends, info
 from fdcr_fast.round.blocks import shard_range

@@ -1,0 +1,85 @@
+"""What a model's modules hold, put back after it was called."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdcr_fast.fisher.model.inventory import Inventory
+
+_REGISTRIES = ("_parameters", "_buffers")
+
+
+class Snapshot:
+    """What containers hold, most of them nothing."""
+
+    def __init__(self, containers: Iterable[Any], known: Collection[int]) -> None:
+        containers = list(containers)
+        self._filled = [_Contents(container, known) for container in containers if container]
+        self._empty = [container for container in containers if not container]
+
+    @classmethod
+    def of_attributes(cls, inventory: Inventory) -> Snapshot:
+        """Of the modules' attributes, of the lists, sets and dictionaries among them, and of the tensors in these."""
+        attributes = [vars(module) for module in inventory.modules.values()]
+        inside = (
+            x
+            for each in attributes
+            for name, x in each.items()
+            if isinstance(x, dict | list | set | deque) and name not in _REGISTRIES
+        )
+        return cls([*attributes, *inside], _own(inventory))
+
+    @classmethod
+    def of_registries(cls, inventory: Inventory) -> Snapshot:
+        """Of which tensors are the modules' parameters and buffers."""
+        modules = inventory.modules.values()
+        return cls((vars(module)[name] for module in modules for name in _REGISTRIES), _own(inventory))
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        for contents in self._filled:
+            contents.restore()
+        if any(self._empty):
+            for container in self._empty:
+                container.clear()
+
+
+def _own(inventory: Inventory) -> set[int]:
+    return {id(registry[leaf]) for registry, leaf, _ in inventory.slots}
+
+
+class _Contents:
+    """What a container holds, and the values of the tensors among it, but for those in ``known``."""
+
+    def __init__(self, container: Any, known: Collection[int]) -> None:
+        self._container = container
+        kind = dict if isinstance(container, dict) else set if isinstance(container, set) else list
+        self._saved: Any = kind(container)
+        entries = container.values() if kind is dict else container
+        loose = [x for x in entries if isinstance(x, Tensor) and id(x) not in known and not x.is_inference()]
+        self._values = {x: (x._version, x.detach().clone()) for x in loose}
+
+    def restore(self) -> None:
+        if not self._same():
+            self._container.clear()
+            put = self._container.extend if isinstance(self._saved, list) else self._container.update
+            put(self._saved)
+        for x, (version, values) in self._values.items():
+            if x._version != version:
+                with torch.no_grad():
+                    x.copy_(values)
+                self._values[x] = x._version, values
+
+    def _same(self) -> bool:
+        now, saved = self._container, self._saved
+        if isinstance(saved, dict):
+            return now.keys() == saved.keys() and all(map(is_, now.values(), saved.values()))
+        if isinstance(saved, set):
+            return bool(now == saved)
+        return len(now) == len(saved) and all(map(is_, now, saved))
