@@ -10,7 +10,6 @@ from fdcr_fast.round.blocks import shard_range
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.coalition.rule import CoalitionFDCR, CoalitionShare
 from fdcr_fast.rules.coalition.state import CoalitionState
-from fdcr_fast.rules.coalition.views import ParamGroups
 from fdcr_fast.rules.coordinatewise.median import CoordinateMedian
 from fdcr_fast.rules.coordinatewise.rlr import RLR
 from fdcr_fast.rules.coordinatewise.trimmed_mean import TrimmedMean
@@ -25,10 +24,12 @@ from fdcr_fast.rules.pairwise.foolsgold import FoolsGold, FoolsGoldState
 from fdcr_fast.rules.pairwise.geometric_median import GeometricMedian
 from fdcr_fast.rules.pairwise.krum import Krum, MultiKrum
 from fdcr_fast.rules.pairwise.multi_metrics import MultiMetrics
+from fdcr_fast.rules.param_groups import ParamGroups
 from fdcr_fast.rules.result import AggregationResult, Selection
 from fdcr_fast.rules.server_data.finetuning import Finetuning
 from fdcr_fast.rules.server_data.fltrust import FLTrust
-from fdcr_fast.rules.server_data.sageflow import ModelQuality, Sageflow
+from fdcr_fast.rules.server_data.sageflow import Sageflow
+from fdcr_fast.rules.server_options import ModelQuality
 from fdcr_fast.state_dicts.aggregate import aggregate_state_dicts
 from fdcr_fast.state_dicts.state_store import StateStore
 from fdcr_fast.store.update_store import UpdateStore

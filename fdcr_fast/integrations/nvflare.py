@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-import fdcr_fast
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.result import AggregationResult
+from fdcr_fast.rules.table import rule_named
 from fdcr_fast.state_dicts.state_store import StateStore
 from fdcr_fast.store.upload import shown
 
@@ -68,8 +68,8 @@ class FDCRAggregator(ModelAggregator):
     the tasks that NVFlare sends out; in a controller that sends none, call :meth:`start_round`.
 
     Args:
-        rule: Name of a rule in ``fdcr_fast``, as job files need it, or a rule. One that remembers earlier rounds does
-            so by client name.
+        rule: Name of a rule's class in ``fdcr_fast``, or of a row of ``fdcr_fast.rules.table.RULES``, as job files need
+            it, or a rule. One that remembers earlier rounds does so by client name.
         options: Of the rule, if it is given by name.
         max_clients: Largest number of clients in a round; memory is reserved for so many.
         layout: Which entries are parameters; by default all of floating point but BatchNorm's running statistics and
@@ -92,7 +92,7 @@ class FDCRAggregator(ModelAggregator):
         super().__init__()
         self.rule, self.options, self.max_clients, self.layout = rule, options, max_clients, layout  # for job files
         self.result: AggregationResult | None = None
-        self._rule = _rule(rule, options or {})
+        self._rule = rule if isinstance(rule, AggregationRule) else rule_named(rule, options or {})
         if isinstance(layout, Mapping):
             layout = ParamLayout(tuple(layout), tuple(map(tuple, layout.values())))
         self._layout = layout
@@ -171,15 +171,6 @@ class FDCRAggregator(ModelAggregator):
                 helper.add(numbers, float(count), client, 0)
         mean: dict[str, Any] = helper.get_result()
         return mean or None
-
-
-def _rule(rule: str | AggregationRule, options: dict[str, Any]) -> AggregationRule:
-    if isinstance(rule, AggregationRule):
-        return rule
-    kind = getattr(fdcr_fast, rule, None)
-    if not (isinstance(kind, type) and issubclass(kind, AggregationRule)):
-        raise ValueError(f"there is no rule {rule!r} in fdcr_fast")
-    return kind(**options)
 
 
 def _loaded(value: Any) -> Any:

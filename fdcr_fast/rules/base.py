@@ -23,6 +23,7 @@ from fdcr_fast.round.shares import limited_shares, sample_shares
 from fdcr_fast.round.tiles import check_device, check_floating
 from fdcr_fast.rules.options import check_types
 from fdcr_fast.rules.result import AggregationResult, Outcome, Selection, result_of
+from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.store.update_store import UpdateStore
 from fdcr_fast.store.upload import argument, matrix
 from fdcr_fast.warning import callers_level
@@ -45,14 +46,26 @@ class AggregationRule:
         weighs_samples: Whether sample counts matter; where not they may be left out.
         sharded: Whether the rule takes a shard. Whatever such a rule computes from more than one parameter goes through
             the methods of ``clients`` and ``clients.shard``, or through functions that do.
+        needs_server_data: Whether the rule is made with data of the server.
     """
 
     weighs_samples: ClassVar[bool] = True
     sharded: ClassVar[bool] = False
+    needs_server_data: ClassVar[bool] = False
     norm_bound: float | None = None
     max_weight_share: float | None = None
     rescale: bool = False
     importance: bool = False
+
+    @classmethod
+    def from_options(cls, options: ServerOptions) -> AggregationRule:
+        """The rule of a server that knows ``options``; here one that needs none of them."""
+        return cls()
+
+    @classmethod
+    def min_clients(cls, num_byzantine: int) -> int:
+        """Fewest clients of a round in which so many may be Byzantine; 1 for a rule that assumes nothing of them."""
+        return 1
 
     def _check_options(self) -> None:
         check_types(self)

@@ -7,6 +7,7 @@ from numbers import Integral
 
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.server_options import ServerOptions
 
 _ROUNDING = 1e-9  # 0.3 of 10 clients are 3
 
@@ -31,8 +32,13 @@ class ByzantineRule(AggregationRule):
             raise ValueError(f"num_byzantine must be a number of clients, 0 or more, or a share below 0.5, got {f!r}")
 
     @classmethod
+    def from_options(cls, options: ServerOptions) -> ByzantineRule:
+        """The rule that assumes as many Byzantine clients as the server does."""
+        return cls(num_byzantine=options.num_byzantine)
+
+    @classmethod
     def min_clients(cls, num_byzantine: int) -> int:
-        """Fewest clients of a round in which so many may be Byzantine."""
+        """``2 f + 1``: else honest clients are no majority."""
         return 2 * num_byzantine + 1
 
     def tolerated(self, clients: ClientUpdates) -> int:

@@ -12,6 +12,7 @@ from fdcr_fast.round.columns import squared_length
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.noise import check_deviation, with_noise
 from fdcr_fast.rules.randomness import round_generator
+from fdcr_fast.rules.server_options import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,11 @@ class CRFL(AggregationRule):
         if not 0 < self.param_norm < math.inf:
             raise ValueError(f"param_norm must be positive and finite, got {self.param_norm}")
         check_deviation("noise", self.noise)
+
+    @classmethod
+    def from_options(cls, options: ServerOptions) -> CRFL:
+        """The rule with the server's secret seed."""
+        return cls(seed=options.noise_seed)
 
     def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
         """The weighted mean, clipped, with noise."""

@@ -22,8 +22,12 @@ from pydantic import (
     model_validator,
 )
 
+from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS
 from fdcr_fast.rules.fdcr.discrepancy import SCORES
+from fdcr_fast.rules.param_groups import ParamGroups
+from fdcr_fast.rules.server_options import ServerData, ServerOptions
+from fdcr_fast.rules.table import RULES
 from fdcr_fast.sim.attacks.fishers import ATTACKER_FISHERS, OMNISCIENT_FISHERS
 from fdcr_fast.sim.attacks.poison import ATTACKS, PAPER_TRIGGER, Pixels
 from fdcr_fast.sim.attacks.schedule import parse_rounds
@@ -39,13 +43,14 @@ from fdcr_fast.sim.notation import (
     check_rounds,
     parse_auto,
     parse_malicious,
+    parse_mapping,
     parse_none,
     parse_participants,
     parse_spans,
     parse_trigger,
 )
-from fdcr_fast.sim.seeding import torch_generator
-from fdcr_fast.sim.servers import INFORMED_BASELINES, NEED_DATA, SERVERS, assumed_byzantine
+from fdcr_fast.sim.seeding import derive_seed, torch_generator
+from fdcr_fast.sim.servers import INFORMED_BASELINES, OWN_SETTINGS, assumed_byzantine, rule_class
 from fdcr_fast.sim.training.models import MODELS
 from fdcr_fast.sim.training.sgd import SGD
 
@@ -152,7 +157,7 @@ class SimulationConfig(BaseModel):
         description="scaled: factor, auto 10; noisy-benign-mean: log-normal noise, auto 0.1; constant: value, auto 1.",
     )
 
-    server: Annotated[str, OneOf(*SERVERS, *INFORMED_BASELINES)] = Field(
+    server: Annotated[str, OneOf(*RULES, *INFORMED_BASELINES)] = Field(
         default="fdcr", description="Aggregation rule; oracle is a baseline that is told who is malicious."
     )
     discrepancy: Annotated[str, OneOf(*SCORES)] = Field(default="mse", description="FDCR: distance to the mean update.")
@@ -170,6 +175,12 @@ class SimulationConfig(BaseModel):
         description="FDCR: reject updates beyond so many times the median norm; none is the bare paper rule.",
     )
     gate: bool = Field(default=False, description="coalition-fdcr: drop nobody where no coalition stands out.")
+
+    server_options: Annotated[dict[str, Any], BeforeValidator(parse_mapping)] = Field(
+        default={},
+        description="Options of the rule by the names that its class gives them, such as {eps: 0.3, min_samples: 3}; "
+        "they go before the other settings.",
+    )
 
     num_byzantine: NonNegativeInt | None = Field(
         default=None,
@@ -297,10 +308,40 @@ class SimulationConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_server(self) -> SimulationConfig:
-        if self.server in NEED_DATA and not self.server_samples:
+        needs_data = rule_class(self.server).needs_server_data
+        if needs_data and not self.server_samples:
             raise ValueError(f"server: {self.server} needs data of the server: set server_samples")
         assumed_byzantine(self.server, self.cohort(), self.num_byzantine)
+        uninformed = self.server in RULES
+        known = RULES[self.server].option_names if uninformed else ()
+        check_keys(f"option of {self.server}", self.server_options, known)
+        if uninformed and not needs_data:
+            try:
+                self.rule()
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"server: {error}") from error
         return self
+
+    def rule(self, groups: ParamGroups | None = None, data: ServerData | None = None) -> AggregationRule:
+        """The server's rule, unless it is one that is told who is malicious.
+
+        Args:
+            groups: Parameters of the model's head and features.
+            data: The server's own data.
+
+        Raises:
+            TypeError: an option is of a type that it cannot have.
+            ValueError: an option has a value that it cannot have, or the rule needs data of the server.
+        """
+        known = ServerOptions(
+            learning_rate=self.lr,
+            groups=groups,
+            num_byzantine=assumed_byzantine(self.server, self.cohort(), self.num_byzantine),
+            noise_seed=derive_seed(self.seed, "server noise"),
+            data=data,
+        )
+        own = {name: getattr(self, name) for name in OWN_SETTINGS.get(self.server, ())}
+        return RULES[self.server].make(known, own | self.server_options)
 
     @property
     def with_workers(self) -> bool:

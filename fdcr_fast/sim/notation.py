@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
 from pydantic import AfterValidator
 
 from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
@@ -35,6 +36,14 @@ def parse_none(value: object) -> object:
 def parse_auto(value: object) -> object:
     """``"auto"`` is None."""
     return None if value == "auto" else value
+
+
+def parse_mapping(value: object) -> object:
+    """Text is YAML, such as ``"{eps: 0.3}"``."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        raise ValueError("expected a mapping such as {eps: 0.3, min_samples: 3}") from None
 
 
 def parse_spans(value: object) -> object:

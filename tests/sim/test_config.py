@@ -89,6 +89,13 @@ def test_defaults_are_the_papers_setting() -> None:
         ({"server": "krum", "num_byzantine": 4}, "krum with num_byzantine=4 needs at least 11 clients, got 10"),
         ({"server": "bulyan", "clients": 2}, "bulyan with num_byzantine=0 needs at least 3 clients, got 2"),
         ({"server": "krum", "num_byzantine": -1}, "num_byzantine"),
+        ({"server_options": {"ep": 0.3}}, r"unknown option of fdcr 'ep'; did you mean 'eps'\?"),
+        ({"server": "oracle", "server_options": {"attackers": []}}, "unknown option of oracle 'attackers'"),
+        ({"server_options": {"eps": "wide"}}, "server: eps of FDCR must be a real number, got 'wide'"),
+        ({"server_options": {"eps": -1}}, "server: eps must be positive"),
+        ({"server_options": "eps=0.3"}, "server_options\n.*valid dictionary"),
+        ({"server_options": "{eps"}, "server_options\n.*expected a mapping such as {eps: 0.3, min_samples: 3}"),
+        ({"server_options": {1: 2}}, "server_options"),
         ({"server_samples": -1}, "server_samples"),
         ({"model": "resnet"}, "expected one of auto, cnn, mlp"),
         ({"split": "iid"}, "expected one of dirichlet, writer"),
@@ -160,6 +167,7 @@ def test_yaml_round_trip() -> None:
         attack_rounds=["2-", 1],
         attacker_factor="auto",
         attacker_norm=2,
+        server_options="{eps: 0.3}",
     )
     assert config.attack_file is not None
     assert config.attack_file.is_absolute()
@@ -167,6 +175,7 @@ def test_yaml_round_trip() -> None:
     assert Path(config.dataset).is_absolute()
     assert config.trigger == ((0, 1), (2, 3))
     assert (config.cluster, config.norm_bound, config.partition) == (None, None, 1)
+    assert config.server_options == {"eps": 0.3}
     assert SimulationConfig.from_yaml(config.to_yaml()) == config
     assert SimulationConfig.from_yaml(SimulationConfig().to_yaml()) == SimulationConfig()
 

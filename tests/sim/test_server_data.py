@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import tiny_config
 
+from fdcr_fast.rules.table import RULES
 from fdcr_fast.sim import simulate
 from fdcr_fast.sim.datasets.readers import load_dataset
 from fdcr_fast.sim.server_data import ServerData
-from fdcr_fast.sim.servers import SERVERS
 from fdcr_fast.sim.training.classifier import classifier_of
 from fdcr_fast.sim.training.models import build_model
 
@@ -26,7 +26,7 @@ def test_training_and_judging() -> None:
     assert not torch.equal(ServerData(**{**vars(data), "seed": 8}).refine(w), better)
 
 
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("server", RULES)
 def test_every_server_runs(server: str) -> None:
     result = simulate(tiny_config(server=server, server_samples=30, clients=5, rounds=1))
     assert result.params.isfinite().all()

@@ -3,19 +3,34 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from contextlib import nullcontext
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from tiny import tiny_config
 
-from fdcr_fast import FDCR, RLR, Bulyan, CoalitionFDCR, DnC, FedAvg, Krum, ModelQuality, ParamGroups, UpdateStore
+from fdcr_fast import (
+    CRFL,
+    FDCR,
+    RLR,
+    Bulyan,
+    CoalitionFDCR,
+    DnC,
+    FedAvg,
+    Krum,
+    ModelQuality,
+    ParamGroups,
+    Sageflow,
+    UpdateStore,
+)
 from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.server_options import ServerOptions
+from fdcr_fast.rules.table import RULES
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.run.federation import build_rule
 from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
-from fdcr_fast.sim.servers import BYZANTINE, INFORMED_BASELINES, NEED_DATA, SERVERS, ServerOptions, assumed_byzantine
+from fdcr_fast.sim.servers import INFORMED_BASELINES, OWN_SETTINGS, assumed_byzantine
 
 GROUPS = ParamGroups((slice(40, 50),), (slice(0, 30),))
 
@@ -57,14 +72,15 @@ def test_servers_know_nothing_of_the_attack() -> None:
         "trigger_value",
         "seed",
     }
-    assert not truth & {field.name for field in dataclasses.fields(ServerOptions)}
-    for build in SERVERS.values():
-        (parameter,) = inspect.signature(build, eval_str=True).parameters.values()
+    known = {field.name for field in dataclasses.fields(ServerOptions)}
+    assert not truth & known.union(*OWN_SETTINGS.values())
+    for row in RULES.values():
+        (parameter,) = inspect.signature(row.rule_class.from_options, eval_str=True).parameters.values()
         assert parameter.annotation is ServerOptions, "options are all that a server is handed"
-    assert not set(SERVERS) & set(INFORMED_BASELINES)
+    assert not set(RULES) & set(INFORMED_BASELINES)
 
 
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("server", RULES)
 def test_permuting_the_truth_changes_no_decision(server: str) -> None:
     """Nor anything that a rule remembers for the next round."""
     w, store = uploads()
@@ -124,10 +140,31 @@ def test_three_in_ten_are_assumed_to_be_byzantine(clients: int, expected: int) -
     assert assumed_byzantine("fedavg", clients, clients) == clients, "a rule that assumes nothing takes anything"
 
 
-def test_tables_name_servers() -> None:
-    assert set(BYZANTINE) | NEED_DATA <= set(SERVERS)
-    for server in SERVERS:
+def test_rules_say_what_they_need_of_a_server() -> None:
+    assert {server for server in RULES if assumed_byzantine(server, 4, None) < assumed_byzantine("rlr", 4, None)} == {
+        "krum",
+        "multi-krum",
+        "bulyan",
+    }
+    needing = {server for server, row in RULES.items() if row.rule_class.needs_server_data}
+    assert needing == {"fltrust", "finetuning", "sageflow"}
+    for server in RULES:
         config = SimulationConfig(server=server, server_samples=5)
-        needs_data = pytest.raises(ValueError, match="needs data") if server in NEED_DATA else nullcontext()
+        needs_data = pytest.raises(ValueError, match="needs data") if server in needing else nullcontext()
         with needs_data:
             build_rule(config, frozenset(), GROUPS)
+
+
+def test_all_options_of_a_rule_can_be_set_and_go_before_other_settings() -> None:
+    options: dict[str, Any] = {"cluster": "dbscan", "eps": 0.25, "min_samples": 3, "max_weight_share": 0.4}
+    assert rule_of(SimulationConfig(cluster="kmeans", min_samples=7, server_options=options)) == FDCR(
+        learning_rate=0.01, **options
+    )
+    clipped = SimulationConfig(server="norm-clipping", server_options={"clip": 2.5, "norm_bound": 50})
+    assert rule_of(clipped) == FedAvg(clip=2.5, norm_bound=50)
+    assert rule_of(SimulationConfig(server="krum", server_options={"num_byzantine": 0.2})) == Krum(num_byzantine=0.2)
+    noisy = SimulationConfig(server="crfl", server_options="{noise: 0.5, seed: 4}")
+    assert rule_of(noisy) == CRFL(noise=0.5, seed=4)
+    unsure = rule_of(SimulationConfig(server="sageflow", server_samples=5, server_options={"entropy_threshold": 2}))
+    assert isinstance(unsure, Sageflow)
+    assert unsure.entropy_threshold == 2

@@ -14,8 +14,10 @@ from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.coalition.search import Views, find_coalition
 from fdcr_fast.rules.coalition.state import CoalitionState
-from fdcr_fast.rules.coalition.views import ParamGroups, round_views, standard_scores, standardised
+from fdcr_fast.rules.coalition.views import round_views, standard_scores, standardised
+from fdcr_fast.rules.param_groups import ParamGroups
 from fdcr_fast.rules.result import Selection
+from fdcr_fast.rules.server_options import ServerOptions
 
 _CONCENTRATION_WEIGHT = 0.3  # of c beside A in J
 _GATE_PERMUTATIONS = 19
@@ -103,6 +105,11 @@ class CoalitionFDCR(AggregationRule):
             raise ValueError(f"max_clients must be at least 1, got {self.max_clients}")
         if not 0 < self.regularisation < math.inf:
             raise ValueError(f"regularisation must be positive and finite, got {self.regularisation}")
+
+    @classmethod
+    def from_options(cls, options: ServerOptions) -> CoalitionFDCR:
+        """The rule for the model's head and features."""
+        return cls(groups=options.groups)
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Find the coalition in this round's views and those remembered, and drop it."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fdcr_fast.layout import ParamLayout
 from fdcr_fast.round import readings
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import Columns, column_sums
@@ -15,54 +14,9 @@ from fdcr_fast.round.tiles import Span
 from fdcr_fast.round.tiles_view import TilesView
 from fdcr_fast.rules.coalition.search import Views
 from fdcr_fast.rules.gram import GramView, grams
+from fdcr_fast.rules.param_groups import ParamGroups
 
 _NO_DIRECTION = 1e-6  # squared length beside which a cosine is rounding
-
-
-@dataclass(frozen=True)
-class ParamGroups:
-    """Which parameters decide between classes, and which find features.
-
-    Attributes:
-        head: Ranges of the last linear layer.
-        features: Ranges of everything before the last two linear layers.
-    """
-
-    head: tuple[slice, ...]
-    features: tuple[slice, ...]
-
-    @classmethod
-    def whole(cls, num_params: int) -> ParamGroups:
-        """All parameters in both groups, for a model of which nothing is known."""
-        return cls((slice(0, num_params),), (slice(0, num_params),))
-
-    @classmethod
-    def from_layout(cls, layout: ParamLayout) -> ParamGroups:
-        """Linear layers told by their shape: modules with a matrix named ``weight``."""
-        linear = [
-            name.rpartition(".")[0]
-            for name, shape in zip(layout.names, layout.shapes, strict=True)
-            if name.rpartition(".")[2] == "weight" and len(shape) == 2
-        ]
-        return cls._of_modules(layout, linear)
-
-    @classmethod
-    def from_module(cls, model: nn.Module) -> ParamGroups:
-        """Linear layers in the order of ``model.named_modules()``."""
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        return cls._of_modules(ParamLayout.from_module(model), linear)
-
-    @classmethod
-    def _of_modules(cls, layout: ParamLayout, linear: list[str]) -> ParamGroups:
-        """Where a model has fewer layers than that, the features are all but the head, and else everything."""
-
-        def ranges(modules: list[str], inside: bool) -> tuple[slice, ...]:
-            return tuple(layout.slices[name] for name in layout.names if (name.rpartition(".")[0] in modules) == inside)
-
-        if not linear:
-            return cls.whole(layout.numel)
-        head = ranges(linear[-1:], True)
-        return cls(head, ranges(linear[-2:], False) or ranges(linear[-1:], False) or head)
 
 
 def standardised(matrix: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import column_blocks
 from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.server_options import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,11 @@ class RLR(AggregationRule):
         self._check_options()
         if not self.threshold >= 0:
             raise ValueError(f"threshold must not be negative, got {self.threshold}")
+
+    @classmethod
+    def from_options(cls, options: ServerOptions) -> RLR:
+        """The rule with a threshold that the assumed attackers cannot reach alone."""
+        return cls(threshold=options.num_byzantine + 1)
 
     def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
         """The weighted mean, with the signs of the votes."""

@@ -16,6 +16,7 @@ from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS, check_density, check_partition
 from fdcr_fast.rules.fdcr.discrepancy import SCORES
 from fdcr_fast.rules.result import Outcome, Selection
+from fdcr_fast.rules.server_options import ServerOptions
 
 _ROUNDING = 1e-9  # scores that differ by less, such as those of two clients of equal size, are the same score
 _NORM_MARGIN = 1e-4  # norms from float32 products are right to much less
@@ -84,6 +85,11 @@ class FDCR(AggregationRule):
         check_density(self.eps, self.min_samples)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+
+    @classmethod
+    def from_options(cls, options: ServerOptions) -> FDCR:
+        """The rule that reports discrepancies in the scale of the clients' learning rate."""
+        return cls(learning_rate=options.learning_rate)
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Cluster the discrepancies and drop the cluster with the largest mean."""

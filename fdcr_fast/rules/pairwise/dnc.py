@@ -15,6 +15,7 @@ from fdcr_fast.rules.gram import gram
 from fdcr_fast.rules.pairwise.comparison import equal_weights, of_all
 from fdcr_fast.rules.randomness import round_generator
 from fdcr_fast.rules.result import Selection
+from fdcr_fast.rules.server_options import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,11 @@ class DnC(ByzantineRule):
             raise ValueError(f"iterations and sample must be at least 1, got {self.iterations} and {self.sample}")
         if not 0 <= self.filter_fraction <= 1:
             raise ValueError(f"filter_fraction must be in [0, 1], got {self.filter_fraction}")
+
+    @classmethod
+    def from_options(cls, options: ServerOptions) -> DnC:
+        """The rule with the server's assumption and secret seed."""
+        return cls(num_byzantine=options.num_byzantine, seed=options.noise_seed)
 
     def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
         """Keep those that no sample drops."""

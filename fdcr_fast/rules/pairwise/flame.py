@@ -14,6 +14,7 @@ from fdcr_fast.rules.noise import check_deviation, with_noise
 from fdcr_fast.rules.pairwise.comparison import cosines, equal_weights, of_all, valid_gram
 from fdcr_fast.rules.randomness import round_generator
 from fdcr_fast.rules.result import Selection
+from fdcr_fast.rules.server_options import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,11 @@ class FLAME(AggregationRule):
     def __post_init__(self) -> None:
         self._check_options()
         check_deviation("noise", self.noise)
+
+    @classmethod
+    def from_options(cls, options: ServerOptions) -> FLAME:
+        """The rule with the server's secret seed."""
+        return cls(seed=options.noise_seed)
 
     @property
     def needs_norms(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.server_data.callables import check_callable, like
+from fdcr_fast.rules.server_options import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Finetuning(AggregationRule):
         max_weight_share: Likewise.
     """
 
+    needs_server_data = True
     refine: Callable[[Tensor], Tensor]
     norm_bound: float | None = None
     max_weight_share: float | None = None
@@ -32,6 +34,11 @@ class Finetuning(AggregationRule):
     def __post_init__(self) -> None:
         self._check_options()
         check_callable(self, "refine", "better ones [P]")
+
+    @classmethod
+    def from_options(cls, options: ServerOptions) -> Finetuning:
+        """The rule that trains on the server's data."""
+        return cls(refine=options.needed_data().refine)
 
     def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
         """The weighted mean, refined."""

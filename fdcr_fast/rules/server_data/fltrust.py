@@ -15,6 +15,7 @@ from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.pairwise.comparison import of_all
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_data.callables import check_callable, like
+from fdcr_fast.rules.server_options import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class FLTrust(AggregationRule):
     """
 
     weighs_samples = False
+    needs_server_data = True
     server_update: Callable[[Tensor], Tensor]
     norm_bound: float | None = None
     max_weight_share: float | None = None
@@ -40,6 +42,11 @@ class FLTrust(AggregationRule):
     def __post_init__(self) -> None:
         self._check_options()
         check_callable(self, "server_update", "the server's own update [P]")
+
+    @classmethod
+    def from_options(cls, options: ServerOptions) -> FLTrust:
+        """The rule that compares with training on the server's data."""
+        return cls(server_update=options.needed_data().update)
 
     def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
         """Keep whoever points into the server's half space."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +16,7 @@ from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.pairwise.comparison import of_all, valid_ids
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_data.callables import check_callable
-
-
-class ModelQuality(NamedTuple):
-    """How a model does on the server's data.
-
-    Attributes:
-        entropy: Mean entropy of the predicted distributions, in nats.
-        loss: Mean loss.
-    """
-
-    entropy: float
-    loss: float
+from fdcr_fast.rules.server_options import ModelQuality, ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +36,7 @@ class Sageflow(AggregationRule):
         max_weight_share: Likewise.
     """
 
+    needs_server_data = True
     evaluate: Callable[[Tensor], ModelQuality]
     entropy_threshold: float = 1.0
     loss_exponent: float = 1.0
@@ -61,6 +50,11 @@ class Sageflow(AggregationRule):
             raise ValueError(f"entropy_threshold must be positive, got {self.entropy_threshold}")
         if not 0 <= self.loss_exponent < math.inf:
             raise ValueError(f"loss_exponent must be finite and not negative, got {self.loss_exponent}")
+
+    @classmethod
+    def from_options(cls, options: ServerOptions) -> Sageflow:
+        """The rule that judges models by the server's data."""
+        return cls(evaluate=options.needed_data().evaluate)
 
     def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
         """Keep models that are sure of what they say."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +27,7 @@ from fdcr_fast.sim.run.result import MOST_COMPARED, Progress, ProgressEvent
 from fdcr_fast.sim.run.similarity import importance_similarity
 from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
-from fdcr_fast.sim.servers import INFORMED_BASELINES, SERVERS, ServerOptions, assumed_byzantine
+from fdcr_fast.sim.servers import INFORMED_BASELINES
 from fdcr_fast.sim.task import Task
 from fdcr_fast.sim.training.classifier import classifier_of
 
@@ -40,15 +38,7 @@ def build_rule(
     """The configured server; only the informed baselines are handed the attackers."""
     if config.server in INFORMED_BASELINES:
         return INFORMED_BASELINES[config.server](attackers)
-    made: dict[str, Any] = {
-        "groups": groups,
-        "data": data,
-        "num_byzantine": assumed_byzantine(config.server, config.cohort(), config.num_byzantine),
-        "noise_seed": derive_seed(config.seed, "server noise"),
-    }
-    configured = {field.name for field in fields(ServerOptions)} - set(made)
-    options = ServerOptions(**made, **{name: getattr(config, name) for name in configured})
-    return SERVERS[config.server](options)
+    return config.rule(groups, data)
 
 
 class Federation:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
+from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.sim import SimulationConfig, simulate
 from fdcr_fast.sim.attacks.fishers import ATTACKER_FISHERS
 from fdcr_fast.sim.attacks.poison import ATTACKS
@@ -19,7 +20,7 @@ from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES
 from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.costs import Stopwatch
 from fdcr_fast.sim.run.federation import Federation
-from fdcr_fast.sim.servers import ServerOptions
+from fdcr_fast.sim.servers import OWN_SETTINGS
 
 PAIR = {"malicious": (1, 2), "clients": 5}
 
@@ -317,7 +318,7 @@ def test_settings_of_attacks_that_are_not_chosen_are_harmless() -> None:
 
 
 def test_servers_are_told_nothing_of_the_attack() -> None:
-    told = {field.name for field in dataclasses.fields(ServerOptions)}
+    told = {field.name for field in dataclasses.fields(ServerOptions)}.union(*OWN_SETTINGS.values())
     settings = set(SimulationConfig.model_fields)
     attack = {name for name in settings if name.startswith("attack")} | {"malicious", "source", "blend_alpha"}
     assert not told & attack
