@@ -23,10 +23,9 @@ def limited_shares(shares: Tensor, limit: float | None) -> Tensor:
     descending = shares.sort(descending=True).values
     cut = torch.arange(len(shares), dtype=shares.dtype, device=shares.device)
     rest = descending.flip(0).cumsum(0).flip(0)  # of the i-th and all smaller ones
-    # With the i largest at the limit, the others are scaled to 1 - i * limit; the first i for which they stay below.
-    scale = (1 - cut * limit) / rest
-    first = (scale * descending <= limit).to(torch.int8).argmax(keepdim=True)
-    limited = torch.where(positive, (shares * scale.gather(0, first)).clamp(max=limit), shares)
+    # With the i largest at the limit, the others are scaled by this. It is never more than c, and c for the right i.
+    scale = torch.where(cut < count, (1 - cut * limit) / rest, 0.0).max()
+    limited = torch.where(positive, (shares * scale).clamp(max=limit), shares)
     equal = torch.where(positive, 1 / count, 0.0).to(shares.dtype)
     return torch.where(shares.max() > limit, torch.where(count * limit <= 1, equal, limited), shares)
 

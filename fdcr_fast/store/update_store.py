@@ -460,7 +460,8 @@ class UpdateStore:
         numbers = [
             (client.num_samples, client.squared_norm, client.fisher_min, client.fisher_max) for client in clients
         ]
-        num_samples, squared_norm, low, high = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 4).T.contiguous()
+        columns = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 4).T.contiguous()
+        num_samples, squared_norm, low, high = columns.unbind()
         return ClientUpdates(
             tiles=tiles,
             num_samples=num_samples,

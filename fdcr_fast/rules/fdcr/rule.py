@@ -108,16 +108,13 @@ class FDCR(AggregationRule):
     def decide(self, distance: Tensor, clients: ClientUpdates) -> Selection:
         """What follows from the ``S_k`` and the round, both on the CPU or not; nothing waits for them."""
         xp, S, valid = arrays(distance, clients.valid)
+        rows = slice(None) if clients.rows is None else arrays(clients.rows)[1]
         score, labels = SCORES[self.discrepancy], xp.zeros_like(valid, dtype=xp.int64)
         if self.cluster is not None:
-            scores = score(*arrays(clients.of_valid(distance))[1:], clients.num_params)
+            scores = score(S[rows], clients.num_params)
             high = scores.max()
             apart = high - scores.min() > _ROUNDING * high
-            found = CLUSTERINGS[self.cluster](xp.where(apart, scores, 0.0), self)
-            if clients.rows is None:
-                labels = found
-            else:
-                labels[clients.rows] = found
+            labels[rows] = CLUSTERINGS[self.cluster](xp.where(apart, scores, 0.0), self)
         kept = valid & ((labels < labels.max()) | (labels == 0))
         V = score(S / self.learning_rate**2, clients.num_params)
         return Selection(*tensors(kept, V, labels))

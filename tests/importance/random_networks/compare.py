@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +69,17 @@ def expectation(name: str, o: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(variance, o, strict=True))
 
 
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Transformer layers as under autograd, also where a reentrant checkpoint calls them without: hooks are heard."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 class Reference:
     """Squares of gradients by parameter; None where no sample's loss depends on it."""
 
@@ -108,6 +121,7 @@ class Reference:
                 p.grad = None
 
     @exact_batch_norm
+    @without_fast_path()
     def run(self) -> dict[str, Tensor | None]:
         n = self.network.samples
         if self.kind == "squared_batch_gradient":
@@ -130,6 +144,7 @@ class Reference:
 
 
 @exact_batch_norm
+@without_fast_path()
 def in_its_batch(network: Network) -> dict[str, Tensor | None]:
     """The same, with the gradient of each sample's loss through the batch as a whole."""
     reference = Reference(network)
