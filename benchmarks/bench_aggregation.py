@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Report, Times, interleave
 from torch import Tensor
 
+from benchmarks.harness import Report, Times, interleave
 from fdcr_fast import FDCR, FedAvg, UpdateStore
 from fdcr_fast.rules.fdcr.clustering import kmeans
 

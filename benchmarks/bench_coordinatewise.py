@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import Report, interleave
 
+from benchmarks.harness import Report, interleave
 from fdcr_fast import CoordinateMedian, TrimmedMean, UpdateStore
 
 # (K, P)

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peers
 import pytest
 import torch
-from harness import Report, interleave
-from models import PROBLEMS, Problem, problem
 from torch import Tensor
 
+from benchmarks import peers
+from benchmarks.harness import Report, interleave
+from benchmarks.models import PROBLEMS, Problem, problem
 from fdcr_fast.fisher.graph.gradients import visit_gradients
 from fdcr_fast.fisher.layers import RULES
 from fdcr_fast.fisher.per_sample import PerSampleGradients

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import Report, Times, interleave
 from torch import Tensor
 
+from benchmarks.harness import Report, Times, interleave
 from fdcr_fast import GramView, UpdateStore, estimate_gram, gram, grams
 
 # (K, P)

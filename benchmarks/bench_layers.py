@@ -10,10 +10,10 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Report, interleave
-from models import PROBLEMS, problem
 from torch import Tensor, nn
 
+from benchmarks.harness import Report, interleave
+from benchmarks.models import PROBLEMS, problem
 from fdcr_fast.fisher.layers import RULES
 
 _SECONDS = 1.0

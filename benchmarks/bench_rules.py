@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from harness import Report, interleave
 from torch import Tensor
 
 import fdcr_fast
+from benchmarks.harness import Report, interleave
 from fdcr_fast import (
     CRFL,
     FDCR,

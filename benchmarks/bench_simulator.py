@@ -1,4 +1,4 @@
-"""Clients per second of whole simulators, each in processes of its own: ``python benchmarks/bench_simulator.py``.
+"""Clients per second of whole simulators, each in processes of its own: ``python -m benchmarks.bench_simulator``.
 
 Peers other than plain loops run in virtual environments under ``--environments``, which are made when they are not
 there; that takes a package index once. They see this environment's torch instead of a copy.
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import Report
+from benchmarks.harness import Report
 
 HERE = Path(__file__).parent
 CLIENTS = 200
@@ -159,7 +159,7 @@ def main() -> None:
                 print(f"{name}: {', '.join(f'{rate:.0f}' for rate in rates[name])} ({versions[name]})", flush=True)
 
     report = Report(
-        "simulator", "Simulators: clients per second", "python benchmarks/bench_simulator.py", NOTES.replace("\n", " ")
+        "simulator", "Simulators: clients per second", "python -m benchmarks.bench_simulator", NOTES.replace("\n", " ")
     )
     medians = {name: statistics.median(found) for name, found in rates.items() if found}
     for name in chosen:

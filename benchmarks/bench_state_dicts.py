@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import bench_aggregation
 import pytest
 import torch
-from harness import Report, interleave
 from torch import Tensor
 
+from benchmarks import bench_aggregation
+from benchmarks.harness import Report, interleave
 from fdcr_fast import FDCR, StateStore, aggregate_state_dicts
 from fdcr_fast.rules.fdcr.clustering import kmeans
 

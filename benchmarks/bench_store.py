@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Report, interleave
 
+from benchmarks.harness import Report, interleave
 from fdcr_fast import FDCR, FedAvg, UpdateStore
 
 PARAMS, CLIENTS, RESIDENT_SHARE = 1_000_000, 100, 3

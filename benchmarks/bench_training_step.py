@@ -11,9 +11,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Report, interleave
 from torch import Tensor, nn
 
+from benchmarks.harness import Report, interleave
 from fdcr_fast import diagonal_fisher
 from fdcr_fast.sim.training.classifier import classifier_of
 from fdcr_fast.sim.training.models import build_model

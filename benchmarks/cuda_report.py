@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels for every capability and reads their machine code: registers, memory, instructions.
 
-    python benchmarks/cuda_report.py [--json] [--objects FOLDER]
+    python -m benchmarks.cuda_report [--json] [--objects FOLDER]
 
 Writes ``results/cuda.md``. Needs nvcc, and the ``cuobjdump`` that comes with CUDA or with Triton; no GPU.
 """
@@ -121,7 +121,7 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# The CUDA kernels as machine code",
         "",
-        f"`python benchmarks/cuda_report.py`, nvcc {version[1] if version else '?'}, 128 threads per block; compiled, "
+        f"`python -m benchmarks.cuda_report`, nvcc {version[1] if version else '?'}, 128 threads per block; compiled, "
         "never run on a GPU.",
         "Spills: bytes, and loads and stores of local memory. Loads: instructions by bits per thread.",
         "",

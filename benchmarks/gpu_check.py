@@ -1,7 +1,7 @@
 """Checks every CUDA and Triton kernel on a GPU against the reference in float64, and times it; then local training.
 
-    python benchmarks/gpu_check.py
-    python benchmarks/gpu_check.py --predict     # prints what the models say of an H100, and needs none
+    python -m benchmarks.gpu_check
+    python -m benchmarks.gpu_check --predict     # prints what the models say of an H100, and needs none
 
 Without a GPU that the kernels run on it says what it would do, and exits with code 3.
 """
@@ -13,11 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import cuda_model
-import gpu_model
 import torch
-from gpu_cases import CASES, Make
-from gpu_traffic import Traffic, predicted_seconds
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -28,6 +24,9 @@ from fdcr_fast.sim import SimulationConfig
 from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.costs import Stopwatch
 from fdcr_fast.sim.run.federation import Federation
+from tests.support.gpu import cuda_model, triton_model
+from tests.support.gpu.cases import CASES, Make
+from tests.support.gpu.traffic import Traffic, predicted_seconds
 
 NO_GPU = 3
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of results in these types; else float32 sums
@@ -75,7 +74,7 @@ def implementations() -> dict[str, tuple[Callable[[str], Any], Callable[..., Tra
     if status["triton"].usable and torch.cuda.is_available():
         from fdcr_fast.ops import triton
 
-        found["triton"] = (lambda name: getattr(triton, name, None)), gpu_model.bytes_moved
+        found["triton"] = (lambda name: getattr(triton, name, None)), triton_model.bytes_moved
     return found
 
 
@@ -107,7 +106,7 @@ def predictions() -> str:
     for case in CASES:
         if case.name in PREDICTED:
             args = case.arguments(make)
-            traffic, cuda = gpu_model.bytes_moved(case.operator, args), "-"
+            traffic, cuda = triton_model.bytes_moved(case.operator, args), "-"
             if case.operator in with_kernels("cuda"):
                 formed = cuda_model.bytes_moved(case.operator, args)
                 cuda = f"{1e3 * predicted_seconds(formed, as_formed=True):.3f}"

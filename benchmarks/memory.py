@@ -35,9 +35,10 @@ def peak_growth(run: Callable[[], Any]) -> int:
 
 
 def main(name: str, threads: int) -> None:
-    import peers
     import torch
-    from models import problem
+
+    from benchmarks import peers
+    from benchmarks.models import problem
 
     torch.set_num_threads(threads)
     whole = problem(name)

@@ -1,7 +1,7 @@
 """What the Triton kernels become for NVIDIA GPUs of compute capability 8.0, 9.0 and 10.0: no GPU is needed.
 
-    python benchmarks/triton_report.py            # writes benchmarks/results/triton.md
-    python benchmarks/triton_report.py --json     # prints the rows instead
+    python -m benchmarks.triton_report            # writes benchmarks/results/triton.md
+    python -m benchmarks.triton_report --json     # prints the rows instead
 
 Every operator is called on tensors without data, in sizes that occur. What it would launch is compiled ahead of time,
 with the same specialisation as at run time, and the machine code is read with the tools inside the triton package.
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import triton
-from gpu_cases import CASES
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -30,6 +29,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from fdcr_fast.ops import triton as kernels
 from fdcr_fast.ops.triton import launch
+from tests.support.gpu.cases import CASES
 
 CAPABILITIES = (80, 90, 100)
 RESULTS = Path(__file__).parent / "results" / "triton.md"
@@ -128,7 +128,7 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# The Triton kernels as machine code",
         "",
-        f"`python benchmarks/triton_report.py`, triton {triton.__version__}; compiled, never run on a GPU.",
+        f"`python -m benchmarks.triton_report`, triton {triton.__version__}; compiled, never run on a GPU.",
         "Spills: loads and stores of local memory. Loads: instructions by bits per thread.",
         "",
         "| call | kernel | capability | warps | registers | shared memory | spills | loads | matrix instructions |",

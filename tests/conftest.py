@@ -11,10 +11,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 from hypothesis import settings
-from ranks import started
 
 from fdcr_fast import _native
 from fdcr_fast.ops.operator import OPERATORS
+from tests.support.ranks import started
 
 # The same examples on every CI run: a red run can be repeated. Elsewhere every run looks at new ones.
 EXAMPLES = int(os.environ.get("FDCR_TEST_EXAMPLES", "60"))  # of each property

@@ -2,16 +2,13 @@
 
 import copy
 import platform
-import sys
-from pathlib import Path
 
 import task
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench_aggregation import published
+from benchmarks.bench_aggregation import published
 
 task.use_threads()
 images, labels = map(torch.from_numpy, task.load())

@@ -6,16 +6,13 @@ python check.py LIBRARY [values] [counts] [race]; run by the tests beside it, wi
 import ctypes
 import itertools
 import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import gpu_cases as cases
-from cuda_model import bytes_moved
 from torch.utils._pytree import tree_map
 
 from fdcr_fast.ops.operator import OPERATORS
+from tests.support.gpu import cases
+from tests.support.gpu.cuda_model import bytes_moved
 
 LIBRARY = ctypes.CDLL(sys.argv[1])
 torch.ops.load_library(sys.argv[1])

@@ -33,8 +33,8 @@ def objects(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(objects):
     pytest.importorskip("triton", reason="cuobjdump comes with the package triton")
-    command = [sys.executable, ROOT / "benchmarks" / "cuda_report.py", "--json", "--objects", objects]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.cuda_report", "--json", "--objects", objects]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-5000:]
     return json.loads(result.stdout)
 
@@ -115,10 +115,10 @@ def test_the_kernels_become_an_extension(rows, objects):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     code = (
-        f"import sys, torch; sys.path.insert(0, {str(objects)!r}); import fdcr_fast, _cuda; "
+        "import torch, fdcr_fast, _cuda; "
         "from fdcr_fast.ops.operator import OPERATORS; has = torch._C._dispatch_has_kernel_for_dispatch_key; "
         "print(*sorted(name for name in OPERATORS if has(f'fdcr_fast::{name}', 'CUDA')))"
     )
-    env = {**os.environ, "FDCR_FAST_BACKEND": "reference", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "FDCR_FAST_BACKEND": "reference", "PYTHONPATH": f"{objects}{os.pathsep}{ROOT}"}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert result.stdout.split() == sorted(with_kernels("cuda")), result.stderr

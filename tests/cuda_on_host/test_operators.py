@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_host import build, run, sanitized
 
 from fdcr_fast import _native
 from fdcr_fast.ops.backends import with_kernels
+from tests.cuda_on_host.on_host import build, run, sanitized
 
 ROOT = Path(__file__).parents[2]
 CHECK = Path(__file__).with_name("check.py")
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 # 1e-19: its square has few bits left in TF32. Cuts: not the same bits, as documented. Others take long.
 LEFT_OUT = "1e-19", "cut", "70-33-64", "cuda-513", "cuda-300", "cuda-900", "many_parameters", "90-17-260"
@@ -69,8 +68,8 @@ def test_every_operator_has_kernels_or_is_left_to_others(library):
 
 
 def test_memory_bound_kernels_move_little_more_than_they_must():
-    from cuda_model import MODELS, bytes_moved
-    from gpu_cases import CASES
+    from tests.support.gpu.cases import CASES
+    from tests.support.gpu.cuda_model import MODELS, bytes_moved
 
     def make(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")

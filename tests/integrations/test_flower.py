@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("flwr")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from problem import COUNTS, Client, K, assert_same_state, expected, network
 
 from fdcr_fast import FDCR, CoalitionFDCR, FedAvg, UpdateStore
 from fdcr_fast.integrations.flower import FDCRStrategy, train_reply
+from tests.support.federation import COUNTS, Client, K, assert_same_state, expected, network
 
 # Who runs: Flower's runtimes say it, and its messages ask for it.
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1

@@ -10,10 +10,10 @@ pytest.importorskip("flwr")
 from flwr.common import Code, EvaluateRes, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server.client_manager import SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
-from problem import Client, K, assert_same_state, expected, network
 
 from fdcr_fast import FDCR, FedAvg
 from fdcr_fast.integrations.flower_legacy import LegacyFDCRStrategy, fit_result
+from tests.support.federation import Client, K, assert_same_state, expected, network
 
 NAMES = list(network().state_dict())
 OK = Status(Code.OK, "")

@@ -13,10 +13,10 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg as Controller
-from problem import COUNTS, Client, K, assert_same_state, expected, network
 
 from fdcr_fast import FDCR, CoalitionFDCR, FedAvg
 from fdcr_fast.integrations.nvflare import FDCRAggregator, train_result
+from tests.support.federation import COUNTS, Client, K, assert_same_state, expected, network
 
 
 class Federation(Controller):

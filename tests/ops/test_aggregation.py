@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import FLOATS, client_matrices, laid_out, relative_error, rows
 
 from fdcr_fast import _native, ops
+from tests.support.operands import FLOATS, client_matrices, laid_out, relative_error, rows
 
 
 def importance(F):

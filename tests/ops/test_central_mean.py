@@ -3,9 +3,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import FLOATS, client_matrices, laid_out, rows
 
 from fdcr_fast import ops
+from tests.support.operands import FLOATS, client_matrices, laid_out, rows
 
 
 def middle(values, keep, nearest):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import NOTHING, vectors
 
 from fdcr_fast.ops import STRETCH
+from tests.support.operands import NOTHING, vectors
 
 
 @given(problem=vectors(), base_dtype=st.sampled_from([None, torch.float32, torch.float64]))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import vectors
+
+from tests.support.operands import vectors
 
 
 @given(problem=vectors(), clients=st.integers(1, 4), wide=st.booleans(), with_base=st.booleans())

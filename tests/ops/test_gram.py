@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import client_matrices, rows
 
 from fdcr_fast import ops
 from fdcr_fast.ops.gram import GRAM_TRANSFORMS
+from tests.support.operands import client_matrices, rows
 
 TRANSFORMS = sorted(GRAM_TRANSFORMS)
 

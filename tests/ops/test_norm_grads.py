@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import laid_out, relative_error, tensors
 
 from fdcr_fast import ops
+from tests.support.operands import laid_out, relative_error, tensors
 
 
 def one_by_one(grad, x, mean, variance, eps):

@@ -2,7 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import (
+
+from fdcr_fast import ops
+from tests.support.operands import (
     conv_one_by_one,
     convolutions,
     laid_out,
@@ -10,8 +12,6 @@ from problems import (
     relative_error,
     tensors,
 )
-
-from fdcr_fast import ops
 
 
 def check(got, expected, dtypes):

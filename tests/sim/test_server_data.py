@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_config
 
 from fdcr_fast.rules.table import RULES
 from fdcr_fast.sim import simulate
@@ -10,6 +9,7 @@ from fdcr_fast.sim.datasets.readers import load_dataset
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.training.classifier import classifier_of
 from fdcr_fast.sim.training.models import build_model
+from tests.support.tiny import tiny_config
 
 
 def test_training_and_judging() -> None:

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tiny import tiny_config
 
 from fdcr_fast import (
     CRFL,
@@ -31,6 +30,7 @@ from fdcr_fast.sim.run.federation import build_rule
 from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import INFORMED_BASELINES, OWN_SETTINGS, assumed_byzantine
+from tests.support.tiny import tiny_config
 
 GROUPS = ParamGroups((slice(40, 50),), (slice(0, 30),))
 

@@ -1,18 +1,13 @@
 """Counts what interpreted kernels load and store, against the model; run by test_interpreter.py."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import torch
 from triton.runtime import interpreter
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import gpu_cases as cases
-from gpu_model import bytes_moved
-
 from fdcr_fast.ops import triton as kernels
 from fdcr_fast.ops.triton import launch
+from tests.support.gpu import cases
+from tests.support.gpu.triton_model import bytes_moved
 
 touched: dict[tuple[object, ...], list[np.ndarray]] = {}
 current = [0]

@@ -13,7 +13,6 @@ from fdcr_fast.ops.backends import with_kernels
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
 def interpreted(*command, **env):
@@ -75,8 +74,8 @@ def test_they_move_the_bytes_of_the_model():
 
 
 def test_memory_bound_kernels_move_little_more_than_they_must():
-    from gpu_cases import CASES
-    from gpu_model import bytes_moved
+    from tests.support.gpu.cases import CASES
+    from tests.support.gpu.triton_model import bytes_moved
 
     def make(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -102,7 +101,7 @@ def test_a_choice_that_cannot_be_honoured_raises():
 def test_the_check_on_a_gpu_says_what_it_would_do_without_one():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, "benchmarks/gpu_check.py"]
+    command = [sys.executable, "-m", "benchmarks.gpu_check"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 3, result.stderr
@@ -110,7 +109,7 @@ def test_the_check_on_a_gpu_says_what_it_would_do_without_one():
 
 
 def test_the_predictions_in_the_documentation_are_those_of_the_models():
-    from gpu_check import PREDICTED, predictions
+    from benchmarks.gpu_check import PREDICTED, predictions
 
     assert predictions() in (ROOT / "docs" / "gpu.md").read_text()
     assert predictions().count("\n") == 2 + len(PREDICTED)

@@ -22,11 +22,11 @@ def rows(tmp_path_factory):
     """Every kernel for capability 9.0, and for 8.0 and 10.0 matrix products: there tiles or instructions differ."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     env.pop("TRITON_INTERPRET", None)
-    report = [sys.executable, ROOT / "benchmarks" / "triton_report.py", "--json", "--capability"]
+    report = [sys.executable, "-m", "benchmarks.triton_report", "--json", "--capability"]
     options = ["90", "--only", "^(?!.*(K = |, float16))"], ["80", "100", "--only", "fisher_update|^convolution 3x3$"]
 
     def run(chosen):
-        return subprocess.run([*report, *chosen], env=env, capture_output=True, text=True, check=False)
+        return subprocess.run([*report, *chosen], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
     found = []
     with ThreadPoolExecutor(2) as pool:
@@ -67,8 +67,7 @@ def test_products_run_on_tensor_cores(rows):
 
 def test_the_table_in_the_repository_is_of_these_calls():
     table = (ROOT / "benchmarks" / "results" / "triton.md").read_text()
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from gpu_cases import CASES
+    from tests.support.gpu.cases import CASES
 
     assert all(f"| {case.name} |" in table for case in CASES)
     cells = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config
 
 from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.sim import SimulationConfig, simulate
@@ -21,6 +20,7 @@ from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.costs import Stopwatch
 from fdcr_fast.sim.run.federation import Federation
 from fdcr_fast.sim.servers import OWN_SETTINGS
+from tests.support.tiny import tiny_config
 
 PAIR = {"malicious": (1, 2), "clients": 5}
 

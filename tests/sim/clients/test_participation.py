@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, without_costs
 
 from fdcr_fast.sim import ProgressEvent, SimulationConfig, resume, simulate
 from fdcr_fast.sim.clients.participation import DROPPED_OUT, MISSED_DEADLINE, draw_participants
@@ -18,6 +17,7 @@ from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.costs import Stopwatch
 from fdcr_fast.sim.run.federation import Federation
 from fdcr_fast.sim.run.figures import clients_figure, similarity_figure
+from tests.support.tiny import tiny_config, without_costs
 
 CROWD: dict[str, Any] = {"clients": 12, "min_samples": 5, "malicious": (1, 5, 8), "participants": 6, "rounds": 3}
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from tiny import write_npz
 
 from fdcr_fast.sim.datasets import readers
 from fdcr_fast.sim.datasets.readers import DATASETS, load_dataset
+from tests.support.tiny import write_npz
 
 
 def test_digits_are_split_by_class_and_keep_their_order() -> None:

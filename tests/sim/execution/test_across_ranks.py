@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
-from tiny import tiny_config, without_costs, write_npz
 from torch.distributed import ProcessGroup
 
 from fdcr_fast.sim import ClientRecord, ProgressEvent, SimulationConfig, resume, simulate
@@ -19,6 +17,8 @@ from fdcr_fast.sim.clients.participation import draw_participants
 from fdcr_fast.sim.clients.population import Job, Population, Upload
 from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.execution.ranks import torchrun_group
+from tests.support.ranks import Ranks
+from tests.support.tiny import tiny_config, without_costs, write_npz
 
 CROWD: dict[str, Any] = {
     "clients": 15,

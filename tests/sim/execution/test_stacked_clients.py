@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, write_npz
 
 from fdcr_fast import UpdateStore
 from fdcr_fast.sim import simulate
@@ -21,6 +20,7 @@ from fdcr_fast.sim.run.federation import Federation
 from fdcr_fast.sim.training.models import paper_cnn
 from fdcr_fast.sim.training.sgd import SGD
 from fdcr_fast.sim.training.stacked_model import StackedModel
+from tests.support.tiny import tiny_config, write_npz
 
 CROWD: dict[str, Any] = {
     "clients": 9, "min_samples": 5, "beta": 0.3, "malicious": (1, 5), "local_epochs": 3, "batch_size": 16, "lr": 0.1,

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, without_costs
 
 from fdcr_fast.sim import ProgressEvent, simulate
 from fdcr_fast.sim.clients.population import Job, Population, Upload
@@ -17,6 +16,7 @@ from fdcr_fast.sim.costs import Stopwatch
 from fdcr_fast.sim.execution.worker_pool import WorkerPool
 from fdcr_fast.sim.run.federation import Federation
 from fdcr_fast.sim.run.simulation import num_threads
+from tests.support.tiny import tiny_config, without_costs
 
 CROWD: dict[str, Any] = {"clients": 12, "min_samples": 5, "malicious": (1, 5, 8), "participants": 8, "lr": 0.1}
 ATTACKS: list[dict[str, Any]] = [

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_config
 
 from fdcr_fast.sim import resume, simulate
 from fdcr_fast.sim.run import figures
 from fdcr_fast.sim.run.evaluation import match_rate, problem_of
 from fdcr_fast.sim.run.federation import Federation
+from tests.support.tiny import tiny_config
 
 
 @pytest.mark.parametrize(

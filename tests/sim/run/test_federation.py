@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config, without_costs, write_npz
 
 from fdcr_fast.sim import ClientRecord, ProgressEvent, RoundRecord, SimulationConfig, simulate
 from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.costs import Stopwatch
 from fdcr_fast.sim.datasets.readers import load_dataset
 from fdcr_fast.sim.run.federation import Federation
+from tests.support.tiny import tiny_config, without_costs, write_npz
 
 
 @pytest.mark.parametrize("server", ["fedavg", "fdcr", "oracle"])

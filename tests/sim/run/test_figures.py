@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from tiny import tiny_config
 
 from fdcr_fast.sim import SimulationResult, simulate
 from fdcr_fast.sim.run.figures import accuracy_figure, clients_figure, similarity_figure
+from tests.support.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")

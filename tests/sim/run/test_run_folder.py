@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
-from tiny import tiny_config, without_costs
 
 from fdcr_fast.sim import ProgressEvent, RoundRecord, SimulationConfig, Summary, resume, simulate
 from fdcr_fast.sim.execution.forkserver import forkserver_context
 from fdcr_fast.sim.run import figures, folder, metrics
 from fdcr_fast.sim.run.folder import RunFolder, append_records, read_records, write_atomically
+from tests.support.tiny import tiny_config, without_costs
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:

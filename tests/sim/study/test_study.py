@@ -18,7 +18,6 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from tiny import write_npz
 
 from fdcr_fast import cli
 from fdcr_fast.sim import SimulationConfig, simulate
@@ -29,6 +28,7 @@ from fdcr_fast.sim.study import SCALES, Study, StudyEvent, check, execute, pendi
 from fdcr_fast.sim.study.figures import OF_A_RUN, OF_THE_STUDY, write_figures
 from fdcr_fast.sim.study.results import FinishedRun, StudyResults
 from fdcr_fast.sim.study.spec import FIGURES
+from tests.support.tiny import write_npz
 
 TINY = {
     "title": "Tiny",

@@ -1,19 +1,15 @@
 """FDCR reads the clients once where its guess of who is kept holds, and the result never depends on the guess."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdcr_fast import FDCR, FedAvg, UpdateStore, ops
+from fdcr_fast import FDCR, UpdateStore, ops
 from fdcr_fast.round import readings
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.shares import limited_shares
-
-P = 3 * 4096 + 100
+from tests.support.fdcr_rounds import P, attacked
 
 
 @pytest.fixture
@@ -31,14 +27,6 @@ def reads(monkeypatch):
     for kind in ("scores", "mean", "scores_and_mean"):
         monkeypatch.setattr(readings, kind, count(kind, getattr(readings, kind)))
     return seen
-
-
-def attacked(K=20, seed=0, dtype=torch.float32, attackers=4):
-    generator = torch.Generator().manual_seed(seed)
-    updates = 0.01 * torch.randn(K, P, generator=generator)
-    updates[:attackers] += 0.05 * torch.randn(P, generator=generator)
-    fishers = torch.rand(K, P, generator=generator)
-    return torch.randn(P, generator=generator), updates.to(dtype), fishers.to(dtype), torch.arange(1, K + 1) * 10.0
 
 
 def stored(updates, fishers, n):
@@ -149,75 +137,6 @@ def test_samples_are_spread_over_the_parameters():
         seen = list(readings._sample(tiles))
         assert 0 < sum(span.num_params for span in seen) <= size
         assert all(span.updates.shape[0] * span.updates.shape[2] >= span.num_params for span in seen)
-
-
-# --- how much one client may count for ----------------------------------------------------------------------
-
-
-@given(st.lists(st.just(0.0) | st.floats(1e-100, 1e18), min_size=1, max_size=50), st.floats(0.001, 1))
-@example([1.0, 1e16, 4e16, 3e16], 1 / 3)  # what the three at the limit leave is less than rounding
-def test_limited_shares_fill_up_like_water(counts, limit):
-    counts = torch.tensor(counts, dtype=torch.float64)
-    total = counts.sum()
-    if total == 0 or not math.isfinite(1 / total):
-        return
-    shares = counts / total
-    limited = limited_shares(shares, limit)
-    positive = shares > 0
-    torch.testing.assert_close(limited.sum(), torch.tensor(1.0).double())
-    assert not limited[~positive].any()
-    if positive.sum() * limit <= 1:
-        assert limited[positive].unique().numel() == 1
-        return
-    assert limited.max() <= limit * (1 + 1e-12)
-    free = positive & (limited < limit * (1 - 1e-9))
-    if free.any():
-        ratio = limited[free] / shares[free]
-        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
-        assert ratio[0] >= 1 - 1e-9
-
-
-@pytest.mark.parametrize("rule", [FDCR(max_weight_share=0.3), FedAvg(max_weight_share=0.3)])
-def test_a_client_that_claims_a_quintillion_samples_counts_for_its_limit(rule):
-    w, updates, fishers, n = attacked(attackers=0)
-    n = n.double()
-    n[3] = 1e18
-    result = rule.aggregate(w, updates, fishers, n)
-    assert result.weights.max() <= 0.3 + 1e-12
-    torch.testing.assert_close(result.weights.sum(), torch.tensor(1.0).double())
-    modest = rule.aggregate(w, updates, fishers, n.clamp(max=1e9))
-    torch.testing.assert_close(modest.params, result.params, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("P_", [50, P])
-@pytest.mark.parametrize("clip", [0.5, 2.0, "median", 1000.0])
-def test_clipped_average(P_, clip):
-    w, updates, _, n = attacked()
-    w, updates = w[:P_], updates[:, :P_] * torch.logspace(-1, 1, 20)[:, None]
-    norms = updates.double().norm(dim=1)
-    longest = norms.median() if clip == "median" else clip
-    factor = (longest / norms).clamp(max=1)
-    expected = w + (n / n.sum() * factor) @ updates.double()
-    result = FedAvg(clip=clip).aggregate(w, updates, None, n)
-    torch.testing.assert_close(result.params, expected.float())
-    torch.testing.assert_close(result.weights, (n / n.sum()).double() * factor, rtol=1e-6, atol=0)
-    assert result.kept.all()
-
-
-@pytest.mark.parametrize(
-    ("rule", "options"),
-    [
-        (FedAvg, {"clip": 0.0}),
-        (FedAvg, {"clip": math.nan}),
-        (FedAvg, {"clip": "mean"}),
-        (FedAvg, {"max_weight_share": 0.0}),
-        (FDCR, {"max_weight_share": 1.5}),
-        (FDCR, {"max_weight_share": math.nan}),
-    ],
-)
-def test_options_are_checked(rule, options):
-    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
-        rule(**options)
 
 
 def same_result(a, b):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from public_rounds import assert_same_result, bits, rules_and_rounds
 from torch import nn
 
 from fdcr_fast import FedAvg, ParamLayout, StateStore, UpdateStore, aggregate_state_dicts
+from tests.support.public_rounds import assert_same_result, bits, rules_and_rounds
 
 ERRORS = (TypeError, ValueError)
 

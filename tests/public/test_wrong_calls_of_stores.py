@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from public_rounds import assert_same_result, plain, rules_and_rounds
 from torch import nn
 
 from fdcr_fast import FedAvg, Krum, StateStore, UpdateStore, aggregate_state_dicts
+from tests.support.public_rounds import assert_same_result, plain, rules_and_rounds
 
 # What can be wrong with a call of a store that has the first client: the error, or that it is not accepted.
 STORE_CALLS = {

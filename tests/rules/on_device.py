@@ -3,21 +3,17 @@
 Run by test_on_device.py in a process of its own, in which PyTorch is made to know the device.
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from remote import DEVICE, Device, streams
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from gpu_cases import CASES
 
 import fdcr_fast
 from fdcr_fast import _native
 from fdcr_fast.rules.fdcr import clustering as cluster
 from fdcr_fast.store import pinned_rows as pinned
+from tests.support.gpu.cases import CASES
+from tests.support.remote_device import DEVICE, Device, streams
 
 K, P = 12, 20_000
 

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from gpu_traffic import Traffic
 from torch import Tensor
 
 from fdcr_fast.ops.triton import aggregation, central, launch, layers, norm, statistics
 from fdcr_fast.ops.triton.gram import clients_of, count_of
 from fdcr_fast.ops.triton.launch import H100, blocks
+from tests.support.gpu.traffic import Traffic
 
 
 def _round(

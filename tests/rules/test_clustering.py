@@ -6,12 +6,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import transcription
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import DBSCAN, KMeans
 
 from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS, dbscan, finch, kmeans
+from tests.support import transcription
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # on import it asks for optional packages

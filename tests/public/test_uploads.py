@@ -16,8 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from public_rounds import assert_same_result, bits, plain, rules_and_rounds
-from ways_in import WAYS, carries_buffers
+
+from tests.support.public_rounds import assert_same_result, bits, plain, rules_and_rounds
+from tests.support.ways_in import WAYS, carries_buffers
 
 # Those of which the documentation says that kept updates are averaged by the weights of the result.
 AVERAGES = [

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
-from ways_in import IDS, MODELS, Round
 
 from fdcr_fast import (
     CRFL,
@@ -32,6 +31,7 @@ from fdcr_fast import (
     Sageflow,
     TrimmedMean,
 )
+from tests.support.ways_in import IDS, MODELS, Round
 
 # Every rule, and the fewest clients that it takes.
 RULES = {

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from gpu_traffic import Traffic
 from torch import Tensor
 
 from fdcr_fast.ops.squared_grads import accumulation_dtype
+from tests.support.gpu.traffic import Traffic
 
 THREADS, TILE = 128, 64  # kThreads of csrc/cuda/kernels.h, kTile of product.cuh
 

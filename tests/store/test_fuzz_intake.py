@@ -3,10 +3,10 @@
 import os
 import random
 
-import fuzz_intake
 import pytest
 
 import fdcr_fast
+from tests.store import fuzz_intake
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")

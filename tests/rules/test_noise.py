@@ -1,0 +1,26 @@
+"""The noise of FLAME and CRFL, and what CRFL clips."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fdcr_fast import CRFL, FLAME, FedAvg
+from tests.support.rival_rounds import problem
+
+
+def test_noise_has_the_deviation_that_was_asked_for_and_is_new_in_every_round():
+    given_ = problem(0, 9, 20_000)
+    quiet, loud = given_.apply(FLAME(noise=0)), given_.apply(FLAME(noise=0.5))
+    deviation = (loud.params - quiet.params).std().item()
+    assert abs(deviation / (0.5 * np.median(np.linalg.norm(given_.D, axis=1))) - 1) < 0.05
+    plain, clipped = given_.apply(FedAvg()).params, given_.apply(CRFL(param_norm=3, noise=0)).params
+    torch.testing.assert_close(clipped, plain * 3 / plain.norm())
+    torch.testing.assert_close(given_.apply(CRFL(param_norm=1e9, noise=0)).params, plain)
+    noisy = given_.apply(CRFL(param_norm=3, noise=0.2)).params
+    assert abs((noisy - clipped).std().item() / 0.2 - 1) < 0.05
+    assert torch.equal(given_.apply(CRFL(param_norm=3, noise=0.2)).params, noisy)
+    assert not torch.equal(given_.apply(CRFL(param_norm=3, noise=0.2, seed=1)).params, noisy)
+    given_.w += 1
+    moved = given_.apply(CRFL(param_norm=1e9, noise=0.2)).params - given_.apply(FedAvg()).params
+    assert not torch.allclose(moved, noisy - clipped)
