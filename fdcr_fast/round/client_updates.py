@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
@@ -157,7 +158,7 @@ class ClientUpdates:
         """The entries ``[n]`` of a vector ``[K]`` that belong to valid clients."""
         return vector if self.rows is None else vector.index_select(0, self.rows)
 
-    @property
+    @cached_property
     def num_params(self) -> int:
         """``P`` of the model; ``tiles.num_params`` of them are here."""
         return self.shard.total_params(self.tiles.num_params)

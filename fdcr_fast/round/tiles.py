@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
@@ -101,7 +102,7 @@ class MatrixTiles:
         """``L``, the number of parameters in a tile."""
         return self.updates.shape[2]
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Of the matrices."""
         return self.updates.device
@@ -114,7 +115,7 @@ class MatrixTiles:
     @property
     def dtypes(self) -> frozenset[torch.dtype]:
         """Of updates and Fishers."""
-        return frozenset(x.dtype for x in (self.updates, self.fishers) if x is not None)
+        return frozenset([self.updates.dtype] if self.fishers is None else [self.updates.dtype, self.fishers.dtype])
 
     def spans(self) -> Iterator[Span]:
         """Everything at once."""

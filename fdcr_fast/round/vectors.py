@@ -35,10 +35,10 @@ def arrays(*vectors: Tensor) -> tuple[Any, ...]:
     than half of the time. Use only what both have alike.
     """
     if vectors[0].is_cpu:
-        return np, *(vector.numpy() for vector in vectors)
+        return np, *map(Tensor.numpy, vectors)
     return torch, *vectors
 
 
 def tensors(*vectors: Any) -> list[Tensor]:
-    """Arrays that were computed from those of :func:`arrays`."""
-    return [vector if isinstance(vector, Tensor) else torch.from_numpy(vector) for vector in vectors]
+    """What was computed from arrays of :func:`arrays`."""
+    return list(vectors) if isinstance(vectors[0], Tensor) else list(map(torch.from_numpy, vectors))

@@ -25,7 +25,7 @@ Options = ParamSpec("Options")
 
 
 def _clustering(
-    label_sorted: Callable[Concatenate[Tensor, Options], Tensor],
+    label_sorted: Callable[Concatenate[Any, Options], Any],
 ) -> Callable[Concatenate[Any, Options], Any]:
     """Extend a function of ascending float64 values, not all equal and at most 1 in size, to any finite values."""
 
@@ -55,22 +55,25 @@ def _clustering(
             raise ValueError(f"expected a vector of finite values, got {scores}")
         labels = np.zeros_like(order)
         if low < high:
-            scaled = _unit(ascending, math.frexp(max(-low, high))[1])
-            labels[order] = label_sorted(scaled, *args, **kwargs)
+            exponent = math.frexp(max(-low, high))[1]
+            labels[order] = label_sorted(np.ldexp(ascending, -exponent), *args, **kwargs)
         return labels
 
     return cluster
 
 
-def _unit(values: Any, exponent: Any) -> Any:
-    """The values over a power of two, which rounds nothing and keeps sums and squares of any float64 in range."""
+def _unit(values: Tensor, exponent: Tensor) -> Tensor:
+    """The values over a power of two, which rounds nothing and keeps sums and squares of any float64 in range.
+
+    As ``np.ldexp``; that of PyTorch goes through ``torch.pow``, which may round.
+    """
     half = exponent // 2  # one factor might not be a number of float64
     return values * _two_to(-half) * _two_to(half - exponent)
 
 
-def _two_to(exponent: Any) -> Any:
-    """A power of two; on a device by its bits: what ``torch.pow`` gives may be rounded."""
-    return math.ldexp(1.0, exponent) if isinstance(exponent, int) else ((exponent + 1023) << 52).view(torch.float64)
+def _two_to(exponent: Tensor) -> Tensor:
+    """A power of two, by its bits."""
+    return ((exponent + 1023) << 52).view(torch.float64)
 
 
 def check_partition(partition: str | int) -> None:
@@ -80,7 +83,7 @@ def check_partition(partition: str | int) -> None:
 
 
 @_clustering
-def finch(values: Tensor, partition: str | int = "first") -> Tensor:
+def finch(values: Any, partition: str | int = "first") -> Any:
     """First-neighbour clustering (Sarfraz et al., CVPR 2019), as the paper's eq. 10 uses it.
 
     Each value links to its nearer neighbour (ties: the left one), connected runs are clusters, each run is
@@ -132,7 +135,7 @@ def _means(values: Tensor, labels: Tensor) -> Tensor:
 
 
 @_clustering
-def kmeans(values: Tensor) -> Tensor:
+def kmeans(values: Any) -> Any:
     """Exact 2-means: the split of the sorted values with the least within-cluster sum of squares.
 
     Of several equally good splits the lowest is taken.
@@ -157,7 +160,7 @@ def check_density(eps: float, min_samples: int) -> None:
 
 
 @_clustering
-def dbscan(values: Tensor, eps: float = 0.5, min_samples: int = 2) -> Tensor:
+def dbscan(values: Any, eps: float = 0.5, min_samples: int = 2) -> Any:
     """DBSCAN on standardised values; everything that it calls noise is one more set with a label of its own.
 
     A value with at least ``min_samples`` values (itself included) within ``eps`` is a core; runs of cores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from torch import Tensor
@@ -122,8 +122,8 @@ class FDCR(AggregationRule):
             apart = high - scores.min() > _ROUNDING * high
             labels[rows] = CLUSTERINGS[self.cluster](xp.where(apart, scores, 0.0), self)
         kept = valid & ((labels < labels.max()) | (labels == 0))
-        V = score(S / self.learning_rate**2, clients.num_params)
-        return Selection(*tensors(kept, V, labels))
+        kept, V, labels = tensors(kept, score(S / self.learning_rate**2, clients.num_params), labels)
+        return Selection(kept, V, labels)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class _OneReading:
         known = clients.with_statistics(*statistics)
         if not self._all_pass(known) or readings.fits_single(known) != single:
             return None
-        return _Foreseen(**vars(known), outcome=outcome)
+        return _Foreseen(**{part.name: getattr(known, part.name) for part in fields(known)}, outcome=outcome)
 
     def of(self, clients: ClientUpdates, single: bool) -> tuple[Outcome, list[Tensor | None]]:
         """The outcome, and the statistics of the round with the squared norms of this reading.
