@@ -369,7 +369,7 @@ def looks_like_states(global_params: Tensor, clients: ClientUpdates) -> bool:
     if tiles.device.type != "cpu" or not clients.clients or count < _FEWEST_LOOKED_AT:
         return False
     own, updates = global_params[:count], clients.of_valid(tiles.window(0, count).updates[0])
-    w, delta = own.float().numpy(), updates.float().numpy()
+    w, delta = own.double().numpy(), updates.double().numpy()  # no square of these overflows
     near = 4 * np.square(delta - w).sum(1) < np.square(w).sum()
     return 2 * int(near.sum()) > len(near)
 
