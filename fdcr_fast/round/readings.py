@@ -50,10 +50,13 @@ def fits_single(clients: ClientUpdates) -> bool:
     """Whether products of this round stay far from the limits of float32; small rounds are computed in float64."""
     if not may_fit_single(clients):
         return False
-    squares, low, high = (None if x is None else clients.of_valid(x).numpy() for x in clients.statistics)
+    squares = clients.of_valid(clients.squared_norm).numpy()
     if not _LEAST_RMS * clients.num_params**0.5 <= math.sqrt(squares.max()) <= _MOST_NORM:
         return False
-    return low is None or bool((high - low).min() >= 1 / _RANGE and high.max() <= _RANGE)
+    if clients.fisher_min is None or clients.fisher_max is None:
+        return True
+    low, high = clients.of_valid(clients.fisher_min).numpy(), clients.of_valid(clients.fisher_max).numpy()
+    return bool((high - low).min() >= 1 / _RANGE and high.max() <= _RANGE)
 
 
 def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Any:

@@ -116,17 +116,19 @@ class FDCR(AggregationRule):
         xp, S, valid = arrays(distance, clients.valid)
         score, labels = SCORES[self.discrepancy], xp.zeros_like(valid, dtype=xp.int64)
         if self.cluster is not None:
-            scores = score(*arrays(clients.of_valid(distance))[1:], clients.num_params)
+            _, squares = arrays(clients.of_valid(distance))
+            scores = score(squares, clients.num_params)
             high = scores.max()
             apart = high - scores.min() > _ROUNDING * high
             found = CLUSTERINGS[self.cluster](xp.where(apart, scores, 0.0), self)
             if clients.rows is None:
                 labels = found
             else:
-                labels[clients.rows] = found
+                _, rows = arrays(clients.rows)  # NumPy takes a tensor of one number for a number
+                labels[rows] = found
         kept = valid & ((labels < labels.max()) | (labels == 0))
-        V = score(S / self.learning_rate**2, clients.num_params)
-        return Selection(*tensors(kept, V, labels))
+        kept, V, labels = tensors(kept, score(S / self.learning_rate**2, clients.num_params), labels)
+        return Selection(kept, V, labels)
 
 
 @dataclass(frozen=True)
