@@ -36,6 +36,8 @@ class BorrowedRows:
         device: Where the clients' tensors are.
     """
 
+    unread = True
+
     def __init__(self, shape: StoreShape, device: torch.device) -> None:
         self.shape = shape
         self.device = device

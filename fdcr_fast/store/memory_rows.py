@@ -22,6 +22,8 @@ class MemoryRows:
         ValueError: the memory that is left does not hold them.
     """
 
+    unread = False
+
     def __init__(self, shape: StoreShape, device: torch.device, shared: bool = False, pinned: bool = False) -> None:
         self.shape = shape
         self.device = device
@@ -59,10 +61,10 @@ class MemoryRows:
         """Memory has nothing to write down."""
 
     def forget(self, rows: Sequence[int]) -> None:
-        """Nor to take back."""
+        """Memory has nothing to take back: the row is filled again."""
 
     def mark_round(self, ended: bool) -> None:
-        """Nor to remember."""
+        """Memory is not opened again: nobody would ask."""
 
     def pack(self, rows: Sequence[int]) -> list[int]:
         """Move the given rows to the front, in this order, where they are not; each moves into a gap."""

@@ -44,7 +44,7 @@ class PinnedRows(MemoryRows):
         return super().fill(row, vectors, base)
 
     def pack(self, rows: Sequence[int]) -> list[int]:
-        """Likewise."""
+        """As in other memory, when what was read before has been copied."""
         self._side.synchronize()
         return super().pack(rows)
 

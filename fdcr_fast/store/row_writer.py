@@ -13,10 +13,7 @@ from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.round.screening import rejection_reason
-from fdcr_fast.store.borrowed_rows import BorrowedRows
-from fdcr_fast.store.file.rows import FileRows
-from fdcr_fast.store.memory_rows import MemoryRows
-from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, Vectors
+from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, Rows, Vectors, as_dtype
 from fdcr_fast.store.upload import shown, vector_pieces
 
 
@@ -25,12 +22,12 @@ class RowWriter:
     """Validates a contribution in the one pass that copies it into a row.
 
     Attributes:
-        rows: Where to.
+        rows: The rows that are filled.
         layout: Names and shapes of the parameters, for mappings by name.
-        buffer_dtype: Of the numbers in raw buffers.
+        buffer_dtype: The dtype of the numbers in raw buffers.
     """
 
-    rows: MemoryRows | FileRows | BorrowedRows
+    rows: Rows
     layout: ParamLayout | None
     buffer_dtype: torch.dtype
 
@@ -55,9 +52,41 @@ class RowWriter:
             raise ValueError(reason)
         return Accepted(client, row, count, math.nan if norm is None else norm, low or 0.0, high or 0.0, checksum)
 
+    def check_base(self, base: Any) -> None:
+        """Raise unless the server's own ``w [P]`` can be taken from what clients send.
+
+        Raises:
+            TypeError: it is no tensor.
+            ValueError: it is of another shape or dtype, or on another device.
+        """
+        if not isinstance(base, Tensor):
+            raise TypeError(f"base must be a tensor, got {type(base).__name__}")
+        num_params, device = self.rows.shape.num_params, self.rows.device
+        fits = base.shape == (num_params,) and base.dtype in (torch.float32, torch.float64)
+        if not fits or base.device.type != device.type:
+            raise ValueError(
+                f"base must be float32 or float64 [{num_params}] on {device}, got {base.dtype} {list(base.shape)} on "
+                f"{base.device}"
+            )
+
     def _pieces(self, name: str, values: Any) -> list[Tensor]:
         pieces = vector_pieces(name, values, self.rows.shape.num_params, self.layout, self.buffer_dtype)
         return [piece.to(self.rows.device) for piece in pieces]
+
+
+def row_writer(rows: Rows, layout: ParamLayout | None, buffer_dtype: torch.dtype | str | None) -> RowWriter:
+    """A writer of these rows, for buffers by default of the dtype of the rows.
+
+    Raises:
+        TypeError: the layout is none, or the dtype is none.
+        ValueError: the layout is one of another number of parameters.
+    """
+    shape = rows.shape
+    if layout is not None and not isinstance(layout, ParamLayout):
+        raise TypeError(f"layout must be a ParamLayout, got {layout!r}")
+    if layout is not None and layout.numel != shape.num_params:
+        raise ValueError(f"the layout has {layout.numel} parameters, the store {shape.num_params}")
+    return RowWriter(rows, layout, shape.dtype if buffer_dtype is None else as_dtype("buffer_dtype", buffer_dtype))
 
 
 def _number(value: Any) -> float:

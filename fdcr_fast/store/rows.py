@@ -1,28 +1,48 @@
-"""Rows of a store, wherever they lie: their shape, what is known of one, and which are free."""
+"""Rows of a store, wherever they lie: their shape, what is known of one, and what can be done with them."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fdcr_fast.round.tiles import ClientTiles
+
 UPDATE, FISHER = -1, 0  # positions of a row's matrices; a store without Fishers has the updates alone
 
 
-def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A dtype, also by its name in PyTorch.
+def as_dtype(argument: str, dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype that an argument gives, also by its name in PyTorch.
 
     Raises:
         TypeError: it is none.
     """
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(named, torch.dtype):
-        raise TypeError(f"expected a torch.dtype or its name, such as 'bfloat16', got {dtype!r}")
+        raise TypeError(f"expected {argument} to be a torch.dtype or its name, such as 'bfloat16', got {dtype!r}")
     return named
+
+
+def check_integer(argument: str, value: Any) -> None:
+    """Raise TypeError unless an argument is an integer."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{argument} must be an integer, got {value!r}")
+
+
+def check_size(argument: str, value: Any) -> None:
+    """Raise unless an argument is a positive integer.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is 0 or less.
+    """
+    check_integer(argument, value)
+    if value < 1:
+        raise ValueError(f"{argument} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -39,11 +59,7 @@ class StoreShape:
         if not self.dtype.is_floating_point:
             raise TypeError(f"expected a floating-point dtype, got {self.dtype}")
         for name in ("num_params", "capacity", "tile"):
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int | np.integer):
-                raise TypeError(f"{name} must be an integer, got {size!r}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            check_size(name, getattr(self, name))
 
     @property
     def matrices(self) -> int:
@@ -57,12 +73,12 @@ class StoreShape:
 
     @property
     def piece_bytes(self) -> int:
-        """Of one client in one tile."""
+        """Bytes of one client in one tile."""
         return self.matrices * self.tile * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Of all rows."""
+        """Bytes of all rows."""
         return self.tiles * self.capacity * self.piece_bytes
 
 
@@ -79,37 +95,67 @@ class Accepted:
     checksum: int
 
 
+class Contribution(NamedTuple):
+    """What the store holds of one client.
+
+    Attributes:
+        client: Its id.
+        update: ``delta_k [P]``, a copy.
+        fisher: ``F_k [P]``, a copy; None in a store without Fishers.
+        num_samples: ``n_k``.
+    """
+
+    client: Hashable
+    update: Tensor
+    fisher: Tensor | None
+    num_samples: float
+
+
 Vectors = Mapping[int, Sequence[Tensor]]  # by UPDATE and FISHER, each in pieces that make up [P]
 Statistics = dict[int, Tensor]  # likewise: float64 (squared norm, smallest, largest)
 
 NO_STATISTICS = torch.tensor([0.0, torch.inf, -torch.inf], dtype=torch.float64)
 
 
-class FreeRows:
-    """The rows that no client has; the first one is taken first."""
+class Rows(Protocol):
+    """Where a store keeps its rows: in memory, in a file, or in the tensors in which they came."""
 
-    def __init__(self, rows: Iterable[int]) -> None:
-        self._rows = set(rows)
-        self._heap = sorted(self._rows)
+    @property
+    def shape(self) -> StoreShape:
+        """The shape of all rows."""
 
-    def __bool__(self) -> bool:
-        return bool(self._rows)
+    @property
+    def device(self) -> torch.device:
+        """The device that clients' vectors are brought to."""
 
-    def take(self, row: int | None = None) -> int:
-        """The given row, or the first one.
+    @property
+    def unread(self) -> bool:
+        """Whether updates are looked at when they are aggregated, and not when they come."""
 
-        Raises:
-            ValueError: it is not free.
+    def fill(self, row: int, vectors: Vectors, base: Tensor | None = None) -> tuple[Statistics, int]:
+        """Put a client's vectors, the update less the base, into a row that is nobody's yet.
+
+        Returns:
+            Their statistics, and a checksum, which is 0 where there is none.
         """
-        while row is None:
-            first = heapq.heappop(self._heap)  # rows that were taken by number are still in the heap
-            row = first if first in self._rows else None
-        if row not in self._rows:
-            raise ValueError(f"row {row} is not free")
-        self._rows.remove(row)
-        return row
 
-    def release(self, row: int) -> None:
-        """Give a row back."""
-        self._rows.add(row)
-        heapq.heappush(self._heap, row)
+    def commit(self, accepted: Accepted) -> None:
+        """Make a filled row count."""
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Make rows nobody's."""
+
+    def mark_round(self, ended: bool) -> None:
+        """Note whether the round has ended, for whoever opens the rows later."""
+
+    def pack(self, rows: Sequence[int]) -> list[int]:
+        """Where the given rows lie in this order; they may be moved to the front for it."""
+
+    def read(self, row: int) -> Tensor:
+        """One client's row ``[matrices, P]``, a copy."""
+
+    def tiles(self, rows: Sequence[int]) -> ClientTiles:
+        """The given rows, which are packed, as rules read them."""
+
+    def close(self) -> None:
+        """Let go of what is open."""

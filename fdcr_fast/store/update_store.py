@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import os
-import threading
 import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fdcr_fast import ops
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.round.client_ids import plain_id
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.screening import OnInvalid, refuse
+from fdcr_fast.round.screening import OnInvalid
 from fdcr_fast.round.tiles import MatrixTiles
-from fdcr_fast.store.borrowed_rows import BorrowedRows
+from fdcr_fast.store.attendance import Attendance
 from fdcr_fast.store.file.rows import FileRows
-from fdcr_fast.store.memory_rows import MemoryRows
-from fdcr_fast.store.pinned_rows import PinnedRows
-from fdcr_fast.store.row_writer import RowWriter
-from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, FreeRows, StoreShape, as_dtype
+from fdcr_fast.store.new_rows import check_file_arguments, memory_shape, new_rows
+from fdcr_fast.store.row_writer import RowWriter, row_writer
+from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, Contribution, Rows, as_dtype, check_integer
 from fdcr_fast.warning import callers_level
-
-_MEMORY_TILE = 32  # a line of columns of csrc/cpu/clients/aggregation.inc: what is read next then always lies next
-
-
-class Contribution(NamedTuple):
-    """What the store holds of one client.
-
-    Attributes:
-        client: Its id.
-        update: ``delta_k [P]``, a copy.
-        fisher: ``F_k [P]`` likewise, or None in a store without Fishers.
-        num_samples: ``n_k``.
-    """
-
-    client: Hashable
-    update: Tensor
-    fisher: Tensor | None
-    num_samples: float
 
 
 class UpdateStore:
@@ -88,10 +64,8 @@ class UpdateStore:
         copy: False for a store that takes no memory: contributions stay in the tensors that were put, which must not
             change before the round is aggregated, and are read from there. Whether an update is finite is seen then.
 
-    Attributes:
-        rejected: Reason by client id of those that were not accepted.
-
     Raises:
+        TypeError: an argument is of another type than it can be.
         ValueError: a size is not positive, options exclude each other, memory cannot be pinned for the compute device,
             or what is left of it does not hold the store.
         FileExistsError: there is a file at ``path``; see :meth:`open`.
@@ -118,35 +92,21 @@ class UpdateStore:
     ) -> None:
         if isinstance(num_params, ParamLayout):
             layout, num_params = num_params if layout is None else layout, num_params.numel
-        dtype = as_dtype(dtype)
-        device = torch.device(device)
-        reader = device if compute_device is None else torch.device(compute_device)
-        pinned = reader != device
-        if tile is None:
-            tile = min(ops.STRETCH if pinned or not copy else _MEMORY_TILE, max(num_params, 1))
-            if path is not None:
-                tile = FileRows.tile(num_params, capacity, dtype, with_fishers, max_resident)
-        shape = StoreShape(num_params, capacity, tile, dtype, with_fishers)
-        if pinned and (path is not None or shared or device.type != "cpu"):
-            raise ValueError("a store with a compute_device of its own lies in memory of this process, on the CPU")
-        if path is not None and device.type != "cpu":
-            raise ValueError(f"a store in a file is read on the CPU, not on {device}")
-        if shared and (path is not None or device.type != "cpu"):
-            raise ValueError(
-                "a shared store lies in memory, on the CPU; other processes open one in a file by its path"
-            )
-        if not copy and (path is not None or shared or pinned):
-            raise ValueError("a store that does not copy has no memory of its own: no path, shared, or compute_device")
-        rows: MemoryRows | FileRows | BorrowedRows
-        if pinned:
-            rows = PinnedRows(shape, reader)
-        elif not copy:
-            rows = BorrowedRows(shape, device)
-        elif path is None:
-            rows = MemoryRows(shape, device, shared)
-        else:
-            rows = FileRows.create(path, shape, max_resident, sync)
-        self._start(rows, {}, layout, buffer_dtype, on_invalid, aggregated=False)
+        rows = new_rows(
+            num_params,
+            capacity,
+            as_dtype("dtype", dtype),
+            tile=tile,
+            device=device,
+            compute_device=compute_device,
+            with_fishers=with_fishers,
+            path=path,
+            max_resident=max_resident,
+            sync=sync,
+            shared=shared,
+            copy=copy,
+        )
+        self._start(rows, row_writer(rows, layout, buffer_dtype), Attendance(rows, {}, False, on_invalid))
 
     @classmethod
     def open(
@@ -177,9 +137,11 @@ class UpdateStore:
         """
         if mode not in ("r", "r+"):
             raise ValueError(f"mode must be 'r' or 'r+', got {mode!r}")
+        check_file_arguments(path, max_resident)
         rows, accepted = FileRows.open(path, mode == "r+", max_resident, sync, verify)
         store = cls.__new__(cls)
-        store._start(rows, accepted, layout, buffer_dtype, on_invalid, aggregated=rows.round_ended())
+        attendance = Attendance(rows, accepted, rows.round_ended(), on_invalid)
+        store._start(rows, row_writer(rows, layout, buffer_dtype), attendance)
         return store
 
     @staticmethod
@@ -192,35 +154,11 @@ class UpdateStore:
         with_fishers: bool = True,
     ) -> int:
         """Memory that such a store takes, ``nbytes``, without making it."""
-        dtype = as_dtype(dtype)
-        tile = min(_MEMORY_TILE, max(num_params, 1)) if tile is None else tile
-        return StoreShape(num_params, capacity, tile, dtype, with_fishers).nbytes
+        return memory_shape(num_params, capacity, as_dtype("dtype", dtype), tile, with_fishers).nbytes
 
-    def _start(
-        self,
-        rows: MemoryRows | FileRows | BorrowedRows,
-        accepted: dict[Hashable, Accepted],
-        layout: ParamLayout | None,
-        buffer_dtype: torch.dtype | str | None,
-        on_invalid: OnInvalid,
-        *,
-        aggregated: bool,
-    ) -> None:
-        shape = rows.shape
-        if layout is not None and layout.numel != shape.num_params:
-            raise ValueError(f"the layout has {layout.numel} parameters, the store {shape.num_params}")
-        refuse({}, on_invalid)
-        self._rows = rows
-        self._writer = RowWriter(rows, layout, shape.dtype if buffer_dtype is None else as_dtype(buffer_dtype))
-        self._on_invalid = on_invalid
-        self._changed = threading.Condition()
-        self._accepted = accepted
-        self._arriving: set[Hashable] = set()
-        self._free = self._rows_of_nobody()
-        self._arrived = 0
-        self._aggregated = frozenset(accepted) if aggregated else None
+    def _start(self, rows: Rows, writer: RowWriter, attendance: Attendance) -> None:
+        self._rows, self._writer, self._attendance = rows, writer, attendance
         self._warned = False
-        self.rejected: dict[Hashable, str] = {}
 
     def __enter__(self) -> UpdateStore:
         return self
@@ -231,19 +169,19 @@ class UpdateStore:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._accepted)
+        return len(self._attendance.accepted)
 
     def __contains__(self, client_id: Hashable) -> bool:
-        return client_id in self._accepted
+        return client_id in self._attendance.accepted
 
     def __iter__(self) -> Iterator[Contribution]:
         """The accepted contributions, one by one, in the order of the rows."""
-        return map(self._contribution, self._in_order())
+        return map(self._contribution, self._attendance.in_order())
 
     def __getitem__(self, client_id: Hashable) -> Contribution:
         """The accepted contribution of one client."""
-        with self._changed:
-            return self._contribution(self._accepted[client_id])
+        with self._attendance.lock:
+            return self._contribution(self._attendance.accepted[client_id])
 
     def __repr__(self) -> str:
         return (
@@ -260,7 +198,12 @@ class UpdateStore:
     @property
     def aggregated(self) -> bool:
         """Whether the round has ended, so that the next contribution begins another one."""
-        return self._aggregated is not None
+        return self._attendance.ended
+
+    @property
+    def rejected(self) -> dict[Hashable, str]:
+        """Reason by client id of those that were not accepted."""
+        return self._attendance.rejected
 
     @property
     def num_params(self) -> int:
@@ -300,7 +243,7 @@ class UpdateStore:
     @property
     def clients(self) -> tuple[Hashable, ...]:
         """Ids of the accepted clients: the rows of everything else."""
-        return tuple(client.client for client in self._in_order())
+        return tuple(client.client for client in self._attendance.in_order())
 
     @property
     def updates(self) -> Tensor:
@@ -319,9 +262,7 @@ class UpdateStore:
 
     def clear(self) -> None:
         """Forget everything for the next round; memory and file are kept."""
-        with self._changed:
-            self._wait_for_arrivals()
-            self._next_round({})
+        self._attendance.clear()
 
     def end_round(self, clients: Iterable[Hashable]) -> None:
         """Let the next contribution begin another round, as ``AggregationRule.aggregate`` does when it is done.
@@ -329,23 +270,16 @@ class UpdateStore:
         Args:
             clients: Who took part. What others put meanwhile belongs to the next round.
         """
-        with self._changed:
-            self._mark_round(frozenset(clients))
+        self._attendance.end(clients)
 
     def close(self) -> None:
         """Let go of the file, which others can then write; a store in memory needs no closing."""
-        with self._changed:
-            self._wait_for_arrivals()
+        with self._attendance.settled():
             self._rows.close()
 
     def reject(self, client_id: Hashable, reason: str) -> None:
         """Record that a client has no usable contribution this round, such as one that sent nothing."""
-        client_id = plain_id(client_id)
-        with self._changed:
-            self._begin_round()
-            if client_id in self._accepted:
-                raise ValueError(f"client {client_id!r} is already accepted")
-            self.rejected[client_id] = reason
+        self._attendance.reject(plain_id(client_id), reason)
 
     def remove(self, client_id: Hashable) -> None:
         """Take back an accepted contribution; its client may send another one.
@@ -353,10 +287,7 @@ class UpdateStore:
         Raises:
             KeyError: no such client is accepted.
         """
-        with self._changed:
-            if client_id not in self._accepted:
-                raise KeyError(f"client {client_id!r} is not in the store")
-            self._release(self._accepted.pop(client_id).row)
+        self._attendance.remove(client_id)
 
     def put(
         self,
@@ -390,41 +321,30 @@ class UpdateStore:
 
         Raises:
             RuntimeError: the store is full.
-            TypeError: the id cannot be one.
-            ValueError: it was not accepted, and ``on_invalid`` is ``"raise"``; or the given row is not free.
+            TypeError: ``client_id``, ``row`` or ``base`` is of another type than it can be.
+            ValueError: it was not accepted, and ``on_invalid`` is ``"raise"``; the given row is not free; or ``base``
+                does not fit the store.
         """
         if client_id is not None:
             client_id = plain_id(client_id)
-        with self._changed:
-            self._begin_round()
-            client = self._next_id() if client_id is None else client_id
-            self._arrived += 1
-            if client in self._arriving or (client in self._accepted and not replace):
-                return self._refuse(client, "sent a second contribution, which was ignored; the first one counts")
-            if not self._free:
-                raise RuntimeError(f"the store is full: its capacity is {self.capacity} clients")
-            row = self._free.take(row)
-            self._arriving.add(client)
-        self._note_unused(fisher)
+        if row is not None:
+            check_integer("row", row)
+        if base is not None:
+            self._writer.check_base(base)
+        arrival = self._attendance.enter(client_id, row, replace)
+        if arrival is None:
+            return False
         try:
-            accepted = self._writer.fill(row, client, update, fisher, num_samples, base)
+            self._note_unused(fisher)
+            accepted = self._writer.fill(arrival.row, arrival.client, update, fisher, num_samples, base)
             self._rows.commit(accepted)
-        except BaseException as error:
-            with self._changed:
-                self._arriving.discard(client)
-                self._free.release(row)
-                self._changed.notify_all()
-                if isinstance(error, ValueError):
-                    return self._refuse(client, str(error))
+        except ValueError as error:
+            self._attendance.leave(arrival, str(error))
+            return False
+        except BaseException:
+            self._attendance.leave(arrival)
             raise
-        with self._changed:
-            self._arriving.discard(client)
-            self._changed.notify_all()
-            self.rejected.pop(client, None)
-            earlier = self._accepted.pop(client, None)
-            self._accepted[client] = accepted
-            if earlier is not None:
-                self._release(earlier.row)
+        self._attendance.accept(accepted)
         return True
 
     def writer(self) -> RowWriter:
@@ -442,101 +362,22 @@ class UpdateStore:
         Raises:
             ValueError: it is accepted already, or its row is not free.
         """
-        with self._changed:
-            self._begin_round()
-            if accepted.client in self._accepted:
-                raise ValueError(f"client {accepted.client!r} is already accepted")
-            self._free.take(accepted.row)
-            self._rows.commit(accepted)
-            self._accepted[accepted.client] = accepted
-            self.rejected.pop(accepted.client, None)
+        self._attendance.admit(accepted)
 
     def client_updates(self) -> ClientUpdates:
         """The round so far, as rules see it; waits for contributions that are being copied."""
-        with self._changed:
-            clients = self._in_order()
-            tiles = self._rows.tiles([client.row for client in clients])
-            rejected = dict(self.rejected)
-
-        numbers = [
-            (client.num_samples, client.squared_norm, client.fisher_min, client.fisher_max) for client in clients
-        ]
-        columns = np.array(numbers, dtype=np.float64).reshape(-1, 4).T
-        num_samples, squared_norm, low, high = map(torch.from_numpy, columns)
-        return ClientUpdates(
-            tiles=tiles,
-            num_samples=num_samples,
-            clients=tuple(client.client for client in clients),
-            squared_norm=squared_norm,
-            fisher_min=low if self.with_fishers else None,
-            fisher_max=high if self.with_fishers else None,
-            valid=torch.ones(len(clients), dtype=torch.bool),
-            rejected=rejected,
-            unread=isinstance(self._rows, BorrowedRows),
-        )
-
-    def _begin_round(self) -> None:
-        """Forget the last round if it has ended."""
-        if self._aggregated is None:
-            return
-        self._wait_for_arrivals()
-        self._next_round({client: c for client, c in self._accepted.items() if client not in self._aggregated})
-
-    def _next_round(self, late: dict[Hashable, Accepted]) -> None:
-        """Forget all but those who were too late for the last round."""
-        self._rows.forget([accepted.row for client, accepted in self._accepted.items() if client not in late])
-        self._accepted, self._arrived, self.rejected = late, len(late), {}
-        self._free = self._rows_of_nobody()
-        self._mark_round(None)
-
-    def _rows_of_nobody(self) -> FreeRows:
-        taken = {accepted.row for accepted in self._accepted.values()}
-        return FreeRows(row for row in range(self.capacity) if row not in taken)
-
-    def _mark_round(self, aggregated: frozenset[Hashable] | None) -> None:
-        if (aggregated is None) != (self._aggregated is None):
-            self._rows.mark_round(aggregated is not None)
-        self._aggregated = aggregated
-
-    def _next_id(self) -> int:
-        taken = (self._accepted, self._arriving, self.rejected)
-        return next(number for number in itertools.count(self._arrived) if not any(number in ids for ids in taken))
+        return self._attendance.client_updates()
 
     def _note_unused(self, fisher: Any) -> None:
         if fisher is not None and not self.with_fishers and not self._warned:
             self._warned = True
-            text = "the store keeps no Fishers (with_fishers=False): those given are ignored"
-            warnings.warn(text, stacklevel=callers_level())
-
-    def _refuse(self, client: Hashable, reason: str) -> Literal[False]:
-        self.rejected[client] = reason
-        refuse({client: reason}, self._on_invalid)
-        return False
+            warnings.warn(
+                "the store keeps no Fishers (with_fishers=False): those given are ignored", stacklevel=callers_level()
+            )
 
     def _contribution(self, client: Accepted) -> Contribution:
         row = self._rows.read(client.row)
         return Contribution(client.client, row[UPDATE], row[FISHER] if self.with_fishers else None, client.num_samples)
-
-    def _release(self, row: int) -> None:
-        self._rows.forget([row])
-        self._free.release(row)
-
-    def _wait_for_arrivals(self) -> None:
-        self._changed.wait_for(lambda: not self._arriving)
-
-    def _in_order(self) -> list[Accepted]:
-        """The accepted clients by row, the last ones in the gaps that others have left."""
-        with self._changed:
-            self._wait_for_arrivals()
-            by_row = {client.row: client for client in self._accepted.values()}
-            last = sorted(by_row)
-            clients = [by_row[k] if k in by_row else by_row[last.pop()] for k in range(len(by_row))]
-            rows = self._rows.pack([client.row for client in clients])
-            if rows != [client.row for client in clients]:
-                clients = [dataclasses.replace(client, row=row) for client, row in zip(clients, rows, strict=True)]
-                self._accepted = {client.client: client for client in clients}
-                self._free = FreeRows(range(len(clients), self.capacity))
-            return clients
 
     def _matrices(self) -> MatrixTiles:
         tiles = self.client_updates().tiles

@@ -162,6 +162,16 @@ def test_one_client_is_kept():
         assert result.discrepancy.item() < 1e-25  # 0 but for rounding
 
 
+@pytest.mark.parametrize("cluster", CLUSTERINGS)
+def test_one_client_is_kept_where_all_others_are_rejected(cluster):
+    problem = random_round(4, 3, 10)
+    problem.fishers[[0, 2]] = 1.0
+    rule = FDCR(cluster=cluster)
+    for result in (problem.aggregate(rule), rule.aggregate(problem.w, problem.store())):
+        assert result.kept_clients == [1]
+        assert result.labels.tolist() == [-1, 0, -1]
+
+
 def test_two_clients_of_one_size_have_the_same_score():
     problem = random_round(0, 2, 9)
     problem.n = [5, 5]

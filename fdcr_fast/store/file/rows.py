@@ -39,6 +39,7 @@ class FileRows:
     """
 
     device = FileTiles.device
+    unread = False
 
     def __init__(self, file: FileIO, shape: StoreShape, max_resident: int | None, sync: bool) -> None:
         self._file = file
