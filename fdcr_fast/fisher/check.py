@@ -20,6 +20,7 @@ from fdcr_fast.fisher.kinds import Kind, Pass
 from fdcr_fast.fisher.model.settings import settings_of
 from fdcr_fast.fisher.model.stateless import Stateless
 from fdcr_fast.fisher.per_sample import PerSampleGradients, plain_gradients
+from fdcr_fast.warning import callers_level
 
 _log = logging.getLogger("fdcr_fast")
 
@@ -103,7 +104,7 @@ class Check:
         warnings.warn(
             f"{message}: they are computed one sample at a time, which is slow. Does the model treat the samples of a "
             "batch independently of each other? If so, please report it",
-            stacklevel=3,
+            stacklevel=callers_level(),
         )
         # All parameters: what is wrong for this sample of some may be wrong for other samples of others.
         estimate.one_by_one()

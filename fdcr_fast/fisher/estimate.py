@@ -65,9 +65,20 @@ class _Part:
     proven: bool
 
     def sum_squares(self, grad: Tensor) -> dict[str, Tensor]:
-        """By names of parameters."""
+        """Squares by the names of the parameters, given the gradient of the summed losses at the source's edge.
+
+        Raises:
+            ValueError: The rule of a layer lacks one of its parameters.
+        """
+        if grad.numel() == 0:
+            return {}
         squares = self.source.sum_squares(grad, self.axis, self.samples)
-        return {param: squares[name] for name, param in self.params.items() if name in squares}
+        try:
+            return {param: squares[name] for name, param in self.params.items()}
+        except KeyError as missing:
+            assert isinstance(self.source, Call), "an entry has all of its parameters"
+            layer, given = type(self.source.module).__name__, ", ".join(squares) or "nothing"
+            raise ValueError(f"the rule of {layer} gives {given}, and no {missing.args[0]}") from None
 
 
 class _NotTakenError(Exception):

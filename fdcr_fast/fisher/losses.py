@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fdcr_fast.warning import callers_level
+
 # (output of the model, targets), both with the samples in dimension 0, to the losses of the samples [N].
 Loss = Callable[[Any, Any], Tensor]
 
@@ -115,7 +117,7 @@ class CategoricalLoss:
         warnings.warn(
             f"outputs {shape} and targets {list(targets.shape)} do not tell which dimension holds the classes, taken "
             f"to be {chosen}: say so with loss_options={{'class_dim': {chosen}}}",
-            stacklevel=2,
+            stacklevel=callers_level(),
         )
         return chosen
 

@@ -57,8 +57,6 @@ class Call:
 
     def sum_squares(self, grad: Tensor, axis: Axis, n: int) -> dict[str, Tensor]:
         """By the layer's own names of parameters, given the gradient of the summed losses at the output."""
-        if grad.numel() == 0:
-            return {}
         input, grad = (self._samples_first(x, axis, n) for x in (self.input, grad))
         return self.rule.sum_squares(self.module, input, grad)
 
@@ -117,5 +115,8 @@ class Capture:
 
 
 def _settings(layer: nn.Module) -> tuple[Any, ...]:
-    names: Any = layer.__constants__
+    """The constants of a layer of PyTorch's; of others, which need not name them, the numbers and the text in it."""
+    names: Any = getattr(layer, "__constants__", None)
+    if names is None:
+        names = [name for name, x in vars(layer).items() if isinstance(x, int | float | str)]
     return layer.training, *(getattr(layer, name, None) for name in names)

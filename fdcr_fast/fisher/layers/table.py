@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from fdcr_fast.fisher.layers.reachable import USUAL_PARAMS, why_never_called
 
 # (module, input, gradient of the summed losses at its output), both with the samples along dimension 0, to
 # {parameter name: sum over samples of the squared per-sample gradient, dense or sparse}.
@@ -40,11 +42,16 @@ class Rule:
     def holds_for(self, module: nn.Module) -> bool:
         """Whether a module of the rule's type computes what the type does, with the type's own parameters."""
         return (
-            vars(module).keys().isdisjoint(("forward", *self.params))
+            self._nothing_hidden_by(vars(module))
             and type(module).forward is self.forward
             and set(module._parameters) <= set(self.params)
             and self.holds(module)
         )
+
+    def _nothing_hidden_by(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether no attribute hides the class's forward pass or a parameter; None hides one that is not there."""
+        names = "forward", *self.params
+        return attributes.keys().isdisjoint(names) or all(attributes.get(name) is None for name in names)
 
     def leading_dims(self, module: nn.Module, input: Tensor) -> int:
         """How many of the input's first dimensions are the samples and what the layer does not tell from them."""
@@ -59,14 +66,56 @@ RULES: dict[type[nn.Module], Rule] = {}
 def rule(
     *types: type[nn.Module],
     own_dims: Callable[[nn.Module], int] | None = None,
-    batched: Callable[[nn.Module, Tensor], bool] = lambda module, input: True,
-    params: tuple[str, ...] = ("weight", "bias"),
+    batched: Callable[[nn.Module, Tensor], bool] | None = None,
+    params: Collection[str] | None = None,
     holds: Callable[[nn.Module], bool] = lambda module: True,
 ) -> Callable[[SumSquares], SumSquares]:
-    """Registers a function as the rule of exactly these types; a subclass may compute something else."""
+    """A decorator that registers a function as the rule of exactly these types of layers.
+
+    A subclass may compute something else: it needs a rule of its own. What a rule is called with and what it returns
+    says ``SumSquares``; the options are those of :class:`Rule`.
+
+    Args:
+        types: The classes of the layers.
+        own_dims: See :class:`Rule`.
+        batched: See :class:`Rule`; for layers without ``own_dims``, by default always.
+        params: The names of all parameters that such layers may have of their own, by default ``weight`` and ``bias``
+            or one of them.
+        holds: See :class:`Rule`.
+
+    Raises:
+        TypeError: One of the types is no class of modules.
+        ValueError: The rule would never be called, or one of its options would not.
+    """
+    if not types:
+        raise ValueError("rule() needs the classes of the layers: @rule(MyLayer)")
+    if own_dims is not None and batched is not None:
+        raise ValueError("batched= would never be called: with own_dims=, all dimensions before these may hold samples")
+    names = (params,) if isinstance(params, str) else None if params is None else tuple(params)
+    for layer in types:
+        _refuse_unless_called(layer, names)
 
     def register(function: SumSquares) -> SumSquares:
-        RULES.update({t: Rule(function, own_dims, batched, params, t.forward, holds) for t in types})
+        known = USUAL_PARAMS if names is None else names
+        made = {t: Rule(function, own_dims, batched or _always, known, t.forward, holds) for t in types}
+        RULES.update(made)
         return function
 
     return register
+
+
+def _refuse_unless_called(layer: type[nn.Module], params: Collection[str] | None) -> None:
+    if not isinstance(layer, type) or not issubclass(layer, nn.Module):
+        raise TypeError(f"rules are for classes of torch.nn.Module, got {layer!r}")
+    if layer in RULES:
+        other = RULES[layer].sum_squares
+        raise ValueError(
+            f"{layer.__qualname__} has a rule already, {other.__module__}.{other.__qualname__}, and only one of them "
+            f"would be called: take that away with RULES.pop({layer.__qualname__})"
+        )
+    if reason := why_never_called(layer, params):
+        raise ValueError(f"a rule of {layer.__qualname__} would never be called: {reason}")
+
+
+def _always(module: nn.Module, input: Tensor) -> bool:
+    return True
