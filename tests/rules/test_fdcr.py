@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdcr_fast import ops
 from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS
 from fdcr_fast.rules.fdcr.discrepancy import SCORES
 from fdcr_fast.rules.fdcr.rule import FDCR
 from fdcr_fast.rules.fedavg import FedAvg
 from tests.support.fdcr_rounds import Round, assert_is, random_round, transcribed
+from tests.support.sizes import sizes
 
 
 def layouts(matrix):
@@ -25,7 +27,7 @@ def layouts(matrix):
     return {"rows": matrix, "transposed": matrix.t().contiguous().t(), "offset": padded[::2, 2:-1]}
 
 
-PROBLEMS = {"seed": st.integers(0, 2**32 - 1), "K": st.integers(3, 12), "P": st.integers(2, 40)}
+PROBLEMS = {"seed": st.integers(0, 2**32 - 1), "K": st.integers(3, 12), "P": sizes(2, 40)}
 OPTIONS = st.fixed_dictionaries(
     {
         "discrepancy": st.sampled_from(sorted(SCORES)),
@@ -117,7 +119,9 @@ def test_the_order_of_clients_does_not_matter(seed, K, P, options, random):
     ).aggregate(FDCR(**options))
     assert torch.equal(permuted.kept, result.kept[order])
     assert torch.equal(permuted.labels, result.labels[order])
-    torch.testing.assert_close(permuted.discrepancy, result.discrepancy[order])
+    # Products in float32 give each of them to 1e-6.
+    tolerance = {"rtol": 2e-6, "atol": 0} if P >= ops.STRETCH else {}
+    torch.testing.assert_close(permuted.discrepancy, result.discrepancy[order], **tolerance)
     torch.testing.assert_close(permuted.params, result.params)
 
 

@@ -14,7 +14,7 @@ from fdcr_fast.rules.pairwise.foolsgold import foolsgold_weights
 from fdcr_fast.rules.pairwise.krum import krum_scores
 from fdcr_fast.rules.pairwise.multi_metrics import whitened_scores
 from tests.support import oracles
-from tests.support.rival_rounds import assert_step, kept, problem, problems
+from tests.support.rival_rounds import assert_step, drawn_problems, kept, problem, problems
 
 
 @given(problem=problems, f=st.integers(0, 5), m=st.none() | st.integers(1, 4))
@@ -87,7 +87,7 @@ def test_foolsgold_over_rounds(seed, rounds, some):
 @given(problem=problems, f=st.integers(0, 6), fraction=st.sampled_from([0.5, 1.0]))
 def test_dnc(problem, f, fraction):
     f = min(f, (len(problem.n) - 1) // 2)
-    result = problem.apply(DnC(num_byzantine=f, filter_fraction=fraction))
+    result = problem.apply(DnC(num_byzantine=f, filter_fraction=fraction, sample=len(problem.w)))
     scores, members = oracles.dnc(problem.D, int(fraction * f))
     np.testing.assert_allclose(result.discrepancy, scores, rtol=1e-6, atol=1e-9 * scores.max())
     assert kept(result) == members
@@ -149,9 +149,9 @@ def test_flame_without_noise(problem):
     np.testing.assert_allclose(result.discrepancy, distance.sum(1) / others, rtol=1e-6, atol=1e-12)
 
 
-@given(seed=st.integers(0, 2**31), K=st.integers(5, 14), P=st.integers(3, 40))
-def test_multi_metrics(seed, K, P):
-    given_ = problem(seed, K, P)
+@given(given_=drawn_problems(clients=(5, 14), params=(3, 40)))
+def test_multi_metrics(given_):
+    K = len(given_.n)
     expected = oracles.multi_metrics(given_.w.numpy(), given_.D)
     ordered = np.sort(expected)
     assume(ordered[K // 2] - ordered[K // 2 - 1] > 1e-4 * ordered[-1])  # else rounding chooses

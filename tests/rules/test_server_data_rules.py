@@ -31,8 +31,8 @@ def test_finetuning_and_sageflow(problem):
     torch.testing.assert_close(tuned, 2 * problem.apply(FedAvg()).params)
     result = problem.apply(Sageflow(evaluate=quality, entropy_threshold=0.8, loss_exponent=2))
     weights = []
-    for d, n in zip(problem.D, problem.n, strict=True):
-        entropy, loss = quality(problem.w + torch.from_numpy(d))
+    for update, n in zip(problem.updates, problem.n, strict=True):
+        entropy, loss = quality(problem.w + update)
         weights.append(n / loss**2 if entropy <= 0.8 else 0.0)
     assert kept(result) == {k for k, weight in enumerate(weights) if weight}
     assert_step(problem, result, np.array(weights) @ problem.D / (sum(weights) or 1))

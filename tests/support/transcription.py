@@ -57,6 +57,11 @@ def labels_of(clusters, values):
     return labels
 
 
+def importance_of(F):
+    low, high = min(F), max(F)
+    return [(f - low) / (high - low) for f in F]  # 6
+
+
 def fdcr(
     w,
     updates,
@@ -73,7 +78,7 @@ def fdcr(
     """Algorithm 1: new parameters, V, kept clients, labels, weights; equation numbers as in the paper."""
     K, P = len(updates), len(w)
     delta = [[float(x) for x in row] for row in updates]
-    I = [[(float(f) - min(F)) / (max(F) - min(F)) for f in F] for F in (list(map(float, F)) for F in fishers)]  # noqa: E741
+    I = [importance_of([float(f) for f in F]) for F in fishers]  # noqa: E741
     alpha = [float(x) / float(sum(n)) for x in n]
     factor = I if importance else [[1.0] * P] * K
     u_k = [[delta[k][v] / learning_rate * factor[k][v] for v in range(P)] for k in range(K)]  # 7, 8
