@@ -9,6 +9,9 @@ Conventions. ``N`` samples, ``T`` positions (tokens, pixels), ``K`` clients, ``P
 float64, float32, bfloat16 or float16, with any strides.
 """
 
+import warnings
+from typing import Any
+
 from fdcr_fast.ops.aggregation import discrepancy, discrepancy_and_mean, rescaled_mean
 from fdcr_fast.ops.central import central_mean
 from fdcr_fast.ops.client_statistics import importance_range, squared_norm
@@ -38,3 +41,22 @@ __all__ = [
     "sum_squared_grads_linear",
     "sum_squared_grads_norm",
 ]
+
+_MOVED = {  # until 0.2.0 they were here; to fdcr_fast.ops.networks
+    "NetworkLayer",
+    "network_grad",
+    "network_outputs",
+    "sgd_step",
+    "sized_layers",
+    "sum_squared_network_grads",
+    "train_network",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fdcr_fast.ops import networks
+
+    warnings.warn(f"fdcr_fast.ops.{name} is now fdcr_fast.ops.networks.{name}", DeprecationWarning, stacklevel=2)
+    return getattr(networks, name)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdcr_fast import ops
 from fdcr_fast.ops import networks
 from fdcr_fast.ops.networks import NetworkLayer
 
@@ -213,3 +214,10 @@ def test_what_does_not_fit_is_refused():
             networks.train_network(params, images, labels, order, flat(CNN), batch_size, 0.1, 0.9, 0.0)
     with pytest.raises(RuntimeError):
         networks.sgd_step(params, params[1:], params, 0.1, 0.9, 0.0)
+
+
+def test_their_old_place_gives_them_with_a_warning():
+    with pytest.warns(DeprecationWarning, match=r"fdcr_fast\.ops\.networks\.network_grad"):
+        assert ops.network_grad is networks.network_grad
+    with pytest.raises(AttributeError, match="no attribute 'network_loss'"):
+        _ = ops.network_loss
