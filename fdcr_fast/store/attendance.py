@@ -18,7 +18,8 @@ from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.screening import OnInvalid, refuse
 from fdcr_fast.store.rows import Accepted, Rows
 
-_NUMBERS, _CLIENT = attrgetter("num_samples", "squared_norm", "fisher_min", "fisher_max"), attrgetter("client")
+_NUMBERS = attrgetter("num_samples", "squared_norm", "fisher_min", "fisher_max")
+_CLIENT, _ROW = attrgetter("client"), attrgetter("row")
 
 
 class Arrival(NamedTuple):
@@ -157,21 +158,13 @@ class Attendance:
     def in_order(self) -> list[Accepted]:
         """The accepted clients by row, the last ones in the gaps that others have left, when nobody is arriving."""
         with self.settled():
-            by_row = {client.row: client for client in self.accepted.values()}
-            last = sorted(by_row)
-            clients = [by_row[k] if k in by_row else by_row[last.pop()] for k in range(len(by_row))]
-            rows = self._rows.pack([client.row for client in clients])
-            if rows != [client.row for client in clients]:
-                clients = [dataclasses.replace(client, row=row) for client, row in zip(clients, rows, strict=True)]
-                self.accepted = {client.client: client for client in clients}
-                self._free = FreeRows(range(len(clients), self._rows.shape.capacity))
-            return clients
+            return self._packed()
 
     def client_updates(self) -> ClientUpdates:
         """The round so far, as rules see it, when nobody is arriving."""
         with self.settled():
-            clients = self.in_order()
-            tiles = self._rows.tiles([client.row for client in clients])
+            clients = self._packed()
+            tiles = self._rows.tiles(list(map(_ROW, clients)))
             rejected = dict(self.rejected)
         numbers = np.array(list(map(_NUMBERS, clients)), dtype=np.float64).reshape(-1, 4)
         num_samples, squared_norm, low, high = map(torch.from_numpy, numbers.T)
@@ -197,6 +190,18 @@ class Attendance:
         """Forget everybody, when nobody is arriving."""
         with self.settled():
             self._next_round({})
+
+    def _packed(self) -> list[Accepted]:
+        by_row = {client.row: client for client in self.accepted.values()}
+        last = sorted(by_row)
+        clients = [by_row[k] if k in by_row else by_row[last.pop()] for k in range(len(by_row))]
+        rows = list(map(_ROW, clients))
+        packed = self._rows.pack(rows)
+        if packed != rows:
+            clients = [dataclasses.replace(client, row=row) for client, row in zip(clients, packed, strict=True)]
+            self.accepted = {client.client: client for client in clients}
+            self._free = FreeRows(range(len(clients), self._rows.shape.capacity))
+        return clients
 
     def _begin_round(self) -> None:
         """Forget the last round if it has ended."""
