@@ -48,7 +48,7 @@ def test_every_link_leads_somewhere() -> None:
 
 def test_every_table_is_in_a_file_that_its_section_names() -> None:
     def holds(path: str, table: str) -> bool:
-        return re.search(rf"(?m)^{table}\b.* = ", (ROOT / path).read_text()) is not None
+        return re.search(rf"(?m)^({table}\b.* = |class {table}\b)", (ROOT / path).read_text()) is not None
 
     found = set()
     for section in sections("CONTRIBUTING.md"):
