@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -13,6 +14,7 @@ import fdcr_fast
 
 ROOT = Path(fdcr_fast.__file__).parent
 CSRC = ROOT.parent / "csrc"
+MAP = ROOT.parent / "docs" / "architecture.md"
 
 # By package, in the order in which they import from each other. ``__init__`` are the names that the package exports.
 ROOMS = {
@@ -78,6 +80,19 @@ def test_every_room_imports_from_those_before_it(house: str) -> None:
             own, its = room(module, house), room(other, house)
             if own is not None and its is not None:
                 assert order.index(its) <= order.index(own), f"{module} imports {other}"
+
+
+@pytest.mark.skipif(not MAP.exists(), reason="no documentation: not a checkout")
+def test_the_map_shows_who_imports_from_whom() -> None:
+    rows = re.findall(r"(?m)^\| `(\w+)` \| (.*) \|$", MAP.read_text())
+    shown = {own: set(re.findall(r"`(\w+)`", others)) for own, others in rows}
+    found: dict[str, set[str]] = {own: set() for own in shown}
+    for module, imported in IMPORTS.items():
+        own = str(room(module, "fdcr_fast"))
+        if own in found:
+            found[own] |= {str(room(other, "fdcr_fast")) for other in imported} - {own}
+    assert found == shown
+    assert {own for own in ROOMS["fdcr_fast"] if (ROOT / own).is_dir()} <= set(shown)
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

@@ -17,7 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.public_rounds import assert_same_result, bits, plain, rules_and_rounds
+import fdcr_fast
+from fdcr_fast import AggregationRule
+from tests.support.public_rounds import RULES, assert_same_result, bits, plain, rules_and_rounds
 from tests.support.ways_in import WAYS, carries_buffers
 
 # Those of which the documentation says that kept updates are averaged by the weights of the result.
@@ -25,6 +27,11 @@ AVERAGES = [
     *("fdcr", "fdcr of the published code", "fdcr, bare", "coalition", "fedavg", "norm clipping", "krum", "multi-krum"),
     *("foolsgold", "dnc", "multi-metrics", "sageflow"),
 ]
+
+
+def test_every_rule_is_drawn():
+    exported = {x for x in vars(fdcr_fast).values() if isinstance(x, type) and issubclass(x, AggregationRule)}
+    assert {type(make()) for make, _ in RULES.values()} == exported - {AggregationRule}
 
 
 def sent_in(data, way, round):
