@@ -215,7 +215,7 @@ def _recurrent_layer(flow: Flow, axis: Axis) -> Axis | None:
 
 
 def _recursion(flow: Flow, axis: Axis) -> Axis | None:
-    """The recursion of ``recurrent`` takes maps ``[T, N, G]`` and states ``[N, H]``, and gives ``[T, N, H]`` and states."""
+    """The recursion of ``recurrent`` takes maps ``[T, N, G]`` and states ``[N, H]`` to ``[T, N, H]`` and states."""
     return Axis(len(flow.source) - 2, axis.inner) if axis.dim == len(flow.result) - 2 else None
 
 

@@ -67,14 +67,23 @@ class _Contents:
 
     def restore(self) -> None:
         if not self._same():
-            self._container.clear()
-            put = self._container.extend if isinstance(self._saved, list) else self._container.update
-            put(self._saved)
+            self._put_back()
         for x, (version, values) in self._values.items():
             if x._version != version:
                 with torch.no_grad():
                     x.copy_(values)
                 self._values[x] = x._version, values
+
+    def _put_back(self) -> None:
+        now, saved = self._container, self._saved
+        if isinstance(saved, dict) and [key for key in now if key in saved] == list(saved):
+            # Attributes are never gone: another thread may look at the module before it waits for it.
+            for key in now.keys() - saved.keys():
+                del now[key]
+        else:
+            now.clear()
+        put = now.extend if isinstance(saved, list) else now.update
+        put(saved)
 
     def _same(self) -> bool:
         now, saved = self._container, self._saved
