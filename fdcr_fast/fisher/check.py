@@ -1,4 +1,4 @@
-"""The fast way against plain autograd, on one sample of a batch."""
+"""The self-check: the fast way is compared with plain autograd on one sample of a batch."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Check:
     Args:
         how: ``"first"``: the first batch, unless one alike has passed before. ``"all"``: every batch. ``"off"``: none.
         model: The arguments of :class:`Estimate`, as are the next ones.
-        settings: What models and losses that go the same way have in common.
-        generator: Where the kind takes its random numbers from.
+        settings: A key for all models and losses that go the same way.
+        generator: The generator that the kind takes its random numbers from.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Check:
         return next(iter(self._params.values())).device
 
     def _alike(self, batch: Batch) -> tuple[Any, ...]:
-        """The same for batches, also of other models, that go the same way, as far as can be seen without calling."""
+        """A key for all batches, of any model, that go the same way as far as can be seen without a call."""
         data = tuple((x.shape[1:], x.dtype) for x in batch.tensors), settings_of(batch.shared)
         params = tuple((name, p.shape, p.dtype) for name, p in self._params.items())
         return self._settings, data, params, torch.is_autocast_enabled(self._device.type), _surroundings()
@@ -175,7 +175,7 @@ class Check:
 
 
 def _surroundings() -> Hashable:
-    """What is done to all models: hooks of all modules, functions that were exchanged, and modes."""
+    """Whatever is done to all models: hooks of all modules, functions that were exchanged, and modes."""
     hooks = [settings_of(list(x.values())) for name, x in vars(_module).items() if name in _GLOBAL_HOOKS]
     return *hooks, hash(tuple(map(id, vars(F).values()))), len(_get_current_function_mode_stack())
 

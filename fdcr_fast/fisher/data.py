@@ -64,7 +64,7 @@ class Batch:
         return cls([_Rows(x) if _may_be_rows(x) and len(x) == n else x for x in leaves], structure, n)
 
     def part(self, samples: slice) -> Batch:
-        """Some of the samples, not copied."""
+        """A batch of some of the samples, which are not copied."""
         if samples.start == 0 and samples.stop >= self.samples:
             return self
         leaves = [x[samples] if _has_samples(x) or isinstance(x, _Rows) else x for x in self._leaves]
@@ -72,12 +72,12 @@ class Batch:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that have the samples in dimension 0."""
+        """The tensors, which have the samples in dimension 0."""
         return [x for x in self._leaves if _has_samples(x)]
 
     @property
     def shared(self) -> list[Any]:
-        """What goes with all samples."""
+        """Whatever goes with all samples."""
         return [x for x in self._leaves if not _has_samples(x) and not isinstance(x, _Rows)]
 
     @property
@@ -86,24 +86,24 @@ class Batch:
         return any(isinstance(x, _Rows) for x in self._leaves)
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> Batch:
-        """The same, but for other tensors with the samples in dimension 0."""
+        """This batch with other tensors, which have the samples in dimension 0."""
         given = iter(tensors)
         leaves = [next(given) if _has_samples(x) else x for x in self._leaves]
         return Batch(leaves, self._structure, next(len(x) for x in leaves if _has_samples(x)))
 
     def tree(self) -> tuple[Any, Any]:
-        """``(inputs, targets)``."""
+        """The inputs and the targets, as they were given."""
         leaves = [x.entries if isinstance(x, _Rows) else x for x in self._leaves]
         inputs, targets = tree_unflatten(leaves, self._structure)
         return inputs, targets
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """This batch on a device."""
         leaves = [x.to(device) if isinstance(x, Tensor) else x for x in self._leaves]
         return Batch(leaves, self._structure, self.samples)
 
     def private(self, *, channels_last: bool = False) -> Batch:
-        """A copy, which a model may write to, of images perhaps with the channels last in memory."""
+        """A copy that a model may write to; images may have their channels last in memory."""
         leaves = [_copied(x, channels_last) if isinstance(x, Tensor) else x for x in self._leaves]
         return Batch(leaves, self._structure, self.samples)
 
@@ -122,7 +122,7 @@ def _has_samples(x: Any) -> bool:
 
 
 def _may_be_rows(x: Any) -> bool:
-    """Tuples of numbers are sizes and the like."""
+    """Whether an argument may hold an entry per sample; tuples of numbers are sizes and the like."""
     return (isinstance(x, list) and bool(x) and all(isinstance(entry, str | Number) for entry in x)) or (
         type(x) is tuple and bool(x) and all(isinstance(entry, str) for entry in x)
     )

@@ -73,17 +73,17 @@ def diagonal_fisher(
             output (``bce_with_logits``, and ``mse`` with its normal distribution of variance 1/2).
             ``"squared_batch_gradient"`` is not a Fisher: the mean over batches of the squared gradient of the batch's
             mean loss. It depends on the batch size and is found in re-implementations; it is here to reproduce them.
-        weigh_batches: Of that kind: batches b count by their samples, ``sum_b |b| g_b^2 / N``, as in the published
+        weigh_batches: For that kind: batches b count by their samples, ``sum_b |b| g_b^2 / N``, as in the published
             experiments, instead of alike.
-        loss_options: Of a loss by name. ``per_sample="sum"`` or ``"mean"``: how the values of a sample, such as those
-            of its tokens, become its loss, by default their sum; the mean is over those not ignored. As in
+        loss_options: Options of a loss by name. ``per_sample="sum"`` or ``"mean"``: how the values of a sample, such as
+            those of its tokens, become its loss, by default their sum; the mean is over those not ignored. As in
             ``torch.nn.functional``: ``weight`` (per class), ``ignore_index`` and, of ``cross_entropy``,
             ``label_smoothing``; ``weight`` and ``pos_weight`` of ``bce_with_logits``. Of classes also ``class_dim``,
             and ``shift=1`` for outputs about the next token where the targets are the tokens themselves. Losses are
             weighted, not divided by the sum of weights. Ignored labels have loss 0 and are ignored in every kind; a
             sample of nothing else counts in ``N``.
         num_samples: Draws per label of the kind ``"sampled"``.
-        generator: Where the kind ``"sampled"`` takes its random numbers from; by default the global generator.
+        generator: The generator that the kind ``"sampled"`` draws from; by default the global one.
         state: Parameters and buffers by name to take instead of the model's own, such as a client's ``state_dict()``,
             tensors or arrays. Prefixes of wrappers (``module.``, ``_orig_mod.``) may be there or not, here and in
             ``params``.
@@ -97,7 +97,7 @@ def diagonal_fisher(
             autograd, unless a model and a batch alike have passed before in this process; it costs as much as that
             batch. ``"all"``: one of every batch, which doubles the time. ``"off"``: none. Parameters that differ are
             computed one sample at a time, with a warning.
-        progress: Called after every forward pass's batch with the number of samples done so far.
+        progress: A function called after every forward pass's batch with the number of samples done so far.
 
     Returns:
         ``[P]``, the chosen parameters flattened one after the other in the order of ``named_parameters()``, on the
@@ -157,9 +157,9 @@ def diagonal_fisher_stacked(
         model: The architecture; its own values stand in for what ``state`` does not hold.
         state: ``[K, *shape]`` by name: the clients' parameters, and buffers if these differ, stacked as by
             ``torch.func.stack_module_state`` (which returns the two apart: ``{**params, **buffers}``).
-        data: Of each client, in any form that :func:`diagonal_fisher` takes.
-        loss: As of :func:`diagonal_fisher`, which also explains the ``options``.
-        progress: Called after every client with the number of clients done so far.
+        data: Each client's data, in any form that :func:`diagonal_fisher` takes.
+        loss: The loss as in :func:`diagonal_fisher`, which also explains the ``options``.
+        progress: A function called after every client with the number of clients done so far.
 
     Returns:
         ``[K, P]``: ready for ``FDCR().aggregate``.

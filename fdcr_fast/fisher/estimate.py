@@ -36,7 +36,7 @@ _GPU_SAMPLES = 256
 
 @dataclass(frozen=True)
 class _Forward:
-    """What a forward pass leaves behind: the layers' calls, the passes back that are wanted, the first one's losses."""
+    """The result of a forward pass: the layers' calls, the passes back that are wanted, and the losses of the first."""
 
     calls: dict[str, list[Call | None]]
     output: Any
@@ -49,13 +49,13 @@ _Source = Call | Entry
 
 @dataclass(frozen=True)
 class _Part:
-    """Where the squared gradients of some parameters come from: the call of a layer, or an entry.
+    """A source of the squared gradients of some parameters: the call of a layer, or an entry.
 
     Attributes:
         params: Names of the parameters that are wanted, by those that the source has for them.
-        axis: Where the samples lie at its edge.
-        samples: How many there are.
-        proven: Whether the graph tells so; else the gradients that arrive must show it.
+        axis: The place of the samples at its edge.
+        samples: The number of them.
+        proven: Whether the graph tells the place; else the gradients that arrive must show it.
     """
 
     source: _Source
@@ -86,7 +86,7 @@ class _NotTakenError(Exception):
 
 
 class Estimate:
-    """Mean over samples of squared gradients for the parameters ``names``.
+    """The mean over samples of the squared gradients of the parameters ``names``.
 
     ``fallback`` is for what no layer rule can do. With ``only``, the sample of that number alone counts in a batch, and
     the first pass of the kind.
@@ -120,7 +120,7 @@ class Estimate:
         self._alone = False  # whether every sample goes through plain autograd on its own
         self._warned = False
         self._tried = False  # whether graphs that may hide ways to parameters have shown that they do not
-        # Of some parameters only: parts of the model may be missing in graphs because their inputs have no gradients.
+        # With some parameters only, parts of the model may be missing in graphs because their inputs have no gradients.
         self._partly = len(names) < sum(p.is_floating_point() for p in model.params.values())
         cpu = self._vector.device.type == "cpu"
         # How many samples the caller should add at a time.
@@ -134,7 +134,7 @@ class Estimate:
             self.one_by_one()
 
     def add(self, batch: Batch) -> None:
-        """Squared per-sample gradients of a batch: one forward pass, and one backward pass per pass of the kind."""
+        """Adds a batch's squared per-sample gradients, by one forward pass and a backward pass per pass of the kind."""
         if batch.samples == 0:
             return
         if self.samples and not self._warned and (unreached := self._unreached()):
@@ -157,13 +157,13 @@ class Estimate:
                 samples = samples.part(slice(self._only, self._only + 1))
             squares = self._fallback.sum_squares(each.loss, names, samples) if names else {}
             for name, s in squares.items():
-                self.sums[name].add_(s, alpha=each.share)
+                self.sums[name].add_(s, alpha=each.weight)
             self._reached.update(squares)
         self.samples += batch.samples
         self._weight += batch.samples
 
     def _add_somehow(self, batch: Batch, tried: bool = False) -> list[tuple[Pass, set[str]]] | None:
-        """:meth:`_add_by_graph`, begun again without what makes it fast where the model does not take that."""
+        """Calls :meth:`_add_by_graph`, again and without what makes it fast where the model does not take that."""
         try:
             return self._add_by_graph(batch, tried)
         except _NotTakenError as error:
@@ -171,7 +171,7 @@ class Estimate:
             return self._add_somehow(batch, tried)
 
     def _add_by_graph(self, batch: Batch, tried: bool = False) -> list[tuple[Pass, set[str]]] | None:
-        """Adds what layers and entries give; what every pass lacks after that.
+        """Adds what layers and entries give, and returns what every pass lacks after that.
 
         None, and nothing is added, if the graph may hide ways to parameters: that should be tried.
         """
@@ -206,15 +206,15 @@ class Estimate:
         return losses_of(first.loss, output, first.targets)
 
     def add_batch_gradient(self, batch: Batch, weight: int) -> None:
-        """The squared gradient of the batch's mean loss, which is not a Fisher, as often as ``weight`` says."""
+        """Adds the squared gradient of the batch's mean loss, which is not a Fisher, ``weight`` times."""
         if batch.samples == 0:
             return
 
-        def shares(output: Any, targets: Any) -> Tensor:
+        def part_of_mean(output: Any, targets: Any) -> Tensor:
             (each,) = self._kind(output, targets)
             return losses_of(each.loss, output, each.targets) / batch.samples
 
-        grads = plain_gradients(self._model, shares, self._wanted, batch.to(self._vector.device))
+        grads = plain_gradients(self._model, part_of_mean, self._wanted, batch.to(self._vector.device))
         for name, g in grads.items():
             self.sums[name] += weight * g.to(self._vector.dtype).square()
         self._reached.update(grads)
@@ -222,7 +222,7 @@ class Estimate:
         self._weight += weight
 
     def one_by_one(self) -> None:
-        """From now on every sample goes through plain autograd on its own."""
+        """Sends every sample through plain autograd on its own from now on."""
         self._alone = True
         self._fallback.one_by_one()
 
@@ -274,9 +274,9 @@ class Estimate:
         return losses * alone
 
     def _parts(self, calls: Mapping[str, Sequence[Call | None]], graph: Graph, n: int) -> dict[str, _Part]:
-        """What gives squared gradients without those of every sample: layers, and entries of what they leave over.
+        """The sources that need no gradients of single samples, by unique names: layers, and entries for the rest.
 
-        By unique names. Layers are called once, on samples apart, with the only uses of their parameters.
+        The layers are those that are called once, on samples apart, with the only uses of their parameters.
         """
         layers: dict[str, tuple[_Source, dict[str, str]]] = {}
         for name, (call, *more) in calls.items():
@@ -300,7 +300,7 @@ class Estimate:
         graph: Graph,
         n: int,
     ) -> dict[str, _Part]:
-        """Those sources of which it is clear where the samples lie, or will be by their gradients."""
+        """The sources of which it is clear where the samples lie, or will be by their gradients."""
         edges = {name: source.edge for name, (source, params) in sources.items() if params and name not in self._mixed}
         axes = graph.axes(edges) if n > 1 and edges else dict.fromkeys(edges, Axis(0))
         parts = {}
@@ -321,10 +321,10 @@ class Estimate:
         for i, each in enumerate(forward.passes, 1):
             last = i == len(forward.passes)
             losses = self._losses(each, forward.output) if losses is None else losses
-            # Of every pass: in one of them all gradients of a layer may be zero, which shows nothing.
+            # For every pass: in one of them all gradients of a layer may be zero, which shows nothing.
             rows = RowsOfSamples(losses, unproven, lowest_unproven) if unproven else None
             added: list[str] = []
-            visit = partial(self._add_part, parts, rows, each.share, last, added)
+            visit = partial(self._add_part, parts, rows, each.weight, last, added)
             visit_gradients(losses, edges, lowest, visit, keep_graph=not last)
             losses = None
             yield each, {param for name in added for param in params[name]}
@@ -333,20 +333,23 @@ class Estimate:
         self,
         parts: dict[str, _Part],
         rows: RowsOfSamples | None,
-        share: float,
+        weight: float,
         last: bool,
         added: list[str],
         name: str,
         grad: Tensor,
     ) -> None:
-        """The last use of a layer's input lets go of it, so that memory shrinks while the backward pass runs."""
+        """Adds what one part gives, for its gradient.
+
+        The last use of a layer's input lets go of it, so that memory shrinks while the backward pass runs.
+        """
         part = parts.pop(name) if last else parts[name]
         if rows is not None and not part.proven and not rows.are_in(name, grad):
             self._mixed.add(name)
         if name in self._mixed:
             return
         for param, squares in part.sum_squares(grad).items():
-            self.sums[param].add_(squares, alpha=share)
+            self.sums[param].add_(squares, alpha=weight)
         added.append(name)
 
 

@@ -1,6 +1,6 @@
-"""Which labels the Fisher is taken over: those of the data, draws from the model, or the model's whole distribution.
+"""The labels that a Fisher is taken over: those of the data, draws from the model, or the model's whole distribution.
 
-Each kind turns one batch into passes, the sum of whose squared per-sample gradients is the batch's share of the Fisher.
+Each kind turns one batch into passes, whose squared per-sample gradients add up to what the batch adds to the Fisher.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ BATCH_GRADIENT = "squared_batch_gradient"
 
 @dataclass(frozen=True)
 class Pass:
-    """Squared per-sample gradients of ``loss(output, targets)`` are wanted, ``share`` times."""
+    """One backward pass: the squared per-sample gradients of ``loss(output, targets)`` are wanted, ``weight`` times."""
 
     targets: Any
     loss: Loss
-    share: float = 1.0
+    weight: float = 1.0
 
 
 # (output, targets of the data) to the passes of a batch.
@@ -69,7 +69,7 @@ def _exact(loss: Loss, *_: Any) -> Kind:
 
 
 def _every_class(loss: CategoricalLoss, output: Any, targets: Any) -> Iterator[Pass]:
-    """Every class weighted by its probability: ``E[g^2] = sum_c p_c g_c^2 = sum_c (sqrt(p_c) g_c)^2``."""
+    """A pass for every class, weighted by its probability: ``E[g^2] = sum_c p_c g_c^2 = sum_c (sqrt(p_c) g_c)^2``."""
 
     def weighted(output: Any, targets: Any) -> Tensor:
         labels, root = targets
@@ -81,7 +81,10 @@ def _every_class(loss: CategoricalLoss, output: Any, targets: Any) -> Iterator[P
 
 
 def _every_output(loss: ElementwiseLoss, output: Any, targets: Any) -> Iterator[Pass]:
-    """Independent labels of mean score 0: ``E[(sum_m s_m df_m)^2] = sum_m var(s_m) df_m^2``."""
+    """A pass for every output, as labels are independent with scores of mean 0.
+
+    ``E[(sum_m s_m df_m)^2] = sum_m var(s_m) df_m^2``.
+    """
     roots = _outputs(loss.score_variance(logits(output).detach()).sqrt())
 
     def one(m: int, output: Any, root: Tensor) -> Tensor:

@@ -137,14 +137,14 @@ class CategoricalLoss:
         return each.flatten(1).sum(1) / (targets != self._ignored).flatten(1).sum(1).clamp_min(1)
 
     def _ignored_as_in(self, targets: Tensor, labels: Tensor) -> Tensor:
-        """Positions that the data leave out, such as padding, stay out."""
+        """The labels without those at positions that the data leave out, such as padding."""
         return labels if targets.is_floating_point() else labels.masked_fill(targets == self._ignored, self._ignored)
 
 
 def _nll_loss(
     scores: Tensor, targets: Tensor, *, weight: Tensor | None = None, reduction: str, ignore_index: int
 ) -> Tensor:
-    """PyTorch's takes class indices only."""
+    """The negative log-likelihood of class indices or probabilities; PyTorch's takes indices only."""
     if not targets.is_floating_point():
         return F.nll_loss(scores, targets, weight=weight, reduction=reduction, ignore_index=ignore_index)
     weights = 1 if weight is None else weight.view(-1, *[1] * (scores.dim() - 2))
@@ -213,8 +213,8 @@ class BinaryCrossEntropy(ElementwiseLoss):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """How a loss by name is made, and the names of the options that it takes."""
+class NamedLoss:
+    """A loss by name: how it is made, and the names of the options that it takes."""
 
     make: Callable[..., CategoricalLoss | ElementwiseLoss]
     options: frozenset[str]
@@ -222,16 +222,16 @@ class Entry:
 
 _OF_CLASSES = frozenset({"weight", "ignore_index", "class_dim", "per_sample", "shift"})
 
-LOSSES: dict[str, Entry] = {
-    "cross_entropy": Entry(partial(CategoricalLoss, F.cross_entropy), _OF_CLASSES | {"label_smoothing"}),
-    "nll": Entry(partial(CategoricalLoss, _nll_loss), _OF_CLASSES),
-    "mse": Entry(SquaredError, frozenset({"per_sample"})),
-    "bce_with_logits": Entry(BinaryCrossEntropy, frozenset({"weight", "pos_weight", "per_sample"})),
+LOSSES: dict[str, NamedLoss] = {
+    "cross_entropy": NamedLoss(partial(CategoricalLoss, F.cross_entropy), _OF_CLASSES | {"label_smoothing"}),
+    "nll": NamedLoss(partial(CategoricalLoss, _nll_loss), _OF_CLASSES),
+    "mse": NamedLoss(SquaredError, frozenset({"per_sample"})),
+    "bce_with_logits": NamedLoss(BinaryCrossEntropy, frozenset({"weight", "pos_weight", "per_sample"})),
 }
 
 
 def logits(output: Any) -> Tensor:
-    """What a named loss is taken of: the output itself, or its ``logits`` as Hugging Face models have them."""
+    """The tensor that a loss by name is taken of: the output, or its ``logits`` as Hugging Face models have them."""
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     output = getattr(output, "logits", output)
@@ -250,7 +250,7 @@ def _one_tensor(targets: Any) -> Tensor:
 
 
 def _shaped_as(output: Tensor, targets: Tensor) -> Tensor:
-    """Targets of the outputs' shape, of which dimensions of size 1 may be missing, or too many."""
+    """The targets in the outputs' shape, of which dimensions of size 1 may be missing, or too many."""
     if targets.shape != output.shape:
         shapes = [[len(x), *(size for size in x.shape[1:] if size != 1)] for x in (output, targets)]
         if shapes[0] != shapes[1]:

@@ -24,7 +24,7 @@ _MAX_BYTES = 64 << 20
 
 
 def plain_gradients(model: Stateless, loss: Loss, names: Collection[str], batch: Batch) -> dict[str, Tensor]:
-    """Gradients of the summed losses by plain autograd, of those of the parameters ``names`` that they depend on."""
+    """The gradients of the summed losses by plain autograd, for those of ``names`` that the losses depend on."""
     inputs, targets = batch.private().tree()
     with _all_differentiable(model) as (leaves, call):
         losses = losses_of(loss, call(inputs), targets)
@@ -69,18 +69,18 @@ def _all_differentiable(model: Stateless) -> Iterator[tuple[dict[str, Tensor], C
 
 
 class PerSampleGradients:
-    """Sums squared gradients of the losses of samples, without storing more than a chunk of them."""
+    """The sums of squared per-sample gradients, of which no more than a chunk is stored at a time."""
 
     def __init__(self, model: Stateless) -> None:
         self._model = model
         self._vectorised = True
 
     def one_by_one(self) -> None:
-        """From now on by plain autograd."""
+        """Takes plain autograd from now on."""
         self._vectorised = False
 
     def sum_squares(self, loss: Loss, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-        """``sum_n grad_n^2`` in at least float32 for those parameters ``names`` that the loss of some sample needs."""
+        """The sums ``sum_n grad_n^2`` in at least float32 for those of ``names`` that some sample's loss needs."""
         sums: dict[str, Tensor] = {}
         params = {name: self._model.params[name] for name in names}
         bytes_per_sample = sum(p.numel() * p.element_size() for p in params.values())
@@ -121,7 +121,7 @@ class PerSampleGradients:
 
 
 def _add_squares(sums: dict[str, Tensor], grads: Mapping[str, Tensor]) -> None:
-    """Gradients are squared out of place: autograd may have given several parameters views of one tensor."""
+    """Adds squared gradients, squared out of place: autograd may have given several parameters views of one tensor."""
     for name, g in grads.items():
         squares = g.to(torch.promote_types(g.dtype, torch.float32)).square().sum(0)
         sums[name] = sums[name].add_(squares) if name in sums else squares

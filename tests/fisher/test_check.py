@@ -51,8 +51,8 @@ def wrong_rule(patch):
     """Half of a layer's gradients."""
     original = Estimate._add_part
 
-    def add_part(self, parts, rows, share, last, added, name, grad):
-        original(self, parts, rows, share, last, added, name, grad / 2 if name == "2" else grad)
+    def add_part(self, parts, rows, weight, last, added, name, grad):
+        original(self, parts, rows, weight, last, added, name, grad / 2 if name == "2" else grad)
 
     patch.setattr(Estimate, "_add_part", add_part)
 
@@ -61,8 +61,8 @@ def layer_forgotten(patch):
     """As where a layer's gradient does not arrive where it was recorded."""
     original = Estimate._add_part
 
-    def add_part(self, parts, rows, share, last, added, name, grad):
-        original(self, parts, rows, share, last, added, name, grad * 0 if name == "0" else grad)
+    def add_part(self, parts, rows, weight, last, added, name, grad):
+        original(self, parts, rows, weight, last, added, name, grad * 0 if name == "0" else grad)
 
     patch.setattr(Estimate, "_add_part", add_part)
 
@@ -125,9 +125,9 @@ def test_faults_that_begin_later(monkeypatch):
     original = Estimate._add_part
     calls = []
 
-    def add_part(self, parts, rows, share, last, added, name, grad):
+    def add_part(self, parts, rows, weight, last, added, name, grad):
         calls.append(name)
-        original(self, parts, rows, share, last, added, name, grad * 2 if len(calls) > 12 else grad)
+        original(self, parts, rows, weight, last, added, name, grad * 2 if len(calls) > 12 else grad)
 
     monkeypatch.setattr(Estimate, "_add_part", add_part)
     with pytest.raises(RuntimeError, match=r"not those of plain autograd after the first 6 samples.*batch_size=1"):

@@ -109,7 +109,7 @@ class Graph:
         return found
 
     def lowest(self, edges: Mapping[str, GradientEdge]) -> list[str]:
-        """Those of the edges below which there is no other: a backward pass to them goes through all of them."""
+        """The edges below which there is no other: a backward pass to them goes through all edges."""
         names = {edge.node: name for name, edge in edges.items()}
         leading_to_edges: set[Node] = set()
         lowest = []

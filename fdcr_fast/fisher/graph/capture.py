@@ -1,4 +1,4 @@
-"""Records, in one forward pass, what the layer rules need."""
+"""The record of a forward pass that the layer rules need: the calls of layers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Call:
 
     Attributes:
         params: The tensors that stood for the layer's parameters.
-        settings: How the layer was made, in the call.
-        versions: What the layer read, its input and buffers, with their versions then.
+        settings: The layer's settings in the call.
+        versions: The tensors that the layer read, its input and buffers, with their versions then.
     """
 
     module: nn.Module
@@ -56,7 +56,7 @@ class Call:
         return len(self.input) == n
 
     def sum_squares(self, grad: Tensor, axis: Axis, n: int) -> dict[str, Tensor]:
-        """By the layer's own names of parameters, given the gradient of the summed losses at the output."""
+        """The sums of squares by the layer's own names, given the gradient of the summed losses at the output."""
         input, grad = (self._samples_first(x, axis, n) for x in (self.input, grad))
         return self.rule.sum_squares(self.module, input, grad)
 
@@ -70,7 +70,7 @@ class Call:
 
 
 class Capture:
-    """Context manager: while it is open, calls of the layers that have a rule are recorded by module name.
+    """A context manager that records the calls of the layers that have a rule, by module name.
 
     The layers' own forward pass is recorded, inside of all hooks, which may change what goes in and comes out. A call
     that no gradient leads to, or that a transformation of ``torch.func`` makes, is None.

@@ -1,4 +1,4 @@
-"""Parameters outside of the layers that have rules, where they enter the graph in simple ways.
+"""Entries: the functions by which parameters outside of layers with rules enter the graph in simple ways.
 
 Tokens, positions and scales of transformers, the packed projections of attention, layers that are no ``nn.Linear`` but
 compute its function. Such a parameter, perhaps transposed or reshaped, is an argument of one function, whose result
@@ -35,7 +35,7 @@ class Term:
         return axis.dim < len(self.shape) and self.shape[axis.dim] == 1
 
     def sum_squares(self, grad: Tensor, axis: Axis, n: int) -> Tensor:
-        """Of the argument's elements, in any shape."""
+        """The sums of squares of the argument's elements, in any shape."""
         x = _samples_first(grad if self.factor is None else grad * self.factor, axis, n)
         shape = self.shape if n == 1 else (*self.shape[: axis.dim], 1, *self.shape[axis.dim :])
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -46,7 +46,7 @@ class Term:
 
 @dataclass(frozen=True)
 class RightFactor:
-    """``left @ argument``, of matrices."""
+    """An argument that is the right factor of a matrix product, ``left @ argument``."""
 
     left: Tensor
 
@@ -55,13 +55,13 @@ class RightFactor:
         return axis.dim == 0
 
     def sum_squares(self, grad: Tensor, axis: Axis, n: int) -> Tensor:
-        """Of the argument's elements, in its shape."""
+        """The sums of squares of the argument's elements, in its shape."""
         grad, left = (_samples_first(x, axis, n).flatten(1, -2) for x in (grad, self.left))
         return ops.sum_squared_grads_linear(grad, left)[0].t()
 
 
 def _samples_first(x: Tensor, axis: Axis, n: int) -> Tensor:
-    """``[n, ...]``, the dimension of the samples replaced by two: what lies around and between them."""
+    """The tensor as ``[n, ...]``, with two dimensions for that of the samples: what lies around them and in between."""
     if n == 1:
         return x.unsqueeze(0)
     apart: Tensor = x.unflatten(axis.dim, (-1, n, axis.inner))
@@ -190,7 +190,7 @@ class Entry:
         return len(self.shape) > 0 and self.shape[0] == n
 
     def sum_squares(self, grad: Tensor, axis: Axis, n: int) -> dict[str, Tensor]:
-        """By name, given the gradient of the summed losses at the result."""
+        """The sums of squares by name, given the gradient of the summed losses at the result."""
         squares = {}
         for name, (argument, moves, shape_of_argument) in self.params.items():
             x = argument.sum_squares(grad, axis, n).reshape(shape_of_argument)
@@ -229,7 +229,7 @@ def entries(graph: Graph, leaves: Mapping[str, Tensor]) -> list[Entry]:
 
 
 def _is_odd(node: Any, argument: Term | RightFactor | None) -> bool:
-    """Complex numbers, whose gradients are squared otherwise, and sparse factors."""
+    """Whether there are complex numbers, whose gradients are squared otherwise, or sparse factors."""
     factor = argument.left if isinstance(argument, RightFactor) else argument and argument.factor
     sparse = isinstance(factor, Tensor) and factor.layout != torch.strided
     return sparse or node._input_metadata[0].dtype.is_complex

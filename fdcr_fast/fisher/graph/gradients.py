@@ -18,7 +18,7 @@ def visit_gradients(
     *,
     keep_graph: bool,
 ) -> None:
-    """Gradients of the summed losses at the edges, each visited and dropped as soon as it is complete.
+    """Takes the gradients of the summed losses at the edges; each is visited and dropped as soon as it is complete.
 
     Only gradients at the ``lowest`` edges are asked for. No weight gradient is computed. An edge that no gradient
     reaches is not visited.
@@ -49,7 +49,7 @@ def visit_gradients(
 
 
 class RowsOfSamples:
-    """Shows by gradients whether each row, the entries at one place of dimension 0, is of one sample's loss, in order.
+    """A proof by gradients that each row, the entries at one place of dimension 0, is one sample's, in their order.
 
     The losses are weighted in backward passes of their own, by powers of two: a row of one sample alone is then that
     sample's weight times what it is for the sum of the losses, to the bit. The exponents of all samples differ in the
@@ -72,7 +72,7 @@ class RowsOfSamples:
     def are_in(self, name: str, grad: Tensor) -> bool:
         """Whether the rows of a gradient of the summed losses are those of the samples."""
         rows = _projected_rows(grad)
-        # By numbers too small for all their digits.
+        # Numbers too small for all their digits may lose so much.
         lost = torch.finfo(grad.dtype).smallest_normal * torch.finfo(grad.dtype).eps * grad[0].numel()
         found = self._weighted[name]
         return len(found) == len(self._weights) and all(

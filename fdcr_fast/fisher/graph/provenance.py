@@ -21,7 +21,7 @@ Shape = Sequence[int]
 
 
 class Axis(NamedTuple):
-    """The samples lie along dimension ``dim``, whose entry i belongs to sample ``i // inner % n`` of n."""
+    """The place of n samples in a tensor: entry i of dimension ``dim`` belongs to sample ``i // inner % n``."""
 
     dim: int
     inner: int = 1
@@ -49,14 +49,14 @@ def source_axis(flow: Flow, axis: Axis) -> Axis | None:
 
 
 def _elementwise(flow: Flow, axis: Axis) -> Axis | None:
-    """Broadcast sources: their last dimensions are those of the result, or of size 1."""
+    """Sources that are broadcast have the last dimensions of the result, or dimensions of size 1."""
     dim = axis.dim - len(flow.result) + len(flow.source)
     same = dim >= 0 and flow.source[dim] == flow.result[axis.dim]
     return Axis(dim, axis.inner) if same else None
 
 
 def _same_elements(flow: Flow, axis: Axis) -> Axis | None:
-    """The same elements in the same order: element i belongs to sample ``i // step % n`` in both shapes."""
+    """Elements in the same order in another shape belong to the same samples: element i to sample ``i // step % n``."""
     if axis == (0, 1) and flow.source[:1] == flow.result[:1]:
         return axis
     step = axis.inner * prod(flow.result[axis.dim + 1 :])
@@ -95,7 +95,7 @@ def _swapped(flow: Flow, axis: Axis) -> Axis | None:
 
 
 def _along_others(name: str = "dim") -> Transfer:
-    """What mixes, moves or chooses along some dimensions leaves all others as they are."""
+    """Functions that mix, move or choose along some dimensions leave all others as they are."""
 
     def transfer(flow: Flow, axis: Axis) -> Axis | None:
         touched = _dims(getattr(flow.node, f"_saved_{name}"), len(flow.result))
@@ -121,7 +121,7 @@ def _entry_of(flow: Flow, axis: Axis) -> Axis | None:
 
 
 def _sliced(flow: Flow, axis: Axis) -> Axis | None:
-    """Along the samples only where all of them are taken."""
+    """Slices leave the samples in place, but along their dimension only where all of it is taken."""
     return axis if flow.source[axis.dim] == flow.result[axis.dim] else None
 
 
@@ -139,14 +139,14 @@ def _reduced(flow: Flow, axis: Axis) -> Axis | None:
 
 
 def _repeated(flow: Flow, axis: Axis) -> Axis | None:
-    """Copies one after the other: along the samples they must hold whole turns of all samples."""
+    """Copies one after the other must hold whole turns of all samples, where they lie along these."""
     dim = axis.dim - len(flow.result) + len(flow.source)
     whole = dim >= 0 and flow.source[dim] % (axis.inner * flow.samples) == 0
     return Axis(dim, axis.inner) if whole else None
 
 
 def _all_but_last(count: int) -> Transfer:
-    """Layers that do the same to everything in front of their ``count`` last dimensions."""
+    """Layers that do the same to everything in front of their ``count`` last dimensions leave that as it is."""
 
     def transfer(flow: Flow, axis: Axis) -> Axis | None:
         own = axis.dim >= min(len(flow.result), len(flow.source)) - count
@@ -156,7 +156,7 @@ def _all_but_last(count: int) -> Transfer:
 
 
 def _first_dim(flow: Flow, axis: Axis) -> Axis | None:
-    """Layers whose input has the samples in dimension 0, as their output."""
+    """Layers with the samples in dimension 0 of their output have them in dimension 0 of their input."""
     return _sliced(flow, axis) if axis.dim == 0 and flow.argument == 0 else None
 
 
@@ -170,13 +170,13 @@ def _normalised_shape(flow: Flow, axis: Axis) -> Axis | None:
 
 
 def _batch_norm(flow: Flow, axis: Axis) -> Axis | None:
-    """With running statistics elementwise; else over all but the channels, as instance normalisation uses it."""
+    """Batch normalisation is elementwise with running statistics; as instance normalisation, it keeps channels."""
     training = getattr(flow.node, "_saved_training", False)
     return axis if flow.argument == 0 and (axis.dim == 1 or not training) else None
 
 
 def _matrix_product(first: int, batched: bool) -> Transfer:
-    """Arguments ``first`` and ``first + 1`` are the factors; one before them is added to the product."""
+    """Matrix products have the factors as arguments ``first`` and ``first + 1``; one before them is added."""
 
     def transfer(flow: Flow, axis: Axis) -> Axis | None:
         if flow.argument < first:
@@ -199,38 +199,38 @@ def _vector_product(first: int) -> Transfer:
 
 
 def _attention(flow: Flow, axis: Axis) -> Axis | None:
-    """Queries, keys and values ``[..., heads, positions, features]``."""
+    """Attention has queries, keys and values ``[..., heads, positions, features]``."""
     return _sliced(flow, axis) if flow.argument < 3 and axis.dim < len(flow.result) - 2 else None
 
 
 def _class_scores(flow: Flow, axis: Axis) -> Axis | None:
-    """Scores ``[N, C, ...]`` of losses ``[N, ...]``."""
+    """Losses ``[N, ...]`` have scores ``[N, C, ...]``."""
     return Axis(axis.dim + (axis.dim > 0), axis.inner) if flow.argument == 0 else None
 
 
 def _recurrent_layer(flow: Flow, axis: Axis) -> Axis | None:
-    """Inputs ``[T, N, F]``; outputs ``[T, N, H]`` and last states ``[N, H]``."""
+    """Recurrent layers make of inputs ``[T, N, F]`` outputs ``[T, N, H]`` and last states ``[N, H]``."""
     of_samples = axis.dim == (1 if flow.output == 0 else 0)
     return Axis(1, axis.inner) if flow.argument == 0 and of_samples else None
 
 
 def _recursion(flow: Flow, axis: Axis) -> Axis | None:
-    """Maps ``[T, N, G]`` and states ``[N, H]`` in, outputs ``[T, N, H]`` and states out: see ``recurrent``."""
+    """The recursion of ``recurrent`` takes maps ``[T, N, G]`` and states ``[N, H]`` to ``[T, N, H]`` and states."""
     return Axis(len(flow.source) - 2, axis.inner) if axis.dim == len(flow.result) - 2 else None
 
 
 def _overwritten(flow: Flow, axis: Axis) -> Axis | None:
-    """What is left of the first argument stays where it was; of what replaces the rest, nothing is known."""
+    """The rest of an argument that is overwritten stays where it was; of what is written, nothing is known."""
     return axis if flow.argument == 0 and flow.source == flow.result else None
 
 
 def _hooked(flow: Flow, axis: Axis) -> Axis | None:
-    """``register_full_backward_hook`` hands on its arguments."""
+    """Nodes of ``register_full_backward_hook`` hand on their arguments."""
     return axis if flow.argument == flow.output and flow.source == flow.result else None
 
 
 def _indexed(flow: Flow, axis: Axis) -> Axis | None:
-    """``x[:, i]`` leaves the samples in place, and so does ``x[arange(n), i]``."""
+    """Indices leave the samples in place in ``x[:, i]``, and also in ``x[arange(n), i]``."""
     indices: Sequence[Tensor | None] = flow.node._saved_indices  # type: ignore[attr-defined]
     given = [dim for dim, index in enumerate(indices) if index is not None]
     if flow.argument != 0 or any(i is not None and i.dtype != torch.int64 for i in indices):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """Of the hidden states ``[G, P]``, with a bias ``[G]``, and of the projection ``[P, H]``."""
+    """The weights of the hidden states ``[G, P]``, with a bias ``[G]``, and of the projection ``[P, H]``."""
 
     hidden: Tensor
     bias: Tensor | None
@@ -23,7 +23,7 @@ class Weights(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a way through time leaves.
+    """The values that a way through time leaves.
 
     Attributes:
         hidden: ``[T + 1, N, P]``, the initial state first.
@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients at the shares of input and hidden states in the gates, at projections, and at the initial states."""
+    """The gradients at what input and hidden states add to the gates, at projections, and at the initial states."""
 
     input: Tensor
     hidden: Tensor
@@ -55,8 +55,9 @@ class Cell(NamedTuple):
     """One kind of cell.
 
     Attributes:
-        run: Of the input's share in the gates ``[T, N, G]``, which may be overwritten, and the initial states.
-        back: Of a run, and the gradients at its outputs ``[T, N, P]`` and at its last states.
+        run: The way through time, of what the input adds to the gates ``[T, N, G]`` (may be overwritten) and the
+            initial states.
+        back: The way back, of a run and the gradients at its outputs ``[T, N, P]`` and at its last states.
     """
 
     run: Callable[[Tensor, Sequence[Tensor], Weights], Run]
@@ -64,7 +65,7 @@ class Cell(NamedTuple):
 
 
 def _lstm(input: Tensor, initial: Sequence[Tensor], weights: Weights) -> Run:
-    """``c' = f c + i g`` and ``h' = o tanh(c')``, projected."""
+    """An LSTM: ``c' = f c + i g`` and ``h' = o tanh(c')``, projected."""
     gates = input if weights.bias is None else input.add_(weights.bias)
     hidden, cells = (_series(first, len(gates)) for first in initial)
     squashed = torch.empty_like(cells[1:])
@@ -108,13 +109,13 @@ def _lstm_back(run: Run, weights: Weights, outputs: Tensor, last: Sequence[Tenso
 
 
 def _gru(input: Tensor, initial: Sequence[Tensor], weights: Weights) -> Run:
-    """``h' = (1 - z) n + z h`` with ``n = tanh(x_n + r h_n)``."""
+    """A GRU: ``h' = (1 - z) n + z h`` with ``n = tanh(x_n + r h_n)``."""
     hidden = _series(initial[0], len(input))
     inner = torch.empty_like(hidden[1:])
     weight = _transposed(weights.hidden)
     for h, h_next, kept, r, z, n in _steps(hidden[:-1], hidden[1:], inner, *input.chunk(3, 2)):
-        shares = h @ weight if weights.bias is None else torch.addmm(weights.bias, h, weight)
-        h_r, h_z, h_n = shares.chunk(3, 1)
+        from_hidden = h @ weight if weights.bias is None else torch.addmm(weights.bias, h, weight)
+        h_r, h_z, h_n = from_hidden.chunk(3, 1)
         r.add_(h_r).sigmoid_()
         z.add_(h_z).sigmoid_()
         n.addcmul_(r, kept.copy_(h_n)).tanh_()
@@ -139,7 +140,7 @@ def _gru_back(run: Run, weights: Weights, outputs: Tensor, last: Sequence[Tensor
 
 
 def _rnn(function: Callable[[Tensor], Tensor], input: Tensor, initial: Sequence[Tensor], weights: Weights) -> Run:
-    """``h' = function(gates)``, in place."""
+    """A plain cell: ``h' = function(gates)``, in place."""
     gates = input if weights.bias is None else input.add_(weights.bias)
     hidden = _series(initial[0], len(gates))
     weight = _transposed(weights.hidden)
@@ -190,7 +191,7 @@ def _series(first: Tensor, steps: int) -> Tensor:
 
 
 def _transposed(weight: Tensor) -> Tensor:
-    """Once and for all: products with it are then faster by a quarter."""
+    """The transposed weight in memory of its own: products with it are faster by a quarter."""
     return weight.t().contiguous()
 
 
@@ -202,7 +203,7 @@ def _back(*series: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(reversed(x.unbind()) for x in series), strict=True)
 
 
-# By the names of PyTorch's functions.
+# All kinds of cells, by the names of PyTorch's functions.
 CELLS = {
     "lstm": Cell(_lstm, _lstm_back),
     "gru": Cell(_gru, _gru_back),

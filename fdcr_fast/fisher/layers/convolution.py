@@ -1,4 +1,4 @@
-"""Rules of convolutions and transposed convolutions."""
+"""The rules of convolutions and transposed convolutions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _batched(module: nn.Module, input: Tensor) -> bool:
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, batched=_batched)
 def convolution(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """Padding that is not the same number of zeros on both sides is applied to the input first."""
+    """The rule of convolutions: padding other than so many zeros on both sides is applied to the input first."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     dims = len(module.kernel_size)
     padding = module.padding
@@ -39,7 +39,7 @@ def convolution(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[s
 
 @rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, batched=_batched)
 def transposed_convolution(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """The convolution that leads back: its input is this layer's output gradient, and the other way round."""
+    """The rule of the convolution that leads back: its input is this layer's output gradient, and vice versa."""
     assert isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     assert isinstance(module.padding, tuple)
     dims = len(module.kernel_size)

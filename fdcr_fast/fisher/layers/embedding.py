@@ -1,4 +1,4 @@
-"""Rule of embeddings."""
+"""The rule of embeddings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fdcr_fast.fisher.layers.table import rule
 
 @rule(nn.Embedding, own_dims=lambda module: 0)
 def embedding(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """Only the rows that were looked up: the result is sparse, so that the work grows with the tokens.
+    """The rule of embeddings. The result is sparse, of rows that were looked up, so that work grows with the tokens.
 
     With ``scale_grad_by_freq`` a token's frequency is that within its sample, as for a sample on its own. ``max_norm``
     shortens looked up rows in place before they are used, as in every forward pass; the gradient is that of the

@@ -1,4 +1,4 @@
-"""Rule of linear layers."""
+"""The rule of linear layers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fdcr_fast.fisher.layers.table import rule
 
 
 def _has_rows(module: nn.Module) -> bool:
-    """Others are broadcast."""
+    """Whether weight and bias have the shapes of a linear layer's; others are broadcast."""
     assert isinstance(module, nn.Linear)
     return module.weight.dim() == 2 and (module.bias is None or module.bias.shape == module.weight.shape[:1])
 
 
 @rule(nn.Linear, own_dims=lambda module: 1, holds=_has_rows)
 def linear(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """All dimensions between the first and the last are positions."""
+    """The rule of linear layers: all dimensions between the first and the last are positions."""
     weight, bias = ops.sum_squared_grads_linear(
         grad_output.reshape(len(grad_output), -1, grad_output.shape[-1]),
         input.reshape(len(input), -1, input.shape[-1]),

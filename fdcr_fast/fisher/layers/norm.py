@@ -1,4 +1,4 @@
-"""Rules of norm layers: those with statistics of the sample, and those with running statistics."""
+"""The rules of norm layers: those with statistics of the sample, and those with running statistics."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _normalised_dims(module: nn.Module) -> int:
 
 @rule(nn.LayerNorm, own_dims=_normalised_dims)
 def layer_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """Statistics over the last dimensions, those of the parameters; all before them but the first are positions."""
+    """The rule for statistics over the last dimensions, those of the parameters; others but the first are positions."""
     assert isinstance(module, nn.LayerNorm)
     return _over_last(module.normalized_shape, input, grad_output, None, module.eps)
 
 
 @rule(nn.RMSNorm, own_dims=_normalised_dims)
 def rms_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """The mean square is the variance around zero."""
+    """The rule for mean squares, which are variances around zero."""
     assert isinstance(module, nn.RMSNorm)
     # PyTorch computes in at least float32, and the default eps is that dtype's.
     default = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
@@ -38,20 +38,20 @@ def rms_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str,
 
 @rule(nn.GroupNorm)
 def group_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """Statistics over a group of channels and all pixels, parameters per channel."""
+    """The rule for statistics over a group of channels and all pixels, and parameters per channel."""
     assert isinstance(module, nn.GroupNorm)
     groups, channels = module.num_groups, module.num_channels // module.num_groups
     return _per_channel(input, grad_output, (groups, channels), None, None, module.eps)
 
 
 def _batched(module: nn.Module, input: Tensor) -> bool:
-    """Instance normalisation also takes one sample ``[C, *pixels]``."""
+    """Whether there is a dimension of samples: instance normalisation also takes one sample ``[C, *pixels]``."""
     return not any(isinstance(module, t) and input.dim() == dims for dims, t in enumerate(_INSTANCE_NORMS, 2))
 
 
 @rule(*_INSTANCE_NORMS, *_BATCH_NORMS, batched=_batched)
 def channel_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """Statistics per channel: running ones, or (instance normalisation) over the pixels of the sample."""
+    """The rule for statistics per channel: running ones, or (instance normalisation) those of the sample's pixels."""
     assert isinstance(module, _NormBase)
     if _uses_running_statistics(module):
         assert module.running_mean is not None

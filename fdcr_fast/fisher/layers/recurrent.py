@@ -27,7 +27,7 @@ from fdcr_fast.fisher.layers.cells import CELLS, Cell, Run, Weights
 
 
 class Unrolled:
-    """Context manager: the recurrent layers among ``modules`` are computed so.
+    """A context manager in which the recurrent layers among ``modules`` are computed so.
 
     It is left after the backward pass, which may compute parts of the forward pass again. What cannot be computed so
     (packed sequences, under autocast, inside of transformations of ``torch.func``) is computed as ever.
@@ -62,7 +62,7 @@ class Unrolled:
 
 
 class _Functions(TorchFunctionMode):
-    """Puts :func:`_unrolled` in the place of PyTorch's functions of recurrent layers."""
+    """A mode that puts :func:`_unrolled` in the place of PyTorch's functions of recurrent layers."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -99,7 +99,7 @@ def _unrolled(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, ...]:
-    """``torch.lstm`` and its like: the outputs, and the last states of all layers and directions."""
+    """The results of ``torch.lstm`` and its like: the outputs, and the last states of all layers and directions."""
     x = input.transpose(0, 1) if batch_first else input
     kinds = [states] if isinstance(states, Tensor) else states
     directions = 1 + bidirectional
@@ -169,7 +169,7 @@ class _FdcrKnownMap(torch.autograd.Function):
 
 
 class _FdcrRecursion(torch.autograd.Function):
-    """From the maps and the initial states to the outputs and the last states of a run."""
+    """The function from the maps and the initial states to the outputs and the last states of a run."""
 
     @staticmethod
     def forward(ctx: Any, cell: Cell, run: Run, weights: Weights, *differentiable: Tensor) -> tuple[Tensor, ...]:
@@ -190,7 +190,7 @@ class _FdcrRecursion(torch.autograd.Function):
 
 
 def _refuse_second_derivatives() -> None:
-    """The states are no part of the graph: to a second derivative they would be constants."""
+    """Raises inside of second derivatives, to which the states, which are no part of the graph, would be constants."""
     if torch.is_grad_enabled():
         raise RuntimeError("unrolled recurrent layers have no second derivatives")
 

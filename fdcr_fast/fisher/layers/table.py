@@ -1,4 +1,4 @@
-"""What a rule is, and the table of all of them."""
+"""Rules of layers: what a rule is, the table of all of them, and how they get into it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ SumSquares = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Rule:
-    """How to get the squared per-sample gradients of one type of layer.
+    """A way to the squared per-sample gradients of one type of layer.
 
     It is used where the layer was called once and holds the only use of its parameters; ``per_sample`` does the rest.
 
     Attributes:
         sum_squares: The rule itself.
-        own_dims: How many of the input's last dimensions the layer works on, the same for every entry of those before
-            them: the rule is given the samples first and all others of these after them. None for layers with the
-            samples in dimension 0 and all other dimensions their own.
+        own_dims: The number of the input's last dimensions that the layer works on, in the same way for every entry of
+            those before them: the rule is given the samples first and all others of these after them. None for layers
+            with the samples in dimension 0 and all other dimensions their own.
         batched: Whether an input of such a layer has a dimension for the samples at all.
-        params: Names of the parameters that such layers may have.
+        params: The names of the parameters that such layers may have.
         forward: The forward pass that the rule is about; a replaced one may compute something else.
         holds: Whether such a layer's parameters have the shapes that it makes them with, as far as others would do.
     """
@@ -54,7 +54,7 @@ class Rule:
         return attributes.keys().isdisjoint(names) or all(attributes.get(name) is None for name in names)
 
     def leading_dims(self, module: nn.Module, input: Tensor) -> int:
-        """How many of the input's first dimensions are the samples and what the layer does not tell from them."""
+        """The number of the input's first dimensions that are samples, or what the layer does not tell from them."""
         if self.own_dims is None:
             return int(self.batched(module, input))
         return input.dim() - self.own_dims(module)

@@ -1,4 +1,4 @@
-"""What a model consists of, by whatever names that goes; the values and the parameters that a caller means."""
+"""The parts of a model, by whatever names they go, and the values and the parameters that a caller means."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Inventory:
     Attributes:
         model: The model.
         modules: Its modules, each once.
-        slots: Where tensors are: a module's registry, the name there, and the tensor's name.
+        slots: The places of tensors: a module's registry, the name there, and the tensor's name.
         parameters: The parameters, each by its first name, in the order of ``named_parameters()``.
-        buffers: The buffers, likewise.
+        buffers: The buffers, each by its first name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -83,12 +83,12 @@ class Inventory:
 
     @cached_property
     def settings(self) -> Hashable:
-        """Equal for models that behave alike, as far as can be seen without a call."""
+        """A key for all models that behave alike, as far as can be seen without a call."""
         return settings_of(self.model)
 
     @property
     def shared(self) -> set[str]:
-        """Names of tensors that are in several places."""
+        """The names of tensors that are in several places."""
         return {name for name, count in Counter(first for _, _, first in self.slots).items() if count > 1}
 
 
@@ -119,7 +119,7 @@ def values_of(inventory: Inventory, state: Mapping[str, Any] | None) -> dict[str
 
 
 def listed(params: Iterable[str]) -> list[str]:
-    """Names as callers give them, one alone or several."""
+    """A list of the names that a caller gives, one alone or several."""
     return [params] if isinstance(params, str) else list(params)
 
 

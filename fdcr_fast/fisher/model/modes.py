@@ -22,7 +22,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def one_thread_at_a_time(model: nn.Module) -> Iterator[None]:
-    """Other threads that want the same model wait: its values and modes are exchanged while it is called."""
+    """A context for one thread per model; others wait, as values and modes are exchanged while it is called."""
     with _lock:
         own = _locks.setdefault(model, threading.RLock())
     with own:
@@ -31,7 +31,7 @@ def one_thread_at_a_time(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation(inventory: Inventory, eval_mode: bool) -> Iterator[None]:
-    """The modes wanted, put back at the end.
+    """A context with the modes wanted, which are put back at the end.
 
     Raises:
         ValueError: ``eval()`` writes to parameters or buffers, or a layer normalises with the statistics of the batch.
@@ -62,7 +62,7 @@ def _has_own_way(module: nn.Module) -> bool:
 
 
 def _eval_without_writing(inventory: Inventory) -> None:
-    """Layers of low rank may merge their weights into others: these would no longer be those of the caller."""
+    """Calls ``eval()``, which must not write: layers of low rank may merge their weights into those of the caller."""
     tensors = {**inventory.parameters, **inventory.buffers}
     values = {name: x.detach().clone() for name, x in tensors.items()}
     registries = Snapshot.of_registries(inventory)

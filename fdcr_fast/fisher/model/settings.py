@@ -1,4 +1,4 @@
-"""What modules and functions were made with: equal for those that behave alike, as far as is seen without a call."""
+"""Settings of modules and functions: equal for those that behave alike, as far as can be seen without a call."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DEEPEST = 8
 
 
 def settings_of(thing: Any) -> Hashable:
-    """Types, attributes and hooks of a module and of all that it is made of; shapes and dtypes of tensors, not values.
+    """The types, attributes and hooks of a module and of all that it is made of; no values of tensors.
 
     Classes are told apart by identity, as long as they live, and by what they define; functions by their code, by what
     they close over, and by simple values among their global variables.
@@ -71,7 +71,7 @@ def _flags(x: Tensor | np.ndarray[Any, Any]) -> tuple[bool, ...]:
 
 
 def _definition(cls: type) -> list[Any]:
-    """What a class and its bases define; those of libraries that nobody changes are known by themselves."""
+    """The bases and definitions of a class; those of libraries that nobody changes are known by themselves."""
     if cls.__module__.partition(".")[0] in _FIXED:
         return []
     defined = vars(cls).items()

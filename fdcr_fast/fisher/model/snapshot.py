@@ -1,4 +1,4 @@
-"""What a model's modules hold, put back after it was called."""
+"""Snapshots of what a model's modules hold, which is put back after it was called."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REGISTRIES = ("_parameters", "_buffers")
 
 
 class Snapshot:
-    """What containers hold, most of them nothing."""
+    """The contents of many containers, most of which are empty."""
 
     def __init__(self, containers: Iterable[Any], known: Collection[int]) -> None:
         containers = list(containers)
@@ -25,7 +25,7 @@ class Snapshot:
 
     @classmethod
     def of_attributes(cls, inventory: Inventory) -> Snapshot:
-        """Of the modules' attributes, of the lists, sets and dictionaries among them, and of the tensors in these."""
+        """A snapshot of the modules' attributes, the lists, sets and dictionaries in them, and tensors in these."""
         attributes = [vars(module) for module in inventory.modules.values()]
         inside = (
             x
@@ -37,7 +37,7 @@ class Snapshot:
 
     @classmethod
     def of_registries(cls, inventory: Inventory) -> Snapshot:
-        """Of which tensors are the modules' parameters and buffers."""
+        """A snapshot of which tensors are the modules' parameters and buffers."""
         modules = inventory.modules.values()
         return cls((vars(module)[name] for module in modules for name in _REGISTRIES), _own(inventory))
 
@@ -55,7 +55,7 @@ def _own(inventory: Inventory) -> set[int]:
 
 
 class _Contents:
-    """What a container holds, and the values of the tensors among it, but for those in ``known``."""
+    """The contents of a container, and the values of the tensors among them, but for those in ``known``."""
 
     def __init__(self, container: Any, known: Collection[int]) -> None:
         self._container = container
@@ -67,14 +67,23 @@ class _Contents:
 
     def restore(self) -> None:
         if not self._same():
-            self._container.clear()
-            put = self._container.extend if isinstance(self._saved, list) else self._container.update
-            put(self._saved)
+            self._put_back()
         for x, (version, values) in self._values.items():
             if x._version != version:
                 with torch.no_grad():
                     x.copy_(values)
                 self._values[x] = x._version, values
+
+    def _put_back(self) -> None:
+        now, saved = self._container, self._saved
+        if isinstance(saved, dict) and [key for key in now if key in saved] == list(saved):
+            # Attributes are never gone: another thread may look at the module before it waits for it.
+            for key in now.keys() - saved.keys():
+                del now[key]
+        else:
+            now.clear()
+        put = now.extend if isinstance(saved, list) else now.update
+        put(saved)
 
     def _same(self) -> bool:
         now, saved = self._container, self._saved

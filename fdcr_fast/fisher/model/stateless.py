@@ -19,7 +19,7 @@ from fdcr_fast.fisher.model.values import Values
 
 
 class Stateless:
-    """Context manager: the model as a function of its parameters.
+    """A context manager in which a model is a function of its parameters.
 
     Every forward pass finds the model with the parameters and buffers that are given here, and with the attributes that
     its modules had when the context was entered. What a pass writes to them, it writes for itself: running statistics,
@@ -34,7 +34,7 @@ class Stateless:
         module: The model itself.
         params: The parameters among ``values``.
         originals: Names of the model's own parameters, which no forward pass should find, by their ids.
-        hooks: What hooks on its parameters make of gradients, by name.
+        hooks: The hooks on gradients of its parameters, by name.
         hooked: Whether there are hooks on gradients at all, on parameters or on modules.
     """
 
@@ -150,7 +150,7 @@ def _can_be_frozen(parameter: Tensor) -> bool:
 
 
 def _pass_for(x: Tensor, parameter: Tensor) -> None:
-    """Models may ask whether a tensor is a parameter, and tell parameters by attributes that they have set."""
+    """Makes a tensor look like a parameter to models that ask for that, or for attributes that they have set."""
     vars(x).update(vars(parameter), _is_param=True)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 
 class Switch:
-    """Context manager: a switch has another value, and the one before when the last thread leaves.
+    """A context manager in which a switch has another value; the last thread that leaves sets the one before.
 
     Args:
-        read: Gives its value.
-        write: Sets it.
-        value: What it is set to.
+        read: The function that gives the switch's value.
+        write: The function that sets it.
+        value: The value inside of the context.
     """
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any], value: Any = False) -> None:

@@ -51,7 +51,7 @@ class Values:
         self._writes = False
 
     def look(self) -> None:
-        """To be called after a forward pass: the first one shows what the model does to its parameters."""
+        """Notes after a forward pass, of which the first shows it, what the model does to its parameters."""
         if self._seen:
             return
         self._seen = True
@@ -85,7 +85,7 @@ class Values:
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Of two tensors of one dtype, NaN for NaN."""
+    """Whether two tensors of one dtype have the same values, NaN for NaN."""
     return torch.equal(a, b) or (a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
@@ -113,7 +113,7 @@ class _Copy:
 
 
 def _shortened(inventory: Inventory) -> set[str]:
-    """Weights of embeddings with ``max_norm``, whose rows are shortened when they are looked up."""
+    """The weights of embeddings with ``max_norm``, whose rows are shortened when they are looked up."""
     weights = [
         f"{prefix}.weight" if prefix else "weight"
         for prefix, module in inventory.modules.items()

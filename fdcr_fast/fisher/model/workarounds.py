@@ -1,4 +1,4 @@
-"""What PyTorch gets wrong or cannot do (seen with 2.14, on a CPU), and what is done about it when a model is called."""
+"""Workarounds for what PyTorch gets wrong or cannot do when a model is called (seen with 2.14, on a CPU)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _fused_attention = Switch(_attention_kernels, _set_attention_kernels, (False, Fa
 
 @contextmanager
 def evaluation() -> Iterator[None]:
-    """Gradients on, whatever the caller's context, of what is called module by module.
+    """A context with gradients, whatever the caller's is, in which models are called module by module.
 
     The graphs of ``torch.compile`` have no place in which to record layers. The fast path of ``nn.TransformerEncoder``
     goes over nested tensors, which have no gradients; it is taken where all its parameters are frozen.
@@ -59,13 +59,13 @@ def evaluation() -> Iterator[None]:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Without the compiler, which is slow to import, nothing can be compiled."""
+    """A context without compiled functions; without the compiler, which is slow to import, there are none."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
 def vectorisation(model: nn.Module) -> Iterator[None]:
-    """For ``vmap(grad)`` of a model.
+    """A context for ``vmap(grad)`` of a model.
 
     Fused attention has no batching rule. oneDNN's recurrent layers give wrong bias gradients.
     """
@@ -75,7 +75,7 @@ def vectorisation(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_conversion(*_: Any) -> None:
-    """In place of ``nn.Module._apply``, which crashes the process where parameters are wrapped by ``vmap``."""
+    """The replacement for ``nn.Module._apply``, which crashes the process where parameters are wrapped by ``vmap``."""
     raise RuntimeError("a module is converted in its forward pass")
 
 

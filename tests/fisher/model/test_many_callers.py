@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from fdcr_fast import diagonal_fisher, diagonal_fisher_stacked
+from fdcr_fast.fisher.model.snapshot import Snapshot
 
 N = 8
 SCALE = 1.0
@@ -67,6 +68,28 @@ def test_clients_in_threads_with_one_model():
     assert model.training
     assert all(m.training and "forward" not in vars(m) for m in model.modules())
     assert torch.backends.mha.get_fastpath_enabled() == fastpath
+
+
+def test_attributes_are_never_gone_while_they_are_put_back():
+    """Other threads look at the modules of a model before they wait for it."""
+
+    class Attributes(dict):
+        def clear(self):
+            raise AssertionError
+
+    attributes = Attributes(training=True, weight=1, bias=2)
+    snapshot = Snapshot([attributes], ())
+    attributes.update(forward=print, weight=3)
+    snapshot.restore()
+    assert list(attributes.items()) == [("training", True), ("weight", 1), ("bias", 2)]
+
+
+def test_attributes_are_put_back_in_their_order():
+    attributes = {"weight": 1, "bias": 2}
+    snapshot = Snapshot([attributes], ())
+    attributes["weight"] = attributes.pop("weight")
+    snapshot.restore()
+    assert list(attributes.items()) == [("weight", 1), ("bias", 2)]
 
 
 @pytest.mark.usefixtures("_threads_that_switch_often")
