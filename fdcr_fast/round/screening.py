@@ -17,7 +17,7 @@ OnEmpty: TypeAlias = Literal["raise", "keep"]
 
 _SHOWN = 3  # reasons in a message about many clients
 # Squared distances between updates reach 4 times their squared norms.
-_LARGEST_SQUARE = sys.float_info.max / 8
+LARGEST_SQUARE = sys.float_info.max / 8
 FEWEST_SAMPLES, MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range neither vanish nor overflow
 
 
@@ -48,7 +48,7 @@ def rejection_reason(
     """Why a client's contribution cannot be used by any rule, from its statistics if known; None if it can."""
     if not FEWEST_SAMPLES < num_samples < MOST_SAMPLES:
         return f"the sample count must be positive and finite, got {num_samples:g}"
-    if squared_norm is not None and not squared_norm <= _LARGEST_SQUARE:
+    if squared_norm is not None and not squared_norm <= LARGEST_SQUARE:
         return "the update is not finite, or too large to be squared in float64"
     if fisher_min is None or fisher_max is None:
         return None

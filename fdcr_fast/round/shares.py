@@ -1,4 +1,4 @@
-"""How much one client may count for."""
+"""The part of a sum over clients that each of them has, its share: by its samples, and within a limit."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ def limited_shares(shares: Tensor, limit: float | None) -> Tensor:
 def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:
     """``n_k / sum n`` over the chosen clients, 0 for the others (eq. 11); float64 ``[K]``."""
     counts = torch.where(chosen, num_samples, 0.0)
-    return counts / counts.sum().clamp(min=FEWEST_SAMPLES)
+    return counts / counts.sum().clamp(min=FEWEST_SAMPLES)  # every usable count is larger

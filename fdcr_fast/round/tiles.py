@@ -18,7 +18,7 @@ class Span:
         first: The first parameter.
         num_params: How many there are.
         updates: Tiled ``[T', K, L]``.
-        fishers: Likewise, or None where there are none.
+        fishers: Fishers ``[T, K, L]``, or None where there are none.
     """
 
     first: int
@@ -40,7 +40,7 @@ class ClientTiles(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Of the spans."""
+        """The device of the spans."""
 
     @property
     def with_fishers(self) -> bool:
@@ -48,7 +48,7 @@ class ClientTiles(Protocol):
 
     @property
     def dtypes(self) -> frozenset[torch.dtype]:
-        """Of updates and Fishers."""
+        """The dtypes of updates and Fishers."""
 
     @property
     def windows(self) -> int:
@@ -67,7 +67,7 @@ class MatrixTiles:
 
     Attributes:
         updates: Tiled ``[T, K, L]``.
-        fishers: Likewise, or None.
+        fishers: Tiled ``[T, K, L]``, or None.
         num_params: ``P``.
     """
 
@@ -103,7 +103,7 @@ class MatrixTiles:
 
     @property
     def device(self) -> torch.device:
-        """Of the matrices."""
+        """The device of the matrices."""
         return self.updates.device
 
     @property
@@ -113,7 +113,7 @@ class MatrixTiles:
 
     @property
     def dtypes(self) -> frozenset[torch.dtype]:
-        """Of updates and Fishers."""
+        """The dtypes of updates and Fishers."""
         return frozenset(x.dtype for x in (self.updates, self.fishers) if x is not None)
 
     def spans(self) -> Iterator[Span]:
