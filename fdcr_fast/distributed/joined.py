@@ -23,10 +23,10 @@ class RoundPart:
     """What a rank tells the others of its part of the round.
 
     Attributes:
-        error: Why it cannot take part.
-        settings: What must be the same everywhere.
-        num_samples: By id of the clients in its rows, in order.
-        statistics: Of these, squared norm, and smallest and largest Fisher entry if there are any; float64 ``[1, K]``
+        error: Reason why it cannot take part; None where it can.
+        settings: Settings that must be the same everywhere.
+        num_samples: Sample counts by id of the clients in its rows, in order.
+        statistics: Their squared norms, and smallest and largest Fisher entries if there are any; float64 ``[1, K]``
             or ``[3, K]``.
         rejected: Reason by client id.
     """
@@ -39,7 +39,7 @@ class RoundPart:
 
     @classmethod
     def of(cls, clients: ClientUpdates, settings: Mapping[str, str]) -> RoundPart:
-        """Of a rank that can take part."""
+        """The part of a rank that can take part."""
         ranges = [x.cpu() for x in (clients.fisher_min, clients.fisher_max) if x is not None]
         num_samples = dict(zip(clients.clients, clients.num_samples.tolist(), strict=True))
         statistics = torch.stack([clients.squared_norm, *ranges])
@@ -101,7 +101,7 @@ class ChosenRows(TilesView):
                 yield self.seen(part)
 
     def seen(self, span: Span) -> Span:
-        """Copied."""
+        """The chosen rows of a span, copied."""
         rows = self.rows.to(self.device)
         fishers = None if span.fishers is None else span.fishers[:, rows]
         return replace(span, updates=span.updates[:, rows], fishers=fishers)

@@ -49,14 +49,14 @@ class ParamShard(Shard):
 
     Args:
         num_params: ``P`` of the model.
-        group: Of the processes; None for all of them.
+        group: Group of the processes; None for all of them.
 
     Attributes:
         num_params: ``P`` of the model.
-        params: Those of this process.
-        first: The first of them.
-        rank: Of this process in the group.
-        world: How many processes there are.
+        params: Range of this process's parameters.
+        first: First parameter of this process.
+        rank: Number of this process in the group.
+        world: Number of processes.
 
     Raises:
         ValueError: there are fewer parameters than processes.
@@ -121,7 +121,7 @@ class ParamShard(Shard):
         return torch.cat(whole).to(vector.device)
 
     def deal(self, vectors: Tensor) -> Tensor:
-        """Of vectors ``[m, P]`` that ranks have the parameters of this rank, ``[M, len(self)]``.
+        """The parameters of this rank of vectors ``[m, P]`` that the ranks have, ``[M, len(self)]``.
 
         Ranks may have different numbers ``m``, 0 too, of which ``M`` is the sum, in the order of the ranks.
         """
@@ -221,7 +221,7 @@ class ParamShard(Shard):
             yield part
 
     def _plan(self, rank: int, together: int) -> list[tuple[int, int]]:
-        """Of which blocks, from which on and how many, a rank will send the sums."""
+        """The blocks whose sums a rank will send, each sum by its first block and its number of blocks."""
         sums = BlockSums(together)
         for block in self._blocks(rank):
             sums.add(block, torch.empty(0))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.result import AggregationResult
-from fdcr_fast.store.upload import shared
+from fdcr_fast.store.upload import tensor_view
 
 try:
     import byzfl
@@ -33,7 +33,7 @@ def squared(vectors: Sequence[Any]) -> list[Tensor]:
     The square of a mean over a batch is not the mean of the squares, which is what
     :func:`fdcr_fast.diagonal_fisher` gives.
     """
-    return [shared(vector) ** 2 for vector in vectors]
+    return [tensor_view(vector) ** 2 for vector in vectors]
 
 
 class Aggregator:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from fdcr_fast.store.upload import shared
+from fdcr_fast.store.upload import tensor_view
 
 
 def npy_tensor(data: bytes) -> Tensor:
@@ -32,4 +32,4 @@ def npy_tensor(data: bytes) -> Tensor:
     if any(size < 0 for size in shape):
         raise ValueError(f"negative sizes in shape {shape}")
     flat = np.frombuffer(data, dtype, math.prod(shape), file.tell())
-    return shared(np.require(flat.reshape(shape, order="F" if fortran else "C"), requirements="A"))
+    return tensor_view(np.require(flat.reshape(shape, order="F" if fortran else "C"), requirements="A"))

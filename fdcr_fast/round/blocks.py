@@ -22,8 +22,8 @@ def shard_range(num_params: int, rank: int, world: int) -> slice:
 
     Args:
         num_params: ``P``.
-        rank: Of the shard, from 0.
-        world: How many shards there are.
+        rank: Number of the shard, from 0.
+        world: Number of shards.
 
     Raises:
         ValueError: there is no such shard, or there are fewer parameters than shards.
@@ -35,7 +35,7 @@ def shard_range(num_params: int, rank: int, world: int) -> slice:
 
 
 def block_bounds(num_params: int, world: int) -> list[int]:
-    """Where blocks begin, and where the last one ends."""
+    """The parameters at which blocks begin, and the one behind the last block."""
     if num_params < world:
         raise ValueError(f"{num_params} parameters cannot be split over {world} ranks")
     size = ops.STRETCH * math.ceil(num_params / (ops.STRETCH * _BLOCKS))
@@ -45,7 +45,7 @@ def block_bounds(num_params: int, world: int) -> list[int]:
 
 
 def first_block(bounds: Sequence[int], rank: int, world: int) -> int:
-    """Of a rank, or after those of the one before."""
+    """The first block of a rank, which comes after the last one of the rank before."""
     return (len(bounds) - 1) * rank // world
 
 
@@ -65,7 +65,7 @@ class BlockSums:
         self.nodes: list[BlockSum] = []
 
     def add(self, block: int, total: Tensor, size: int = 1) -> None:
-        """Take in the next one."""
+        """Take in the sum over the next ``size`` blocks."""
         node = BlockSum(block, size, total)
         while self.nodes and node.size < self.together:
             left = self.nodes[-1]
@@ -77,7 +77,7 @@ class BlockSums:
 
 
 def in_order(values: Sequence[Tensor]) -> Tensor:
-    """The sum, from the first one on."""
+    """The sum of the values, from the first one on."""
     total = values[0]
     for value in values[1:]:
         total = total + value

@@ -46,7 +46,7 @@ class ClientUpdates:
         clients: ``K`` client ids.
         squared_norm: ``||delta_k||^2``, float64 ``[K]``; NaN where the round is ``unread``.
         fisher_min: ``min F_k``, float64 ``[K]``, or None without Fishers.
-        fisher_max: ``max F_k``, likewise.
+        fisher_max: ``max F_k``, float64 ``[K]``, or None without Fishers.
         valid: bool ``[K]``, the rows that are not rejected.
         rejected: Reason by client id, of rejected rows and of clients that got no row.
         shard: Which parameters the tiles hold; everything else is about all parameters.
@@ -164,7 +164,7 @@ class ClientUpdates:
         return self.shard.total_params(self.tiles.num_params)
 
     def spans(self) -> Iterator[Span]:
-        """See :meth:`ClientTiles.spans`."""
+        """The spans of the tiles; see :meth:`ClientTiles.spans`."""
         return self.tiles.spans()
 
     def sum(self, zeros: Tensor, read: Callable[[Span, Tensor], Tensor]) -> Tensor:
@@ -211,7 +211,7 @@ class ClientUpdates:
         return replace(self.with_valid(torch.from_numpy(passing)), rejected=rejected)
 
     def _reason(self, k: int) -> str:
-        """Why the contribution of a client cannot be used, which it cannot."""
+        """The reason why a client's contribution, which cannot be used, cannot be."""
         low, high = (None if x is None else x[k].item() for x in (self.fisher_min, self.fisher_max))
         reason = rejection_reason(self.num_samples[k].item(), self.squared_norm[k].item(), low, high)
         return reason or f"the Fisher is constant (every entry is {low:g}): importance is undefined"

@@ -21,7 +21,7 @@ class Columns(NamedTuple):
     """Consecutive parameters of the valid clients.
 
     Attributes:
-        params: Which of the parameters that are here.
+        params: Their range among the parameters that are here.
         updates: ``[n, len]``, not to be written to.
     """
 
@@ -41,10 +41,10 @@ def column_sums(
     """Sums over parameters of numbers of each valid client, float64 ``[*size, n]``, where the rows are.
 
     Args:
-        clients: Of the round.
-        term: These sums over a block of parameters, whose updates are float64.
-        size: How many numbers of a client.
-        ranges: Over which of the model's parameters; None for all.
+        clients: The round.
+        term: The sums over a block of parameters, whose updates are float64.
+        size: Number of sums of a client, in one or several dimensions.
+        ranges: The model's parameters that are summed over; None for all.
     """
     here = None
     if ranges is not None:
@@ -71,7 +71,7 @@ def _merged(ranges: Iterable[slice]) -> list[slice]:
 
 
 def _count(clients: ClientUpdates) -> int:
-    """How many are valid, at least one."""
+    """The number of valid clients, at least one."""
     return len(clients.clients) if clients.rows is None else len(clients.rows)
 
 
@@ -92,7 +92,7 @@ def _columns(clients: ClientUpdates, span: Span, ranges: Sequence[slice] | None 
 
 
 def squared_length(vector: Tensor) -> Tensor:
-    """Sum of squares in float64."""
+    """The sum of squares in float64."""
     length: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
     return length.square()
 

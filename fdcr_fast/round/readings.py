@@ -32,7 +32,7 @@ class Scores(NamedTuple):
 
     Attributes:
         distance: ``S_k = sum_v (u_v - u_{k,v})^2``, float64 ``[K]``, NaN for clients that are not valid.
-        squared_norm: ``sum_v delta_{k,v}^2``, likewise.
+        squared_norm: ``sum_v delta_{k,v}^2``, float64 ``[K]``, NaN for clients that are not valid.
         mean_square: ``sum_v u_v^2``, a scalar.
     """
 
@@ -110,7 +110,7 @@ def scores_and_mean(
     rescale: bool,
     single: bool,
 ) -> tuple[Scores, Tensor]:
-    """Both of the above in one reading, with the same bits."""
+    """:func:`scores` and :func:`mean` in one reading, with the same bits."""
     clients = clients.on_device()
     alpha, weights = sent(alpha, clients.tiles.device), sent(weights, clients.tiles.device)
     params = _NewParams(global_params)

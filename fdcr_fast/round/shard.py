@@ -12,7 +12,7 @@ from fdcr_fast.round.tiles import Span
 class Shard:
     """The parameters that this process holds, here all of them; what is computed from several goes through it."""
 
-    first: int = 0  # of the parameters
+    first: int = 0  # the model's parameter that is the first one here
 
     def total_params(self, here: int) -> int:
         """``P`` of the model, of whose parameters so many are here."""

@@ -1,4 +1,4 @@
-"""How much one client may count for."""
+"""The part of a sum over clients that each of them has, its share: by its samples, and within a limit."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Span:
         first: The first parameter.
         num_params: How many there are.
         updates: Tiled ``[T', K, L]``.
-        fishers: Likewise, or None where there are none.
+        fishers: Fishers ``[T, K, L]``, or None where there are none.
     """
 
     first: int
@@ -41,7 +41,7 @@ class ClientTiles(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Of the spans."""
+        """The device of the spans."""
 
     @property
     def with_fishers(self) -> bool:
@@ -49,7 +49,7 @@ class ClientTiles(Protocol):
 
     @property
     def dtypes(self) -> frozenset[torch.dtype]:
-        """Of updates and Fishers."""
+        """The dtypes of updates and Fishers."""
 
     @property
     def windows(self) -> int:
@@ -68,7 +68,7 @@ class MatrixTiles:
 
     Attributes:
         updates: Tiled ``[T, K, L]``.
-        fishers: Likewise, or None.
+        fishers: Tiled ``[T, K, L]``, or None.
         num_params: ``P``.
     """
 
@@ -104,7 +104,7 @@ class MatrixTiles:
 
     @cached_property
     def device(self) -> torch.device:
-        """Of the matrices."""
+        """The device of the matrices."""
         return self.updates.device
 
     @property
@@ -114,7 +114,7 @@ class MatrixTiles:
 
     @property
     def dtypes(self) -> frozenset[torch.dtype]:
-        """Of updates and Fishers."""
+        """The dtypes of updates and Fishers."""
         return frozenset([self.updates.dtype] if self.fishers is None else [self.updates.dtype, self.fishers.dtype])
 
     def spans(self) -> Iterator[Span]:

@@ -18,40 +18,40 @@ class TilesView:
 
     @property
     def num_params(self) -> int:
-        """See :class:`ClientTiles`."""
+        """``P``, as of the tiles."""
         return self.tiles.num_params
 
     @property
     def tile(self) -> int:
-        """See :class:`ClientTiles`."""
+        """``L``, as of the tiles."""
         return self.tiles.tile
 
     @property
     def device(self) -> torch.device:
-        """See :class:`ClientTiles`."""
+        """The device of the spans, as of the tiles."""
         return self.tiles.device
 
     @property
     def with_fishers(self) -> bool:
-        """See :class:`ClientTiles`."""
+        """Whether the spans have Fishers; by default as those of the tiles do."""
         return self.tiles.with_fishers
 
     @property
     def dtypes(self) -> frozenset[torch.dtype]:
-        """See :class:`ClientTiles`."""
+        """The dtypes of updates and Fishers, as of the tiles."""
         return self.tiles.dtypes
 
     @property
     def windows(self) -> int:
-        """See :class:`ClientTiles`."""
+        """The number of places that may be read, as of the tiles."""
         return self.tiles.windows
 
     def spans(self) -> Iterator[Span]:
-        """See :meth:`ClientTiles.spans`."""
+        """The spans of the tiles, changed."""
         return map(self.seen, self.tiles.spans())
 
     def window(self, first: int, num_params: int) -> Span:
-        """See :meth:`ClientTiles.window`."""
+        """A window of the tiles, changed."""
         return self.seen(self.tiles.window(first, num_params))
 
     def seen(self, span: Span) -> Span:

@@ -1,1 +1,3 @@
-"""Who decides: ``base`` is one aggregation from beginning to end, and every rule is a file of its own."""
+"""Who decides: ``base`` is one aggregation from beginning to end, every rule is a file of its own, and ``table`` names
+them.
+"""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, overload
 
 import numpy as np
@@ -15,20 +14,17 @@ from torch import Tensor
 
 from fdcr_fast.distributed.param_shard import ParamShard
 from fdcr_fast.round import readings
-from fdcr_fast.round.client_ids import different_ids
 from fdcr_fast.round.client_updates import ClientUpdates, refuse_empty
 from fdcr_fast.round.screening import OnEmpty, OnInvalid, refuse, require_finite
 from fdcr_fast.round.shard import WHOLE
 from fdcr_fast.round.shares import limited_shares, sample_shares
-from fdcr_fast.round.tiles import check_device, check_floating
+from fdcr_fast.round.tiles import check_floating
+from fdcr_fast.rules.intake import check_global, stored_vectors, warn_of_states
 from fdcr_fast.rules.options import check_types
 from fdcr_fast.rules.result import AggregationResult, Outcome, Selection, result_of
 from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.store.update_store import UpdateStore
 from fdcr_fast.store.upload import argument, matrix
-from fdcr_fast.warning import callers_level
-
-_FEWEST_LOOKED_AT, _LOOKED_AT = 16, 512  # parameters by which states are told from updates
 
 
 class AggregationRule:
@@ -87,6 +83,14 @@ class AggregationRule:
         single = readings.fits_single(clients)
         return readings.mean(global_params, clients, weights, rescale=self.rescale, single=single)
 
+    def shares(self, clients: ClientUpdates, chosen: Tensor) -> Tensor:
+        """``n_k / sum n`` over the chosen clients, none above ``max_weight_share``, 0 for the others (eq. 11)."""
+        return limited_shares(sample_shares(clients.num_samples, chosen), self.max_weight_share)
+
+    def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
+        """Weight of each client in the mean, float64 ``[K]``, 0 for those that are not kept."""
+        return self.shares(clients, kept)
+
     def buffer_trim(self, kept: int) -> int | None:
         """How many of the smallest and of the largest values of so many kept clients no buffer may lie beyond.
 
@@ -111,6 +115,31 @@ class AggregationRule:
         if memory:
             raise ValueError(f"{type(self).__name__} remembers nothing, and was given {len(memory)} bytes of memory")
         return self
+
+    @property
+    def needs_fishers(self) -> bool:
+        """Whether the rule takes importances anywhere."""
+        return self.importance or self.rescale
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether norms enter the result, and are not only compared: shards then sum them in a fixed order."""
+        return False
+
+    def needed(self, fishers: Any, num_samples: Any, count: int) -> tuple[Any, Any]:
+        """The Fishers and sample counts of so many clients as far as the rule takes them: else None, and one each.
+
+        Raises:
+            ValueError: Fishers are missing.
+            TypeError: sample counts are missing.
+        """
+        if self.needs_fishers and fishers is None:
+            raise ValueError(f"{type(self).__name__} takes importances: fishers must be given, [K, P]")
+        if self.weighs_samples and num_samples is None:
+            raise TypeError(
+                f"expected num_samples to be {count} numbers, got None: {type(self).__name__} weighs by them"
+            )
+        return (fishers if self.needs_fishers else None), ([1] * count if num_samples is None else num_samples)
 
     @overload
     def aggregate(
@@ -159,8 +188,8 @@ class AggregationRule:
             updates: ``delta_k = w_k - w`` in the rows of ``[K, P]`` (a tensor or an array of any strides, never
                 copied), or ``K`` vectors in a list, which are, or a store, which holds all the rest as well. The round
                 of a store ends here: the next contribution begins another one.
-            fishers: ``F_k`` in the rows of ``[K, P]`` or a list likewise; not read, and may be None, if the rule takes
-                no importances.
+            fishers: ``F_k`` in any form that the updates may have but a store; not read, and may be None, if the rule
+                takes no importances.
             num_samples: ``n_k [K]``, numbers; may be None if the rule does not weigh by them.
             client_ids: ``K`` different ids, by default 0 to K - 1.
             on_invalid: What becomes of a round with clients whose contribution cannot be used: ``"reject"``
@@ -179,16 +208,12 @@ class AggregationRule:
                 clients, none that can be used, or Fishers are missing. What is wrong with one client alone rejects
                 that client instead.
         """
-
         if shard is not None and not isinstance(shard, ParamShard):
             raise TypeError(f"expected shard to be a ParamShard, got {shard!r}")
         if isinstance(global_params, np.ndarray):
             global_params = argument("global_params", global_params)
         stored = isinstance(updates, UpdateStore)
-
-        def take_in() -> ClientUpdates:
-            return self._take_in(global_params, updates, fishers, num_samples, client_ids, shard)
-
+        take_in = partial(self._take_in, global_params, updates, fishers, num_samples, client_ids, shard)
         if shard is None:
             clients = take_in()
         else:
@@ -197,72 +222,24 @@ class AggregationRule:
                 take_in, stored=stored, rule=self, on_invalid=on_invalid, on_empty=on_empty, dtype=dtype
             )
         global_params = global_params.detach()
+
         clients = self._measured(global_params, clients)
         clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
         refuse(clients.rejected, on_invalid)
         refuse_empty(clients, on_empty)
+
         if clients.any_valid:
             selection, weights, params = self._outcome(global_params, clients)
         else:
-            require_finite(clients.finite)
-            nobody = torch.zeros(len(clients.clients), dtype=torch.float64)
-            selection, weights, params = Selection(clients.valid), nobody, global_params
-        if shard is not None:
+            selection, weights, params = nothing_changes(global_params, clients)
+
+        if shard is None:
+            warn_of_states(global_params, clients)
+        else:
             shard.confirm(weights)
-        elif looks_like_states(global_params, clients):
-            warnings.warn(
-                "most updates are close to the global parameters: are they states w_k instead of updates w_k - w? "
-                "(StateStore.put_state and aggregate_state_dicts take states)",
-                stacklevel=callers_level(),
-            )
         if stored:
             updates.end_round(clients.clients)
         return result_of(clients, selection, weights, params if weights.any() else global_params.clone())
-
-    def shares(self, clients: ClientUpdates, chosen: Tensor) -> Tensor:
-        """``n_k / sum n`` over the chosen clients, none above ``max_weight_share``, 0 for the others (eq. 11)."""
-        return limited_shares(sample_shares(clients.num_samples, chosen), self.max_weight_share)
-
-    def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
-        """Weight of each client in the mean, float64 ``[K]``, 0 for those that are not kept."""
-        return self.shares(clients, kept)
-
-    def _outcome(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
-        """What the rule decides about a round with valid clients, their weights, and the new parameters.
-
-        These are the global ones themselves where nobody counts.
-        """
-        require_finite(clients.finite)
-        selection = self.judge(global_params, clients)
-        kept = selection.kept & clients.valid
-        given = selection.weights
-        weights = self.weights(clients, kept) if given is None else torch.where(kept, given, 0.0)
-        return selection, weights, self.combine(global_params, clients, weights) if weights.any() else global_params
-
-    @property
-    def needs_fishers(self) -> bool:
-        """Whether the rule takes importances anywhere."""
-        return self.importance or self.rescale
-
-    @property
-    def needs_norms(self) -> bool:
-        """Whether norms enter the result, and are not only compared: shards then sum them in a fixed order."""
-        return False
-
-    def needed(self, fishers: Any, num_samples: Any, count: int) -> tuple[Any, Any]:
-        """The Fishers and sample counts of so many clients as far as the rule takes them: else None, and one each.
-
-        Raises:
-            ValueError: Fishers are missing.
-            TypeError: sample counts are missing.
-        """
-        if self.needs_fishers and fishers is None:
-            raise ValueError(f"{type(self).__name__} takes importances: fishers must be given, [K, P]")
-        if self.weighs_samples and num_samples is None:
-            raise TypeError(
-                f"expected num_samples to be {count} numbers, got None: {type(self).__name__} weighs by them"
-            )
-        return (fishers if self.needs_fishers else None), ([1] * count if num_samples is None else num_samples)
 
     def _take_in(
         self,
@@ -276,7 +253,7 @@ class AggregationRule:
         """The round as it came, with valid arguments; of a shard what is here, and what the ranks tell each other."""
         check_floating("global_params", global_params, "[P]")
         clients = self._round(global_params, updates, fishers, num_samples, client_ids)
-        finite = _check_global(global_params, clients)
+        finite = check_global(global_params, clients)
         if finite is not None:
             clients = replace(clients, finite=finite)
         if shard is None:
@@ -318,7 +295,7 @@ class AggregationRule:
             raise TypeError("fishers are [K, P], got [K]: sample counts are the next argument, num_samples=")
         fishers, num_samples = self.needed(fishers, num_samples, len(updates))
         if isinstance(updates, list | tuple):
-            return _stored(global_params, updates, fishers, num_samples, client_ids).client_updates()
+            return stored_vectors(global_params, updates, fishers, num_samples, client_ids).client_updates()
         return ClientUpdates.from_matrices(
             argument("updates", updates),
             None if fishers is None else matrix("fishers", fishers),
@@ -333,23 +310,23 @@ class AggregationRule:
             return clients.with_norms(readings.squared_norms(clients)).fetched()
         return clients
 
+    def _outcome(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
+        """What the rule decides about a round with valid clients, their weights, and the new parameters.
 
-def _check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | None:
-    """Raise unless these can be the parameters of the round.
+        These are the global ones themselves where nobody counts.
+        """
+        require_finite(clients.finite)
+        selection = self.judge(global_params, clients)
+        kept = selection.kept & clients.valid
+        given = selection.weights
+        weights = self.weights(clients, kept) if given is None else torch.where(kept, given, 0.0)
+        return selection, weights, self.combine(global_params, clients, weights) if weights.any() else global_params
 
-    Returns:
-        None if they are finite; on a device, where that would have to be waited for, whether they are.
-    """
-    if global_params.numel() != clients.num_params:
-        raise ValueError(
-            f"expected global_params [{clients.num_params}] like the updates, got [{global_params.numel()}]"
-        )
-    check_device("global_params", global_params, clients.tiles)
-    low, high = global_params.detach().aminmax()
-    if not low.is_cpu:
-        return torch.maximum(-low, high) < torch.inf  # not of NaN either
-    require_finite(math.isfinite(low.item()) and math.isfinite(high.item()))
-    return None
+
+def nothing_changes(global_params: Tensor, clients: ClientUpdates) -> Outcome:
+    """The outcome of a round in which no client's contribution can be used."""
+    require_finite(clients.finite)
+    return Selection(clients.valid), torch.zeros(len(clients.clients), dtype=torch.float64), global_params
 
 
 def as_rule(rule: Any) -> AggregationRule:
@@ -357,37 +334,3 @@ def as_rule(rule: Any) -> AggregationRule:
     if not isinstance(rule, AggregationRule):
         raise TypeError(f"expected rule to be an AggregationRule, such as FedAvg(), got {rule!r}")
     return rule
-
-
-def looks_like_states(global_params: Tensor, clients: ClientUpdates) -> bool:
-    """Whether most updates lie nearer to the global parameters than to zero, by a few of the first ones.
-
-    Not looked at on devices, where the host would have to wait.
-    """
-    tiles = clients.tiles
-    count = min(tiles.tile, tiles.num_params, _LOOKED_AT)
-    if tiles.device.type != "cpu" or not clients.clients or count < _FEWEST_LOOKED_AT:
-        return False
-    own, updates = global_params[:count], clients.of_valid(tiles.window(0, count).updates[0])
-    w, delta = own.double().numpy(), updates.double().numpy()  # no square of these overflows
-    near = 4 * np.square(delta - w).sum(1) < np.square(w).sum()
-    return 2 * int(near.sum()) > len(near)
-
-
-def _stored(
-    global_params: Tensor, updates: Sequence[Any], fishers: Any, num_samples: Any, client_ids: Any
-) -> UpdateStore:
-    """The round of vectors that came one by one, of which each is checked by itself."""
-    count = len(updates)
-    for name, values in (("fishers", fishers), ("num_samples", num_samples)):
-        if values is not None and len(values) != count:
-            raise ValueError(f"expected {name} of {count} clients like updates, got {len(values)}")
-    if count == 0:
-        raise ValueError("expected at least one client, got no updates")
-    ids = different_ids(client_ids, count)
-    dtypes = [values.dtype for values in updates if isinstance(values, Tensor)]
-    dtype = torch.float64 if torch.float64 in (*dtypes, global_params.dtype) else torch.float32
-    store = UpdateStore(len(global_params), count, dtype, with_fishers=fishers is not None)
-    for k, (client, update) in enumerate(zip(ids, updates, strict=True)):
-        store.put(update, None if fishers is None else fishers[k], num_samples[k], client)
-    return store

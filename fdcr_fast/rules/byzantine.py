@@ -18,7 +18,7 @@ class ByzantineRule(AggregationRule):
 
     Args:
         num_byzantine: ``f``, or a fraction below 1/2: the share of a round's clients, rounded down.
-        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
     """
 
     weighs_samples = False

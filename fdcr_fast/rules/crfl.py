@@ -27,9 +27,9 @@ class CRFL(AggregationRule):
     Args:
         param_norm: Longest vector of global parameters. (The paper takes 15 for MNIST.)
         noise: Standard deviation of the noise.
-        seed: Of the noise, to be kept secret; see :func:`fdcr_fast.rules.randomness.round_generator`.
-        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
-        max_weight_share: Likewise.
+        seed: Seed of the noise, to be kept secret; see :func:`fdcr_fast.rules.randomness.round_generator`.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
+        max_weight_share: Largest share of one client in the mean; by default there is no limit.
     """
 
     sharded = True

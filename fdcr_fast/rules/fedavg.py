@@ -18,8 +18,8 @@ class FedAvg(AggregationRule):
     """The plain sample-weighted mean ``w' = w + sum_k alpha_k delta_k`` (McMahan et al., 2017).
 
     Args:
-        norm_bound: See :class:`FDCR`; by default no bound.
-        max_weight_share: Likewise.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
+        max_weight_share: Largest share of one client in the mean; by default there is no limit.
         clip: Longer updates are scaled down to this norm, ``alpha_k min(1, clip / ||delta_k||)`` (Sun et al., "Can
             You Really Backdoor Federated Learning?", 2019), or to the median norm with ``"median"``. The weights then
             add up to less than 1.

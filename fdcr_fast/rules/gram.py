@@ -144,7 +144,7 @@ def estimate_gram(
         updates: See :func:`grams`.
         fishers: See :func:`grams`.
         sample: How many parameters, rounded up to a multiple of 256. All of them give the exact matrix.
-        seed: Of the draw: the same seed, number of parameters and ranges draw the same parameters.
+        seed: Seed of the draw: the same seed, number of parameters and ranges draw the same parameters.
         transform: See :class:`GramView`.
         ranges: See :class:`GramView`.
         precision: See :func:`grams`.

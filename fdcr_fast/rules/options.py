@@ -30,7 +30,7 @@ def check_types(rule: Any) -> None:
 
 @cache
 def _annotated(rule: type) -> dict[str, dict[str, Callable[[Any], bool]]]:
-    """For every option what it may be, in words, with functions that tell."""
+    """What every option may be, in words, with functions that tell."""
     hints = get_type_hints(rule)
     return {field.name: dict(map(_test, _members(hints[field.name]))) for field in fields(rule) if field.init}
 

@@ -44,7 +44,7 @@ class ParamGroups:
 
     @classmethod
     def _of_modules(cls, layout: ParamLayout, linear: list[str]) -> ParamGroups:
-        """Where a model has fewer layers than that, the features are all but the head, and else everything."""
+        """The groups by names of linear layers; of fewer than two, features are all but the head, or everything."""
 
         def ranges(modules: list[str], inside: bool) -> tuple[slice, ...]:
             return tuple(layout.slices[name] for name in layout.names if (name.rpartition(".")[0] in modules) == inside)

@@ -1,4 +1,4 @@
-"""What a rule decides about a round, and what is told of it."""
+"""What a rule decides about a round, and what its caller is told."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Selection:
         kept: bool ``[K]``.
         discrepancy: ``V_k [K]``, or None where the rule has no such score.
         labels: int64 ``[K]``, or None for 0 where kept and 1 where dropped.
-        weights: Of each client in the mean, float64 ``[K]``; None for shares of the samples.
+        weights: Weight of each client in the mean, float64 ``[K]``; None for shares of the samples.
         explanation: What else there is to say about each client, by client id.
     """
 

@@ -78,15 +78,15 @@ def aggregate_state_dicts(
         client_states: States ``w_k``, state dicts or modules, in a sequence, or in a mapping by client id.
         fishers: Per client a vector ``[P]`` or a sequence in the order of ``layout``, or a mapping by parameter name;
             all in a sequence, or in a mapping by client id. None if the rule takes no importances.
-        num_samples: ``n_k`` in a sequence or mapping likewise. None if the rule does not weigh by them.
-        rule: By default :class:`FDCR`.
-        layout: Which entries are parameters. By default those of a module, or the names in the Fishers; for vectors,
+        num_samples: ``n_k`` in a sequence, or in a mapping by client id. None if the rule does not weigh by them.
+        rule: Rule for the parameters, by default :class:`FDCR`.
+        layout: Entries that are parameters. By default those of a module, or the names in the Fishers; for vectors,
             all floating-point entries, or these without BatchNorm's running statistics, whichever have ``P``
             elements, with what is tied once or as often as it has names.
-        client_ids: For sequences, by default 0 to K - 1.
-        on_invalid: See :meth:`AggregationRule.aggregate`.
-        on_empty: Likewise.
-        return_result: Also return the rule's :class:`AggregationResult`. Without it a warning names rejected clients.
+        client_ids: Ids of the clients in sequences, by default 0 to K - 1.
+        on_invalid: Option of :meth:`AggregationRule.aggregate`, and so is ``on_empty``.
+        return_result: Whether the rule's :class:`AggregationResult` is returned as well. Without it a warning names
+            rejected clients.
 
     Returns:
         A state with the keys, order, dtypes and devices of ``global_state`` and no memory in common with any

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fdcr_fast.layout import ParamLayout, as_tensor, by_plain_name, inner_module
-from fdcr_fast.store.upload import shared
+from fdcr_fast.store.upload import tensor_view
 
 State: TypeAlias = Mapping[str, Any] | nn.Module
 
@@ -20,12 +20,12 @@ BATCH_NORM_STATISTICS = ("running_mean", "running_var")
 
 
 def floating_layout(global_state: State) -> ParamLayout:
-    """All floating-point entries; shared tensors once."""
+    """The layout of all floating-point entries, in which a tensor under several names is there once."""
     entries = entries_of(global_state)
     first: dict[Hashable, str] = {}
     for name, value in entries.items():
         if isinstance(value, Tensor | np.ndarray) and as_tensor(value).is_floating_point():
-            first.setdefault(memory_of(name, value), name)
+            first.setdefault(tensor_key(name, value), name)
     return ParamLayout.from_tensors({name: entries[name] for name in first.values()})
 
 
@@ -60,14 +60,14 @@ def without_ties(layout: ParamLayout, global_state: State, states: Sequence[Any]
 
 
 def layout_of(global_state: State) -> ParamLayout:
-    """Parameters of a module, or of a state dict as in :func:`parameter_layout`."""
+    """The layout of a module's parameters, or of those of a state dict as in :func:`parameter_layout`."""
     if isinstance(global_state, nn.Module):
         return ParamLayout.from_module(global_state)
     return parameter_layout(global_state)
 
 
 def entries_of(state: Any) -> Mapping[str, Any]:
-    """A state dict, or that of a module."""
+    """The entries by name of a state dict or a module."""
     if isinstance(state, nn.Module):
         state = inner_module(state).state_dict()
     if not isinstance(state, Mapping):
@@ -77,16 +77,16 @@ def entries_of(state: Any) -> Mapping[str, Any]:
 
 def as_entry(value: Any) -> Any:
     """An entry of the global state; an array as a tensor."""
-    return shared(value) if isinstance(value, np.ndarray) else value
+    return tensor_view(value) if isinstance(value, np.ndarray) else value
 
 
 def known_ties(own: Mapping[str, Any], params: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, str]:
     """The parameter behind every entry that is one under another name."""
     names = set(params.values())
-    owner = {memory_of(name, own[name]): owner for name, owner in params.items()}
+    owner = {tensor_key(name, own[name]): owner for name, owner in params.items()}
     found = {name: tied[name] for name in own if name not in params and tied.get(name) in names}
-    by_memory = {name: owner[key] for name, value in own.items() if (key := memory_of(name, value)) in owner}
-    return {**found, **{name: first for name, first in by_memory.items() if name not in params}}
+    same = {name: owner[key] for name, value in own.items() if (key := tensor_key(name, value)) in owner}
+    return {**found, **{name: first for name, first in same.items() if name not in params}}
 
 
 def same_values(one: Any, other: Any) -> bool:
@@ -102,8 +102,8 @@ def same_values(one: Any, other: Any) -> bool:
     return torch.equal(*first) and torch.equal(one, other)
 
 
-def memory_of(name: str, value: Any) -> Hashable:
-    """Equal for entries that are the same tensor."""
+def tensor_key(name: str, value: Any) -> Hashable:
+    """A key that is the same for entries that are the same tensor."""
     if isinstance(value, np.ndarray):
         value = as_entry(value)
     if not isinstance(value, Tensor) or value.numel() == 0:
@@ -116,11 +116,11 @@ def is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype != torch.bool and not value.is_complex()
 
 
-def like(value: Tensor | NDArray[Any], new: Tensor) -> Any:
-    """A copy of new numbers in the type, dtype and place of the entry of the global state."""
-    if isinstance(value, np.ndarray):
-        return new.cpu().numpy().astype(value.dtype)
-    return new.to(value.device, value.dtype, copy=True)
+def entry_like(entry: Tensor | NDArray[Any], numbers: Tensor) -> Any:
+    """A copy of numbers in the type and dtype of an entry, and on its device."""
+    if isinstance(entry, np.ndarray):
+        return numbers.cpu().numpy().astype(entry.dtype)
+    return numbers.to(entry.device, entry.dtype, copy=True)
 
 
 def copied(value: Any) -> Any:

@@ -25,10 +25,10 @@ from fdcr_fast.state_dicts.entries import (
     as_entry,
     copied,
     entries_of,
+    entry_like,
     is_real,
     known_ties,
     layout_of,
-    like,
     same_values,
 )
 from fdcr_fast.store.update_store import UpdateStore
@@ -63,16 +63,16 @@ class StateStore:
         global_state: State that was sent out, ``w``: a state dict of tensors or arrays, or a module. It is copied, so
             that clients may be trained in the same module.
         capacity: Largest number of accepted clients in a round.
-        layout: Which entries are parameters; by default all floating-point entries without BatchNorm's running
+        layout: Entries that are parameters; by default all floating-point entries without BatchNorm's running
             statistics, of a module its parameters.
         with_fishers: False for rules that need no Fishers.
-        path: Of a file that takes the updates and Fishers; see :class:`UpdateStore`.
+        path: Path of a file that takes the updates and Fishers; see :class:`UpdateStore`.
         copy: False where the states stay in memory and do not change until they are aggregated; see
             :class:`UpdateStore`. Buffers are copied all the same.
 
     Attributes:
-        layout: Of the parameters.
-        updates: The store.
+        layout: Layout of the parameters.
+        updates: The store of the parameters.
 
     Raises:
         ValueError: the global state lacks parameters of the layout, or has them in another shape.
@@ -162,9 +162,10 @@ class StateStore:
         return self.put(state, fisher, num_samples, client_id)
 
     def put_update(self, update: Any, fisher: Any, num_samples: Any, client_id: Hashable) -> bool:
-        """Take in what one client changed, ``w_k - w``, likewise; parameters are copied straight into the store.
+        """Take in what one client changed, ``w_k - w``; parameters are copied straight into the store.
 
-        Buffers that it lacks stay as they are in the global state.
+        All else is as for :meth:`put_state`, but that a module is no update. Buffers that it lacks stay as they are in
+        the global state.
         """
         return self.put(update, fisher, num_samples, client_id, difference=True)
 
@@ -213,10 +214,10 @@ class StateStore:
             plain = self._plain[name]
             if plain in owners:
                 first = new.get(owners[plain])
-                new[owners[plain]] = like(value, params[owners[plain]]) if first is None else first
+                new[owners[plain]] = entry_like(value, params[owners[plain]]) if first is None else first
             elif plain in self._buffers.own and clients:
                 changed = [self._changed(client, plain) for client in clients]
-                new[plain] = like(value, self._buffers.combined(plain, changed, weights, trim))
+                new[plain] = entry_like(value, self._buffers.combined(plain, changed, weights, trim))
             else:
                 new[plain] = copied(value)
         return {name: new[owners.get(plain, plain)] for name, plain in self._plain.items()}, result

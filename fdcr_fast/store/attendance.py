@@ -35,13 +35,13 @@ class Attendance:
     When a round has ended everything stays as it was, until a client of the next round comes.
 
     Args:
-        rows: Where contributions lie.
+        rows: Rows of the contributions.
         accepted: The clients that are there already, by id.
         ended: Whether their round has ended.
         on_invalid: Whether a contribution that is rejected raises as well.
 
     Attributes:
-        lock: What to hold while several things are looked at that must belong together.
+        lock: Lock to hold while several things are looked at that must belong together.
         accepted: The accepted clients, by id.
         rejected: Reason by client id of those that were not accepted.
     """
@@ -75,7 +75,7 @@ class Attendance:
 
         Args:
             client: Its id; None for the number of earlier arrivals, or the next one that is no client's.
-            row: Where its contribution is to lie; None for the first free row.
+            row: Row for its contribution; None for the first free one.
             replace: Whether it may take the place of what it sent before.
 
         Raises:

@@ -32,8 +32,8 @@ class BorrowedRows:
     """Rows of which only the Fishers are looked at when they come: the updates are when they are aggregated.
 
     Args:
-        shape: Of the rows as rules read them.
-        device: Where the clients' tensors are.
+        shape: Shape of the rows as rules read them.
+        device: Device of the clients' tensors.
     """
 
     unread = True
@@ -57,7 +57,7 @@ class BorrowedRows:
         return statistics, 0
 
     def commit(self, accepted: Accepted) -> None:
-        """There is nothing to write down."""
+        """The clients hold what they sent: there is nothing to write down."""
 
     def forget(self, rows: Sequence[int]) -> None:
         """Let go of the tensors."""
@@ -65,7 +65,7 @@ class BorrowedRows:
             self._rows.pop(row, None)
 
     def mark_round(self, ended: bool) -> None:
-        """There is nothing to remember."""
+        """Nobody opens these rows again: there is nothing to note."""
 
     def pack(self, rows: Sequence[int]) -> list[int]:
         """Rows can lie anywhere."""

@@ -20,8 +20,8 @@ class PinnedRows(MemoryRows):
     """Rows in pinned memory.
 
     Args:
-        shape: Of the store.
-        device: Where rules read them.
+        shape: Shape of all rows.
+        device: Device on which rules read them.
 
     Raises:
         ValueError: memory cannot be pinned for this device, or what is left of it does not hold the rows.
@@ -39,12 +39,12 @@ class PinnedRows(MemoryRows):
         self._reader = torch.empty(0, device=device).device  # with its number
 
     def fill(self, row: int, vectors: Vectors, base: Tensor | None = None) -> tuple[Statistics, int]:
-        """As in other memory, when what was read before has been copied."""
+        """:meth:`MemoryRows.fill`, when what was read before has been copied."""
         self._side.synchronize()
         return super().fill(row, vectors, base)
 
     def pack(self, rows: Sequence[int]) -> list[int]:
-        """As in other memory, when what was read before has been copied."""
+        """:meth:`MemoryRows.pack`, when what was read before has been copied."""
         self._side.synchronize()
         return super().pack(rows)
 

@@ -112,13 +112,13 @@ class Contribution(NamedTuple):
 
 
 Vectors = Mapping[int, Sequence[Tensor]]  # by UPDATE and FISHER, each in pieces that make up [P]
-Statistics = dict[int, Tensor]  # likewise: float64 (squared norm, smallest, largest)
+Statistics = dict[int, Tensor]  # by UPDATE and FISHER: float64 (squared norm, smallest, largest)
 
 NO_STATISTICS = torch.tensor([0.0, torch.inf, -torch.inf], dtype=torch.float64)
 
 
 class Rows(Protocol):
-    """Where a store keeps its rows: in memory, in a file, or in the tensors in which they came."""
+    """The rows of a store, which lie in memory, in a file, or in the tensors in which they came."""
 
     @property
     def shape(self) -> StoreShape:
@@ -149,7 +149,7 @@ class Rows(Protocol):
         """Note whether the round has ended, for whoever opens the rows later."""
 
     def pack(self, rows: Sequence[int]) -> list[int]:
-        """Where the given rows lie in this order; they may be moved to the front for it."""
+        """The rows in which the given ones, in this order, lie from now on: they may be moved to the front."""
 
     def read(self, row: int) -> Tensor:
         """One client's row ``[matrices, P]``, a copy."""

@@ -11,10 +11,10 @@ from fdcr_fast.store.rows import FISHER, UPDATE, StoreShape
 
 
 class StoreTiles:
-    """What all tiles know by the shape of their store.
+    """Tiles of a store, as far as they are known by the shape of its rows.
 
     Args:
-        shape: Of the store.
+        shape: Shape of all rows of the store.
     """
 
     windows = 2  # whole tiles are read
@@ -39,7 +39,7 @@ class StoreTiles:
 
     @property
     def dtypes(self) -> frozenset[torch.dtype]:
-        """Of updates and Fishers."""
+        """The dtypes of updates and Fishers."""
         return frozenset({self._shape.dtype})
 
     def _span(self, first: int, numbers: Tensor, columns: slice = slice(None)) -> Span:

@@ -46,17 +46,18 @@ class UpdateStore:
     Args:
         num_params: ``P``, or the layout.
         capacity: Largest number of accepted clients in a round.
-        dtype: In which updates and Fishers are kept: float32, float64, bfloat16 or float16, also by name.
+        dtype: Dtype of the updates and Fishers that are kept: float32, float64, bfloat16 or float16, also by name.
         tile: ``L``; by default such that a tile of all clients fits into cache.
-        device: Where they are kept.
-        compute_device: Where rules read them, by default there. A store on the CPU for a GPU lies in pinned memory and
-            may be larger than that of the GPU, which takes 128 MiB or two tiles of all clients at a time.
+        device: Device on which they are kept.
+        compute_device: Device on which rules read them, by default the same. A store on the CPU for a GPU lies in
+            pinned memory and may be larger than that of the GPU, which takes 128 MiB or two tiles of all clients at a
+            time.
         with_fishers: False for a store without Fishers, for rules that need none; half the memory. Fishers that are
             given all the same are ignored, once with a warning.
         layout: Names and shapes of the parameters, so that clients may send mappings by name.
-        buffer_dtype: Of the numbers in raw buffers (``bytes``); by default ``dtype``.
+        buffer_dtype: Dtype of the numbers in raw buffers (``bytes``); by default ``dtype``.
         on_invalid: ``"reject"`` records a contribution that cannot be used; ``"raise"`` raises ValueError as well.
-        path: Of a file to create; None for memory.
+        path: Path of a file to create; None for memory.
         max_resident: With ``path``, bytes that the buffers may take through which it is read, and each ``put`` writes;
             by default 256 MiB, or more where many clients need it.
         sync: With ``path``, False trades crash safety for speed: nothing is flushed to the disk before the system does.
@@ -124,12 +125,12 @@ class UpdateStore:
         """The store in a file: exactly the clients whose ``put`` had returned when it was last written.
 
         Args:
-            path: Of the file.
+            path: Path of the file.
             mode: ``"r"`` reads what is there now, also while another process writes; if that process then removes or
                 replaces clients, reading raises RuntimeError instead of giving a mixture. ``"r+"`` goes on writing;
                 only one process can.
-            layout: As of a new store, and so are ``buffer_dtype``, ``on_invalid``, ``max_resident`` and ``sync``.
-            verify: Also read all data and compare checksums.
+            layout: Option as of a new store, and so are ``buffer_dtype``, ``on_invalid``, ``max_resident``, ``sync``.
+            verify: Whether all data are read and their checksums compared.
 
         Raises:
             ValueError: it is no store, or it is damaged; the message says where.
@@ -227,12 +228,12 @@ class UpdateStore:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which updates and Fishers are kept."""
+        """Dtype in which updates and Fishers are kept."""
         return self._rows.shape.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where updates and Fishers are kept."""
+        """Device on which updates and Fishers are kept."""
         return self._rows.device
 
     @property
@@ -252,7 +253,7 @@ class UpdateStore:
 
     @property
     def fishers(self) -> Tensor | None:
-        """Tiled client matrix ``[T, K, L]`` of the Fishers likewise; None in a store without."""
+        """Tiled client matrix ``[T, K, L]`` of their Fishers, a view as well; None in a store without Fishers."""
         return self._matrices().fishers
 
     @property
@@ -305,12 +306,12 @@ class UpdateStore:
         Args:
             update: ``delta_k = w_k - w [P]`` in floating point, of any strides: a tensor, a NumPy array, an object with
                 ``__dlpack__``, a mapping by parameter name (of a store with a layout), or a buffer of ``P`` numbers.
-            fisher: ``F_k [P]`` likewise; None for a store without Fishers.
+            fisher: ``F_k [P]`` in any form that the update may have; None for a store without Fishers.
             num_samples: ``n_k``.
             client_id: A string, an integer, or anything else that has a hash and tells it from others; by default the
                 number of earlier calls in this round, or the next one that is no client's.
-            row: Where it lies, so that the order of the rows does not depend on who arrives first; by default the
-                first free row.
+            row: Row in which it lies, so that the order of the rows does not depend on who arrives first; by default
+                the first free row.
             replace: Whether a contribution under an accepted id takes the place of the first one, which stays until the
                 new one is accepted; that takes a free row. By default it is not accepted.
             base: ``w [P]``, float32 or float64, where ``update`` is the client's state ``w_k`` instead: the difference

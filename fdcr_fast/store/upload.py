@@ -42,12 +42,12 @@ def vector_pieces(
     """Vectors that make up the client's vector ``[P]``; copied only where torch cannot share the memory.
 
     Args:
-        name: What the vector is, for messages.
+        name: Name of the vector in messages.
         values: A tensor or anything that speaks DLPack, a NumPy array, a mapping by parameter name or a sequence in the
             order of the parameters (with a layout), or a buffer (``bytes``, ``bytearray``, ``memoryview``).
         num_params: ``P``.
         layout: Order of the parameters of a mapping.
-        buffer_dtype: Of the numbers in a buffer.
+        buffer_dtype: Dtype of the numbers in a buffer.
 
     Raises:
         ValueError: it is anything else, or has another length; the message says what came.
@@ -57,7 +57,7 @@ def vector_pieces(
             raise TypeError("it is a module, whose state is no update (StateStore.put_state takes states)")
         if isinstance(values, Mapping) or (isinstance(values, list | tuple) and layout is not None):
             return _pieces_of(values, layout)
-        vector = _from_buffer(values, buffer_dtype) if _is_buffer(values) else _plain(shared(values))
+        vector = _from_buffer(values, buffer_dtype) if _is_buffer(values) else _plain(tensor_view(values))
     except Exception as error:  # the object is the client's, and so is whatever it raises
         raise ValueError(f"the {name} is no vector: {shown(error, str)}") from None
     if vector.dtype not in FLOATS:
@@ -115,7 +115,7 @@ def _from_buffer(values: Any, dtype: torch.dtype) -> Tensor:
     return _borrowed(array, dtype)
 
 
-def shared(values: Any) -> Tensor:
+def tensor_view(values: Any) -> Tensor:
     """A tensor, array, or object with ``__dlpack__`` as a tensor that must not be written.
 
     Unlike :func:`fdcr_fast.layout.as_tensor` it also shares read-only arrays.
@@ -132,9 +132,9 @@ def shared(values: Any) -> Tensor:
 
 
 def argument(name: str, values: Any) -> Tensor:
-    """:func:`shared` of what the caller gave, by name in the message."""
+    """:func:`tensor_view` of what the caller gave, by name in the message."""
     try:
-        return shared(values)
+        return tensor_view(values)
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from None
 

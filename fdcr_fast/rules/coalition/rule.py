@@ -1,4 +1,4 @@
-"""The aggregation rule that drops a coalition."""
+"""The rule that drops a coalition of clients."""
 
 from __future__ import annotations
 
@@ -71,17 +71,17 @@ class CoalitionFDCR(AggregationRule):
 
     Args:
         groups: Which parameters are the head and the features; None takes all parameters as both.
-        state: Of earlier rounds, such as ``CoalitionState.from_json(text)``.
+        state: State of earlier rounds, such as ``CoalitionState.from_json(text)``.
         gate: Drop nobody in rounds in which the best set does not stand out: after the first ``gate_from`` rounds,
             ``J`` must exceed the mean of those of 19 problems with the clients permuted in ``c`` by 1.5 of their
             standard deviations.
         gate_from: Rounds before which the gate is open.
         decay: In (0, 1], what a round counts beside the next one.
         max_clients: Clients remembered, those seen last; memory is 16 bytes for each pair of them.
-        regularisation: Of ``kappa``.
-        norm_bound: See :class:`fdcr_fast.FDCR`.
-        max_weight_share: Likewise.
-        seed: Of the gate's permutations.
+        regularisation: Share of the mean of ``Pbar`` that is added to it in ``kappa``.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; None for none.
+        max_weight_share: Largest share of one client in the mean; by default there is no limit.
+        seed: Seed of the gate's permutations.
     """
 
     sharded = True

@@ -129,7 +129,7 @@ def find_coalition(views: Views) -> tuple[Tensor, float]:
     swaps those of the 32 clients that one would rather remove with the 32 that one would rather add).
 
     Args:
-        views: Of ``K >= 3`` clients.
+        views: Views of ``K >= 3`` clients.
 
     Returns:
         Membership, bool ``[K]``, and ``J``.

@@ -68,8 +68,8 @@ class CoalitionState:
         """Add a round's views, and return the means over all rounds so far; 0 for pairs that never met before.
 
         Args:
-            clients: Those of the round.
-            views: Of the round.
+            clients: Clients of the round.
+            views: Views of the round.
             decay: In (0, 1], what an earlier round counts beside this one.
             max_clients: Most that are remembered, or those of this round if these are more; None for all.
         """

@@ -105,7 +105,7 @@ def _mean_fisher(clients: ClientUpdates) -> Tensor:
 
 
 def _mean_over_params(clients: ClientUpdates, vector: Tensor) -> Tensor:
-    """Of a vector over all parameters, of which some are here."""
+    """The mean of a vector over all parameters, of which some are here."""
     return clients.shard.sum_vector(vector, torch.sum) / clients.num_params
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fdcr_fast.round import readings
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.pairwise.comparison import equal_weights
+from fdcr_fast.rules.valid_clients import equal_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class CoordinateMedian(AggregationRule):
     Of an even number of clients the mean of the middle two. All clients count alike, whatever their sample counts.
 
     Args:
-        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
     """
 
     weighs_samples = False

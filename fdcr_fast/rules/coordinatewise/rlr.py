@@ -23,8 +23,8 @@ class RLR(AggregationRule):
 
     Args:
         threshold: Between the number of attackers and that of the other clients, both left out.
-        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
-        max_weight_share: Likewise.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
+        max_weight_share: Largest share of one client in the mean; by default there is no limit.
     """
 
     sharded = True

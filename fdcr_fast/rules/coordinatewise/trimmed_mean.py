@@ -9,8 +9,8 @@ from torch import Tensor
 from fdcr_fast.round import readings
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.byzantine import ByzantineRule
-from fdcr_fast.rules.pairwise.comparison import equal_weights
 from fdcr_fast.rules.result import Selection
+from fdcr_fast.rules.valid_clients import equal_weights
 
 
 @dataclass(frozen=True, kw_only=True)

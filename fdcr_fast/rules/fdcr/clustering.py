@@ -47,7 +47,7 @@ def _clustering(
         return torch.empty_like(order).scatter_(0, order, torch.where(low < high, found, 0))
 
     def on_host(scores: NDArray[np.float64], *args: Options.args, **kwargs: Options.kwargs) -> NDArray[np.int64]:
-        """The same where numbers may be looked at, by NumPy, whose calls take less time than PyTorch's."""
+        """Labels of values on the host, by NumPy, whose calls take less time than PyTorch's."""
         order = scores.argsort()
         ascending = scores[order]
         low, high = ascending[0], ascending[-1]
@@ -113,7 +113,8 @@ def finch(values: Any, partition: str | int = "first") -> Any:
 def _labels_of_runs(means: Any, last: Tensor | None = None) -> Any:
     """Numbers of the connected runs when each of the ascending means links to its nearer neighbour.
 
-    Of a tensor or an array, as the means are. With ``last``, only the means of a tensor up to that number are there.
+    They are a tensor or an array, as the means are. With ``last``, only the means of a tensor up to that number are
+    there.
     """
     gaps = means[1:] - means[:-1]
     if last is not None:
@@ -171,7 +172,7 @@ def dbscan(values: Any, eps: float = 0.5, min_samples: int = 2) -> Any:
         values: ``[K]``.
         eps: Radius in population standard deviations of the values. The default is scikit-learn's 0.5 on
             standardised values.
-        min_samples: As in scikit-learn; at least 1.
+        min_samples: Number of values that make a core, at least 1, as in scikit-learn.
     """
     check_density(eps, min_samples)
     scores = torch.as_tensor(values)

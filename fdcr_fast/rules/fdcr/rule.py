@@ -36,8 +36,8 @@ class FDCR(AggregationRule):
             order clients alike, but their gaps, and with them the clusters, differ.
         cluster: ``"finch"``, ``"kmeans"``, ``"dbscan"``, or None to drop nobody (the ablation without
             clustering).
-        partition: Of FINCH, ``"first" | "last" | int``; see :func:`fdcr_fast.rules.fdcr.clustering.finch`. The paper
-            does not say which, its code takes the first, which has about K/2.5 clusters: with many clients
+        partition: Partition of FINCH, ``"first" | "last" | int``; see :func:`fdcr_fast.rules.fdcr.clustering.finch`.
+            The paper does not say which, its code takes the first, which has about K/2.5 clusters: with many clients
             few can be dropped.
         rescale: False for the ablation without rescaling: ``c_k = 1``. Rescaling always takes the
             importances, also with ``importance=False``.
@@ -48,8 +48,8 @@ class FDCR(AggregationRule):
             until all honest clients look alike, and is kept. None for the bare paper rule.
         learning_rate: ``eta`` of eq. 7, ``g_k = delta_k / eta``: scales the reported V by ``1/eta^2``
             (``"mse"``) or ``1/eta`` (``"l2"``). No decision depends on it.
-        eps: Of DBSCAN; see :func:`fdcr_fast.rules.fdcr.clustering.dbscan`.
-        min_samples: Likewise.
+        eps: Radius of DBSCAN; see :func:`fdcr_fast.rules.fdcr.clustering.dbscan`.
+        min_samples: Number of clients within that radius that make a core of DBSCAN.
         max_weight_share: Largest share ``alpha_k`` of one client, whatever it claims; what is cut off goes to the
             others in proportion to their samples. Where so few clients are kept that their shares could not add up to
             1, all count alike. None for no limit.

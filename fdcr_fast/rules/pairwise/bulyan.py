@@ -10,9 +10,10 @@ from torch import Tensor
 from fdcr_fast.round import readings
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.byzantine import ByzantineRule
-from fdcr_fast.rules.pairwise.comparison import chosen, equal_weights, of_all, squared_distances, valid_gram
+from fdcr_fast.rules.pairwise.comparison import squared_distances, valid_gram
 from fdcr_fast.rules.pairwise.krum import krum_scores
 from fdcr_fast.rules.result import Selection
+from fdcr_fast.rules.valid_clients import chosen, equal_weights, of_all
 
 
 @dataclass(frozen=True, kw_only=True)

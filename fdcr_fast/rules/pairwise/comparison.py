@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,10 +9,10 @@ from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.gram import gram
 
 
-def valid_gram(clients: ClientUpdates, precision: str = "float64") -> Tensor:
+def valid_gram(clients: ClientUpdates) -> Tensor:
     """``<delta_i, delta_j>`` of the valid clients, float64 ``[n, n]``."""
     valid = clients.valid
-    return gram(clients, precision=precision).cpu()[valid][:, valid]
+    return gram(clients, precision="float64").cpu()[valid][:, valid]
 
 
 def squared_distances(gram: Tensor) -> Tensor:
@@ -28,28 +26,3 @@ def cosines(gram: Tensor) -> Tensor:
     lengths = gram.diagonal().sqrt()
     cosine = gram / lengths[:, None] / lengths
     return torch.where((lengths > 0) & (lengths[:, None] > 0), cosine, 0.0).clamp_(-1, 1).fill_diagonal_(1)
-
-
-def valid_ids(clients: ClientUpdates) -> list[Any]:
-    """Ids of the valid clients."""
-    return [client for client, valid in zip(clients.clients, clients.valid.tolist(), strict=True) if valid]
-
-
-def of_all(clients: ClientUpdates, values: Tensor, others: Any = 0) -> Tensor:
-    """``[K]`` from one value of every valid client."""
-    result = torch.full((len(clients.clients),), others, dtype=values.dtype)
-    result[clients.valid] = values
-    return result
-
-
-def chosen(clients: ClientUpdates, ranks: Tensor) -> Tensor:
-    """bool ``[K]`` from positions among the valid clients."""
-    rows = clients.valid.nonzero().flatten()
-    result = torch.zeros(len(clients.clients), dtype=torch.bool)
-    result[rows[ranks]] = True
-    return result
-
-
-def equal_weights(kept: Tensor) -> Tensor:
-    """``1 / m`` for each of the ``m`` that are kept, float64 ``[K]``."""
-    return kept.double() / kept.sum().clamp(min=1)

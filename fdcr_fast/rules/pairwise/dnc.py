@@ -12,10 +12,10 @@ from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.vectors import sent
 from fdcr_fast.rules.byzantine import ByzantineRule
 from fdcr_fast.rules.gram import gram
-from fdcr_fast.rules.pairwise.comparison import equal_weights, of_all
 from fdcr_fast.rules.randomness import round_generator
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_options import ServerOptions
+from fdcr_fast.rules.valid_clients import equal_weights, of_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,10 @@ class DnC(ByzantineRule):
     iterated on. It needs ``K >= 2 f + 1`` clients. ``discrepancy`` holds the largest score over the samples.
 
     Args:
-        iterations: How many samples.
-        sample: Parameters in each, or all where there are not so many.
-        filter_fraction: Of ``f``, how many clients are dropped in each, rounded down.
-        seed: Of the draws, to be kept secret; see :func:`fdcr_fast.rules.randomness.round_generator`.
+        iterations: Number of samples.
+        sample: Number of parameters in each, or all where there are not so many.
+        filter_fraction: Number of clients that are dropped in each as a part of ``f``, rounded down.
+        seed: Seed of the draws, to be kept secret; see :func:`fdcr_fast.rules.randomness.round_generator`.
     """
 
     sharded = True

@@ -11,10 +11,11 @@ from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import dot_products, squared_length
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.noise import check_deviation, with_noise
-from fdcr_fast.rules.pairwise.comparison import cosines, equal_weights, of_all, valid_gram
+from fdcr_fast.rules.pairwise.comparison import cosines, valid_gram
 from fdcr_fast.rules.randomness import round_generator
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_options import ServerOptions
+from fdcr_fast.rules.valid_clients import equal_weights, of_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,8 @@ class FLAME(AggregationRule):
 
     Args:
         noise: ``lambda``. (The paper takes 0.001 for images.)
-        seed: Of the noise, to be kept secret; see :func:`fdcr_fast.rules.randomness.round_generator`.
-        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
+        seed: Seed of the noise, to be kept secret; see :func:`fdcr_fast.rules.randomness.round_generator`.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
     """
 
     weighs_samples = False
@@ -50,7 +51,7 @@ class FLAME(AggregationRule):
 
     @property
     def needs_norms(self) -> bool:
-        """Updates are clipped."""
+        """True: updates are clipped."""
         return True
 
     def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:

@@ -17,8 +17,9 @@ from fdcr_fast.round.shares import limited_shares
 from fdcr_fast.round.tiles import MatrixTiles
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.gram import gram
-from fdcr_fast.rules.pairwise.comparison import cosines, of_all, valid_ids
+from fdcr_fast.rules.pairwise.comparison import cosines
 from fdcr_fast.rules.result import Selection
+from fdcr_fast.rules.valid_clients import of_all, valid_ids
 
 _FORMAT = "fdcr_fast.FoolsGoldState 1"
 
@@ -139,10 +140,10 @@ class FoolsGold(AggregationRule):
     The rule remembers earlier rounds in ``state``, which every call of ``aggregate`` updates.
 
     Args:
-        params: Which parameters are compared, by default all. (The paper recommends the output layer's.)
-        state: Of earlier rounds, such as ``FoolsGoldState.from_bytes(data)``.
-        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
-        max_weight_share: Likewise.
+        params: Range of the parameters that are compared, by default all. (The paper recommends the output layer's.)
+        state: State of earlier rounds, such as ``FoolsGoldState.from_bytes(data)``.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
+        max_weight_share: Largest share of one client in the mean; by default there is no limit.
     """
 
     weighs_samples = False

@@ -10,8 +10,9 @@ from torch import Tensor
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.shares import limited_shares
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.pairwise.comparison import of_all, squared_distances, valid_gram
+from fdcr_fast.rules.pairwise.comparison import squared_distances, valid_gram
 from fdcr_fast.rules.result import Selection
+from fdcr_fast.rules.valid_clients import of_all
 
 _FAR = 1e6  # times the median norm; from further away only the direction matters, and distances would cancel
 
@@ -31,8 +32,8 @@ class GeometricMedian(AggregationRule):
         smoothing: ``nu`` over the median of the clients' median distances to others.
         iterations: Most steps. (The paper takes 3.)
         tolerance: Change of the ``b_k``, in sum, after which no step follows.
-        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
-        max_weight_share: Of ``alpha_k``, and of ``b_k`` as well.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
+        max_weight_share: Largest ``alpha_k``, and largest ``b_k`` as well; by default there is no limit.
     """
 
     sharded = True
@@ -81,6 +82,6 @@ class GeometricMedian(AggregationRule):
 
 
 def _distances(squares: Tensor, weights: Tensor) -> Tensor:
-    """From every client to the mean with these weights, of sum 1."""
+    """The distances of all clients to the mean with these weights, of sum 1."""
     to_all = squares @ weights
     return (to_all - weights @ to_all / 2).clamp_(min=0).sqrt()

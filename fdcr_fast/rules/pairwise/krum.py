@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.byzantine import ByzantineRule
-from fdcr_fast.rules.pairwise.comparison import chosen, equal_weights, of_all, squared_distances, valid_gram
+from fdcr_fast.rules.pairwise.comparison import squared_distances, valid_gram
 from fdcr_fast.rules.result import Selection
+from fdcr_fast.rules.valid_clients import chosen, equal_weights, of_all
 
 
 def krum_scores(ordered: Tensor, counted: Tensor, num_byzantine: int) -> Tensor:
@@ -18,7 +19,7 @@ def krum_scores(ordered: Tensor, counted: Tensor, num_byzantine: int) -> Tensor:
 
     Args:
         ordered: Each client's squared distances to all clients in ascending order, its own 0 first, ``[n, n]``.
-        counted: Which of them are to clients that take part, likewise.
+        counted: Whether each of them is to a client that takes part, bool ``[n, n]``.
         num_byzantine: ``f``.
     """
     rank = counted.cumsum(1)

@@ -10,8 +10,8 @@ from torch import Tensor
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import Columns, column_sums, squared_length
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.pairwise.comparison import chosen, of_all
 from fdcr_fast.rules.result import Selection
+from fdcr_fast.rules.valid_clients import chosen, of_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class MultiMetrics(AggregationRule):
     the first and last metric over pairs of clients instead; this is the paper's text.)
 
     Args:
-        keep_share: Of the clients, rounded down, but at least one.
-        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
-        max_weight_share: Likewise.
+        keep_share: Part of the clients that is kept, rounded down, but at least one of them.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
+        max_weight_share: Largest share of one client in the mean; by default there is no limit.
     """
 
     sharded = True
@@ -43,7 +43,7 @@ class MultiMetrics(AggregationRule):
 
     @property
     def needs_norms(self) -> bool:
-        """They are one of the metrics."""
+        """True: norms are one of the metrics."""
         return True
 
     def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:

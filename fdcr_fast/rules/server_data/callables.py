@@ -15,8 +15,8 @@ def check_callable(rule: AggregationRule, name: str, result: str) -> None:
         raise TypeError(f"{name} must be a function from global parameters [P] to {result}, got {shown(function)}")
 
 
-def like(global_params: Tensor, value: Tensor, name: str) -> Tensor:
-    """What a caller's function gave, if it fits the global parameters."""
+def checked_vector(global_params: Tensor, value: Tensor, name: str) -> Tensor:
+    """The vector that a caller's function gave, if it fits the global parameters."""
     if not isinstance(value, Tensor) or value.shape != global_params.shape or not value.is_floating_point():
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"expected {name} to return a floating-point tensor {list(global_params.shape)}, got {got}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.server_data.callables import check_callable, like
+from fdcr_fast.rules.server_data.callables import check_callable, checked_vector
 from fdcr_fast.rules.server_options import ServerOptions
 
 
@@ -21,9 +21,9 @@ class Finetuning(AggregationRule):
     2018), after every round. Where no client can be used nothing is refined.
 
     Args:
-        refine: From global parameters ``[P]`` to better ones.
-        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
-        max_weight_share: Likewise.
+        refine: Function from global parameters ``[P]`` to better ones.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
+        max_weight_share: Largest share of one client in the mean; by default there is no limit.
     """
 
     needs_server_data = True
@@ -43,4 +43,4 @@ class Finetuning(AggregationRule):
     def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
         """The weighted mean, refined."""
         params = super().combine(global_params, clients, weights)
-        return like(params, self.refine(params), "refine").to(params.dtype)
+        return checked_vector(params, self.refine(params), "refine").to(params.dtype)

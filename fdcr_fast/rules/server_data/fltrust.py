@@ -12,10 +12,10 @@ from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import dot_products
 from fdcr_fast.round.shares import limited_shares
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.pairwise.comparison import of_all
 from fdcr_fast.rules.result import Selection
-from fdcr_fast.rules.server_data.callables import check_callable, like
+from fdcr_fast.rules.server_data.callables import check_callable, checked_vector
 from fdcr_fast.rules.server_options import ServerOptions
+from fdcr_fast.rules.valid_clients import of_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,10 @@ class FLTrust(AggregationRule):
     ``1 - cos``.
 
     Args:
-        server_update: From ``w [P]`` to ``d [P]``, what training on the server's data from ``w`` on changes.
-        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
-        max_weight_share: Of ``T_k / sum T``, with which clients count after their updates were brought to one length.
+        server_update: Function from ``w [P]`` to ``d [P]``, what training on the server's data from ``w`` on changes.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
+        max_weight_share: Largest ``T_k / sum T``, with which clients count after their updates were brought to one
+            length; by default there is no limit.
     """
 
     weighs_samples = False
@@ -50,7 +51,7 @@ class FLTrust(AggregationRule):
 
     def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
         """Keep whoever points into the server's half space."""
-        own = like(global_params, self.server_update(global_params), "server_update")
+        own = checked_vector(global_params, self.server_update(global_params), "server_update")
         size = torch.linalg.vector_norm(own, dtype=torch.float64).item()
         norms = clients.squared_norm[clients.valid].sqrt()
         lengths = norms * size

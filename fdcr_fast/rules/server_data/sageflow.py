@@ -13,10 +13,10 @@ from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import client_params
 from fdcr_fast.round.shares import limited_shares, sample_shares
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.pairwise.comparison import of_all, valid_ids
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_data.callables import check_callable
 from fdcr_fast.rules.server_options import ModelQuality, ServerOptions
+from fdcr_fast.rules.valid_clients import of_all, valid_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,12 @@ class Sageflow(AggregationRule):
     ``discrepancy`` holds the entropies, ``explanation`` both figures by client.
 
     Args:
-        evaluate: From the parameters ``[P]`` of one model to how it does.
-        entropy_threshold: In nats. (The paper takes 1 against backdoors, 2.2 for others on Fashion-MNIST.)
+        evaluate: Function from the parameters ``[P]`` of one model to how it does.
+        entropy_threshold: Largest mean entropy, in nats. (The paper takes 1 against backdoors, 2.2 for others on
+            Fashion-MNIST.)
         loss_exponent: ``delta`` of the paper; 0 weighs by sample count alone.
-        norm_bound: See :class:`fdcr_fast.FDCR`; by default no bound.
-        max_weight_share: Likewise.
+        norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
+        max_weight_share: Largest share of one client in the mean; by default there is no limit.
     """
 
     needs_server_data = True

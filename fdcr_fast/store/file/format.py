@@ -32,17 +32,17 @@ class DamagedStoreError(ValueError):
 
 
 def data_offset(shape: StoreShape) -> int:
-    """Where the rows begin: after the header's page and the records, on a page."""
+    """The offset at which the rows begin: after the header's page and the records, on a page."""
     return PAGE + -(-shape.capacity * RECORD_BYTES // PAGE) * PAGE
 
 
 def record_offset(row: int) -> int:
-    """Of the record of a row."""
+    """The offset of the record of a row."""
     return PAGE + row * RECORD_BYTES
 
 
 def piece_offset(shape: StoreShape, tile: int, row: int) -> int:
-    """Of one client's piece of a tile."""
+    """The offset of one client's piece of a tile."""
     return data_offset(shape) + (tile * shape.capacity + row) * shape.piece_bytes
 
 

@@ -62,7 +62,7 @@ class FileRows:
         if num_params <= ops.STRETCH:
             page = PAGE // dtype.itemsize
             return -(-num_params // page) * page
-        vectors = max(capacity, 1) * (2 if with_fishers else 1)
+        vectors = capacity * (2 if with_fishers else 1)
         room = min((max_resident or _RESIDENT) // (4 * vectors), _PIECE_BYTES) // dtype.itemsize
         return max(min(room, num_params) // ops.STRETCH, 1) * ops.STRETCH
 
@@ -170,7 +170,7 @@ class FileRows:
             self._flush()
 
     def round_ended(self) -> bool:
-        """What was written down."""
+        """Whether the round has ended, as it was written down."""
         return form.read_ended(self._fd())
 
     def pack(self, rows: Sequence[int]) -> list[int]:

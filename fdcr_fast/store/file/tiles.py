@@ -40,10 +40,10 @@ class FileTiles(StoreTiles):
     The page cache is passed by where the file system allows: what is read once would only push out other things.
 
     Args:
-        fd: Gives the open file.
-        shape: Of the store.
-        rows: Those to read, in this order.
-        epoch: Of the file when they were chosen.
+        fd: Function that gives the open file.
+        shape: Shape of all rows of the store.
+        rows: Rows to read, in this order.
+        epoch: Epoch of the file when they were chosen.
         max_resident: Bytes that three spans may take.
     """
 
