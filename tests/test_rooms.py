@@ -31,7 +31,7 @@ ROOMS = {
 MOST_LINES = {".py": 400, ".inc": 500, ".h": 500, ".cpp": 500, ".cu": 500, ".cuh": 500}
 MOST_FILES = 13  # besides __init__.py
 # What is still larger. Whoever mends it takes it out.
-LONG_FILES = {"fdcr_fast/store/update_store.py"}
+LONG_FILES: set[str] = set()
 FULL_FOLDERS = {"csrc/cuda"}
 
 

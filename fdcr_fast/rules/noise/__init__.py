@@ -1,0 +1,1 @@
+"""Rules that add noise, and random draws that clients cannot foresee."""
