@@ -56,6 +56,8 @@ def test_every_table_is_in_a_file_that_its_section_names() -> None:
             assert holds(path, table), f"{table} of {path}"
         modules = [path for path in paths_in(section) if path.endswith(".py")]
         for table in filter(TABLE.fullmatch, code_in(section)):
+            if table.startswith("STABLE_"):  # of PyTorch
+                continue
             assert any(holds(path, table) for path in modules), table
             found.add(table)
     assert {"RULES", "METRICS", "ATTACKS", "CLUSTERINGS", "DATASETS"} <= found
