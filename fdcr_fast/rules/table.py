@@ -14,7 +14,7 @@ from fdcr_fast.rules.coordinatewise.rlr import RLR
 from fdcr_fast.rules.coordinatewise.trimmed_mean import TrimmedMean
 from fdcr_fast.rules.fdcr.rule import FDCR
 from fdcr_fast.rules.fedavg import FedAvg
-from fdcr_fast.rules.noise.crfl import CRFL
+from fdcr_fast.rules.crfl import CRFL
 from fdcr_fast.rules.pairwise.bulyan import Bulyan
 from fdcr_fast.rules.pairwise.dnc import DnC
 from fdcr_fast.rules.pairwise.flame import FLAME

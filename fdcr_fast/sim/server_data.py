@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdcr_fast import ModelQuality
-from fdcr_fast.rules.noise.randomness import round_generator
+from fdcr_fast.rules.randomness import round_generator
 from fdcr_fast.sim.training.classifier import Classifier
 from fdcr_fast.sim.training.sgd import SGD, shuffled
 

@@ -12,7 +12,7 @@ from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.vectors import sent
 from fdcr_fast.rules.byzantine import ByzantineRule
 from fdcr_fast.rules.gram import gram
-from fdcr_fast.rules.noise.randomness import round_generator
+from fdcr_fast.rules.randomness import round_generator
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.rules.valid_clients import equal_weights, of_all
@@ -32,7 +32,7 @@ class DnC(ByzantineRule):
         iterations: Number of samples.
         sample: Number of parameters in each, or all where there are not so many.
         filter_fraction: Number of clients that are dropped in each as a part of ``f``, rounded down.
-        seed: Seed of the draws, to be kept secret; see :func:`fdcr_fast.rules.noise.randomness.round_generator`.
+        seed: Seed of the draws, to be kept secret; see :func:`fdcr_fast.rules.randomness.round_generator`.
     """
 
     sharded = True

@@ -10,8 +10,8 @@ from torch import Tensor
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import dot_products, squared_length
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.noise.gaussian import check_deviation, with_noise
-from fdcr_fast.rules.noise.randomness import round_generator
+from fdcr_fast.rules.noise import check_deviation, with_noise
+from fdcr_fast.rules.randomness import round_generator
 from fdcr_fast.rules.pairwise.comparison import cosines, valid_gram
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_options import ServerOptions
@@ -30,7 +30,7 @@ class FLAME(AggregationRule):
 
     Args:
         noise: ``lambda``. (The paper takes 0.001 for images.)
-        seed: Seed of the noise, to be kept secret; see :func:`fdcr_fast.rules.noise.randomness.round_generator`.
+        seed: Seed of the noise, to be kept secret; see :func:`fdcr_fast.rules.randomness.round_generator`.
         norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
     """
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import squared_length
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.noise.gaussian import check_deviation, with_noise
-from fdcr_fast.rules.noise.randomness import round_generator
+from fdcr_fast.rules.noise import check_deviation, with_noise
+from fdcr_fast.rules.randomness import round_generator
 from fdcr_fast.rules.server_options import ServerOptions
 
 
@@ -27,7 +27,7 @@ class CRFL(AggregationRule):
     Args:
         param_norm: Longest vector of global parameters. (The paper takes 15 for MNIST.)
         noise: Standard deviation of the noise.
-        seed: Seed of the noise, to be kept secret; see :func:`fdcr_fast.rules.noise.randomness.round_generator`.
+        seed: Seed of the noise, to be kept secret; see :func:`fdcr_fast.rules.randomness.round_generator`.
         norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
         max_weight_share: Largest share of one client in the mean; by default there is no limit.
     """

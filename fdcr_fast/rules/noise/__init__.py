@@ -1,1 +1,0 @@
-"""Rules that add noise, and random draws that clients cannot foresee."""
