@@ -17,7 +17,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -224,6 +223,10 @@ class SimulationConfig(BaseModel):
         "rounding of results depends on it.",
     )
 
+    def __hash__(self) -> int:
+        fields = {**dict(self), "server_options": frozenset(self.server_options)}  # the names; values may have no hash
+        return hash(tuple(fields.values()))
+
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, fields: Any) -> Any:
@@ -391,14 +394,3 @@ class SimulationConfig(BaseModel):
         if not isinstance(fields, dict | None):
             raise ValueError(f"expected a mapping of settings, got {type(fields).__name__}")
         return cls.model_validate({**(fields or {}), **(overrides or {})})
-
-
-def explain(error: ValidationError) -> str:
-    """One line for each field that is wrong, named as its flag."""
-    lines: dict[str, list[str]] = {}
-    for item in error.errors():
-        where = f"--{str(item['loc'][0]).replace('_', '-')}: " if item["loc"] else ""
-        reason = item["msg"].removeprefix("Value error, ")
-        reason += f" (got {item['input']!r})" if item["loc"] else ""
-        lines.setdefault(where, []).append(reason)
-    return "\n".join(where + "; or ".join(reasons) for where, reasons in lines.items())

@@ -1,11 +1,11 @@
-"""How values of settings may be written, on the command line and in YAML, and which names there are."""
+"""How values of settings may be written, on the command line and in YAML, and what is said of wrong ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import yaml
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationError
 
 from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
 from fdcr_fast.sim.attacks.schedule import parse_rounds
@@ -97,3 +97,14 @@ def check_dataset(name: str) -> str:
     if name.endswith(".npz"):
         return str(absolute(Path(name)))
     raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz{did_you_mean(name, DATASETS)}")
+
+
+def explain(error: ValidationError) -> str:
+    """One line for each field that is wrong, named as its flag."""
+    lines: dict[str, list[str]] = {}
+    for item in error.errors():
+        where = f"--{str(item['loc'][0]).replace('_', '-')}: " if item["loc"] else ""
+        reason = item["msg"].removeprefix("Value error, ")
+        reason += f" (got {item['input']!r})" if item["loc"] else ""
+        lines.setdefault(where, []).append(reason)
+    return "\n".join(where + "; or ".join(reasons) for where, reasons in lines.items())

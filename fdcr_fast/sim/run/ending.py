@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from pydantic import ValidationError
 
-from fdcr_fast.sim.config import explain
+from fdcr_fast.sim.notation import explain
 from fdcr_fast.sim.run.folder import RunFolder
 
 PROGRAM = "fdcr-fast"

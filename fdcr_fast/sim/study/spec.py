@@ -22,9 +22,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from fdcr_fast.sim.config import SimulationConfig, explain
+from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.names import check_keys, did_you_mean
-from fdcr_fast.sim.notation import OneOf
+from fdcr_fast.sim.notation import OneOf, explain
 
 FIGURES = ("summary", "rounds", "clients", "similarity")  # which ``study.figures`` draws
 
