@@ -13,15 +13,15 @@ from fdcr_fast.rules.coalition.state import CoalitionState
 from fdcr_fast.rules.coordinatewise.median import CoordinateMedian
 from fdcr_fast.rules.coordinatewise.rlr import RLR
 from fdcr_fast.rules.coordinatewise.trimmed_mean import TrimmedMean
+from fdcr_fast.rules.crfl import CRFL
 from fdcr_fast.rules.fdcr.rule import FDCR
 from fdcr_fast.rules.fedavg import FedAvg
-from fdcr_fast.rules.gram import GramEstimate, GramView, estimate_gram, gram, grams
-from fdcr_fast.rules.crfl import CRFL
 from fdcr_fast.rules.pairwise.bulyan import Bulyan
 from fdcr_fast.rules.pairwise.dnc import DnC
 from fdcr_fast.rules.pairwise.flame import FLAME
 from fdcr_fast.rules.pairwise.foolsgold import FoolsGold, FoolsGoldState
 from fdcr_fast.rules.pairwise.geometric_median import GeometricMedian
+from fdcr_fast.rules.pairwise.gram import GramEstimate, GramView, estimate_gram, gram, grams
 from fdcr_fast.rules.pairwise.krum import Krum, MultiKrum
 from fdcr_fast.rules.pairwise.multi_metrics import MultiMetrics
 from fdcr_fast.rules.param_groups import ParamGroups

@@ -10,8 +10,7 @@ from torch import Tensor
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import squared_length
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.noise import check_deviation, with_noise
-from fdcr_fast.rules.randomness import round_generator
+from fdcr_fast.rules.randomness import check_deviation, round_generator, with_noise
 from fdcr_fast.rules.server_options import ServerOptions
 
 

@@ -1,11 +1,14 @@
-"""Random draws of a server that are new in every round without a memory."""
+"""Random draws of a server, which are new in every round without a memory, and noise on the global parameters."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
+
+from fdcr_fast.round.shard import Shard
 
 
 def round_generator(seed: int, purpose: str, global_params: Tensor) -> torch.Generator:
@@ -18,3 +21,21 @@ def round_generator(seed: int, purpose: str, global_params: Tensor) -> torch.Gen
     digest = hashlib.blake2b(f"{seed}/{purpose}/".encode(), digest_size=8)
     digest.update(params.view(torch.uint8).numpy().data)
     return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1)
+
+
+def with_noise(params: Tensor, deviation: float, generator: torch.Generator, shard: Shard) -> Tensor:
+    """``params + N(0, deviation^2)``, drawn on the CPU in float32, or in float64 for such parameters.
+
+    Every process draws the noise of all parameters, and adds that of its own.
+    """
+    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+    drawn = torch.randn(shard.total_params(len(params)), generator=generator, dtype=dtype)
+    noise = shard.own(drawn).mul_(deviation).to(params.device)
+    limit = torch.finfo(params.dtype).max
+    return (params.to(dtype) + noise).clamp_(-limit, limit).to(params.dtype)
+
+
+def check_deviation(name: str, value: float) -> None:
+    """Raise ValueError unless it can be a standard deviation."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")

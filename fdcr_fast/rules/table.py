@@ -12,9 +12,9 @@ from fdcr_fast.rules.coalition.rule import CoalitionFDCR
 from fdcr_fast.rules.coordinatewise.median import CoordinateMedian
 from fdcr_fast.rules.coordinatewise.rlr import RLR
 from fdcr_fast.rules.coordinatewise.trimmed_mean import TrimmedMean
+from fdcr_fast.rules.crfl import CRFL
 from fdcr_fast.rules.fdcr.rule import FDCR
 from fdcr_fast.rules.fedavg import FedAvg
-from fdcr_fast.rules.crfl import CRFL
 from fdcr_fast.rules.pairwise.bulyan import Bulyan
 from fdcr_fast.rules.pairwise.dnc import DnC
 from fdcr_fast.rules.pairwise.flame import FLAME

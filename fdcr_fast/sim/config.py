@@ -223,6 +223,10 @@ class SimulationConfig(BaseModel):
         "rounding of results depends on it.",
     )
 
+    def __hash__(self) -> int:
+        fields = {**dict(self), "server_options": frozenset(self.server_options)}  # the names; values may have no hash
+        return hash(tuple(fields.values()))
+
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, fields: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How values of settings may be written, on the command line and in YAML, and which names there are."""
+"""How values of settings may be written, on the command line and in YAML, and what is said of wrong ones."""
 
 from __future__ import annotations
 

@@ -180,6 +180,14 @@ def test_yaml_round_trip() -> None:
     assert SimulationConfig.from_yaml(SimulationConfig().to_yaml()) == SimulationConfig()
 
 
+def test_configurations_are_values_that_can_be_looked_up() -> None:
+    options = [{"eps": 1, "min_samples": 3}, {"min_samples": 3, "eps": 1.0}, {"eps": 2}, {}]
+    one, same, *others = (SimulationConfig(server_options=given) for given in options)
+    assert one == same
+    assert hash(one) == hash(same)
+    assert len({one, same, *others, SimulationConfig(), SimulationConfig(seed=1)}) == 4
+
+
 def test_overrides_win_over_yaml() -> None:
     config = SimulationConfig.from_yaml("rounds: 3\nlr: 0.5\n", {"lr": "0.1"})
     assert (config.rounds, config.lr) == (3, 0.1)

@@ -13,7 +13,7 @@ from fdcr_fast.round.columns import Columns, column_sums
 from fdcr_fast.round.tiles import Span
 from fdcr_fast.round.tiles_view import TilesView
 from fdcr_fast.rules.coalition.search import Views
-from fdcr_fast.rules.gram import GramView, grams
+from fdcr_fast.rules.pairwise.gram import GramView, grams
 from fdcr_fast.rules.param_groups import ParamGroups
 
 _NO_DIRECTION = 1e-6  # squared length beside which a cosine is rounding

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.rules.gram import gram
+from fdcr_fast.rules.pairwise.gram import gram
 
 
 def valid_gram(clients: ClientUpdates) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.vectors import sent
 from fdcr_fast.rules.byzantine import ByzantineRule
-from fdcr_fast.rules.gram import gram
+from fdcr_fast.rules.pairwise.gram import gram
 from fdcr_fast.rules.randomness import round_generator
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_options import ServerOptions

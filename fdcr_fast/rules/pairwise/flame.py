@@ -10,9 +10,8 @@ from torch import Tensor
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import dot_products, squared_length
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.noise import check_deviation, with_noise
-from fdcr_fast.rules.randomness import round_generator
 from fdcr_fast.rules.pairwise.comparison import cosines, valid_gram
+from fdcr_fast.rules.randomness import check_deviation, round_generator, with_noise
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.rules.valid_clients import equal_weights, of_all

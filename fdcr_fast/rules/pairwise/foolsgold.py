@@ -16,8 +16,8 @@ from fdcr_fast.round.columns import column_blocks
 from fdcr_fast.round.shares import limited_shares
 from fdcr_fast.round.tiles import MatrixTiles
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.gram import gram
 from fdcr_fast.rules.pairwise.comparison import cosines
+from fdcr_fast.rules.pairwise.gram import gram
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.valid_clients import of_all, valid_ids
 
