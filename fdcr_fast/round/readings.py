@@ -1,6 +1,7 @@
 """Readings of all clients of a round, span by span: scores, the mean, or both at once.
 
-Results lie where the rows are, and nothing here waits for them.
+Vectors over clients lie where the rows are (:meth:`ClientUpdates.on_device`), and so do results; nothing here waits for
+them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.tiles import ClientTiles, MatrixTiles, Span
-from fdcr_fast.round.vectors import arrays, sent
+from fdcr_fast.round.vectors import arrays
 
 Importances = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -73,7 +74,6 @@ def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Any:
 
 def scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
     """One reading for the distances of the reweighted updates to their mean."""
-    clients, alpha = clients.on_device(), sent(alpha, clients.tiles.device)
 
     def read(span: Span, totals: Tensor) -> Tensor:
         importances = _importances(clients, span, reweight)
@@ -90,7 +90,6 @@ def squared_norms(clients: ClientUpdates) -> Tensor:
 
 def mean(global_params: Tensor, clients: ClientUpdates, weights: Tensor, *, rescale: bool, single: bool) -> Tensor:
     """One reading for the new global parameters."""
-    clients, weights = clients.on_device(), sent(weights, clients.tiles.device)
     return _by_span(
         global_params,
         clients,
@@ -111,8 +110,6 @@ def scores_and_mean(
     single: bool,
 ) -> tuple[Scores, Tensor]:
     """:func:`scores` and :func:`mean` in one reading, with the same bits."""
-    clients = clients.on_device()
-    alpha, weights = sent(alpha, clients.tiles.device), sent(weights, clients.tiles.device)
     params = _NewParams(global_params)
 
     def read(span: Span, totals: Tensor) -> Tensor:
@@ -140,8 +137,7 @@ def worth_sampling(clients: ClientUpdates) -> bool:
 
 def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
     """Scores over a few of the parameters, spread over all of them: a guess."""
-    clients, totals = clients.on_device(), _no_totals(clients)
-    alpha = sent(alpha, totals.device)
+    totals = _no_totals(clients)
     for span in _sample(clients.tiles):
         importances = _importances(clients, span, reweight)
         totals = ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, single)

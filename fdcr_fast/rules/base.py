@@ -19,6 +19,7 @@ from fdcr_fast.round.screening import OnEmpty, OnInvalid, refuse, require_finite
 from fdcr_fast.round.shard import WHOLE
 from fdcr_fast.round.shares import limited_shares, sample_shares
 from fdcr_fast.round.tiles import check_floating
+from fdcr_fast.round.vectors import sent
 from fdcr_fast.rules.intake import check_global, stored_vectors, warn_of_states
 from fdcr_fast.rules.options import check_types
 from fdcr_fast.rules.result import AggregationResult, Outcome, Selection, result_of
@@ -81,7 +82,9 @@ class AggregationRule:
     def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
         """New global parameters from the clients whose weight is not 0, of which there is at least one."""
         single = readings.fits_single(clients)
-        return readings.mean(global_params, clients, weights, rescale=self.rescale, single=single)
+        on = clients.on_device()
+        weights = sent(weights, on.tiles.device)
+        return readings.mean(global_params, on, weights, rescale=self.rescale, single=single)
 
     def shares(self, clients: ClientUpdates, chosen: Tensor) -> Tensor:
         """``n_k / sum n`` over the chosen clients, none above ``max_weight_share``, 0 for the others (eq. 11)."""
@@ -306,7 +309,7 @@ class AggregationRule:
 
     def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
         """The round with the statistics that it is screened by, wherever its parameters are."""
-        if clients.unread or (self.needs_norms and clients.shard is not WHOLE):
+        if clients.unread or (clients.shard is not WHOLE and self.needs_norms):
             return clients.with_norms(readings.squared_norms(clients)).fetched()
         return clients
 

@@ -12,6 +12,7 @@ from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import Columns, column_sums
 from fdcr_fast.round.tiles import Span
 from fdcr_fast.round.tiles_view import TilesView
+from fdcr_fast.round.vectors import sent
 from fdcr_fast.rules.coalition.search import Views
 from fdcr_fast.rules.pairwise.gram import GramView, grams
 from fdcr_fast.rules.param_groups import ParamGroups
@@ -100,8 +101,9 @@ def _mean_fisher(clients: ClientUpdates) -> Tensor:
     total = column_sums(fishers, lambda columns: columns.updates.sum(1)).cpu()
     weights = torch.zeros(len(clients.valid), dtype=torch.float64)
     weights[clients.valid] = 1 / (len(total) * total)
-    nothing = torch.zeros(clients.tiles.num_params, dtype=torch.float64, device=clients.tiles.device)
-    return readings.mean(nothing, fishers, weights, rescale=False, single=False)
+    device = clients.tiles.device
+    nothing = torch.zeros(clients.tiles.num_params, dtype=torch.float64, device=device)
+    return readings.mean(nothing, fishers.on_device(), sent(weights, device), rescale=False, single=False)
 
 
 def _mean_over_params(clients: ClientUpdates, vector: Tensor) -> Tensor:

@@ -189,9 +189,9 @@ class _OneReading:
             weights = rule.weights(on, selection.kept)
             trusted = readings.trusted(scores, on, alpha) if single else True
             foreseen = False if expected is None else (selection.kept == expected).all()
-            _, low, high = clients.statistics
+            read = scores.squared_norm, clients.fisher_min, clients.fisher_max
             selection, own, trusted, foreseen, finite, *statistics = _fetched(
-                selection, weights, trusted, foreseen, clients.finite, scores.squared_norm, low, high
+                selection, weights, trusted, foreseen, clients.finite, *read
             )
             require_finite(finite)
             if trusted:
