@@ -1,6 +1,6 @@
 """Compare the Fishers of random networks with plain autograd, one sample at a time.
 
-    python tests/fisher/fuzz_networks.py NETWORKS [START] [--jobs JOBS] [--show KIND] [--shrink]
+    python -m tests.fisher.fuzz_networks NETWORKS [START] [--jobs JOBS] [--show KIND] [--shrink]
 
 Networks are numbered from START. Prints the number and the code of each that fails: numbers that differ, an error
 that is no clear refusal, or a model, state or data that are not as before. At the end: how many were refused, by
@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from random_networks import Network, Verdict, check, compose
+
+from tests.support.fisher.random_networks import Network, Verdict, check, compose
 
 
 class Recorded:

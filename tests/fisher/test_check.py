@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from one_by_one import fisher_one_by_one
 from torch import nn
 
 from fdcr_fast import diagonal_fisher, diagonal_fisher_stacked
@@ -18,6 +17,7 @@ from fdcr_fast.fisher.graph.autograd import Graph
 from fdcr_fast.fisher.graph.provenance import Axis
 from fdcr_fast.fisher.model.settings import settings_of
 from fdcr_fast.fisher.per_sample import PerSampleGradients
+from tests.support.fisher.one_by_one import fisher_one_by_one
 
 N = 7
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from one_by_one import fisher_one_by_one
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fdcr_fast import ParamLayout, diagonal_fisher
 from fdcr_fast.fisher.estimate import Estimate
 from fdcr_fast.fisher.per_sample import PerSampleGradients
+from tests.support.fisher.one_by_one import fisher_one_by_one
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ from enum import Enum
 import numpy as np
 import pytest
 import torch
-from one_by_one import fisher_one_by_one
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fdcr_fast import ParamLayout, diagonal_fisher, diagonal_fisher_stacked
+from tests.support.fisher.one_by_one import fisher_one_by_one
 
 N = 9
 

@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from one_by_one import fisher_one_by_one
-from test_losses import OPTIONS_OF_TOKENS
 from torch import nn
 
 from fdcr_fast import diagonal_fisher
 from fdcr_fast.fisher.kinds import KINDS
 from fdcr_fast.fisher.losses import LOSSES
+from tests.fisher.test_losses import OPTIONS_OF_TOKENS
+from tests.support.fisher.one_by_one import fisher_one_by_one
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from one_by_one import fisher_one_by_one
 from torch import nn
 
 from fdcr_fast import diagonal_fisher
+from tests.support.fisher.one_by_one import fisher_one_by_one
 
 N, T, C = 4, 6, 5
 WEIGHT = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_networks import check, compare, compose
-from random_networks.draft import BLOCKS
 from torch import nn
 
 from fdcr_fast import diagonal_fisher
+from tests.support.fisher.random_networks import check, compare, compose
+from tests.support.fisher.random_networks.draft import BLOCKS
 
 REFUSALS: list[str] = []  # messages of the errors that the documentation announces, as regular expressions
 

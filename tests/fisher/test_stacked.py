@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from one_by_one import fisher_one_by_one
 from torch import nn
 from torch.func import stack_module_state
 
 from fdcr_fast import diagonal_fisher, diagonal_fisher_stacked
+from tests.support.fisher.one_by_one import fisher_one_by_one
 
 
 def model():

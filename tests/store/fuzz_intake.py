@@ -1,6 +1,6 @@
 """Send hostile contributions through stores and rules, and require that they hurt nobody else.
 
-    python tests/store/fuzz_intake.py UPDATES [SEED]
+    python -m tests.store.fuzz_intake UPDATES [SEED]
 
 Every contribution is accepted or rejected with a reason, every honest one is accepted, no call fails, and every
 aggregate is finite.

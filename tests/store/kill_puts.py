@@ -1,6 +1,6 @@
 """Kill a process many times while it changes a store in a file, and look at what is left each time.
 
-    python tests/store/kill_puts.py KILLS FOLDER
+    python -m tests.store.kill_puts KILLS FOLDER
 
 Each child opens the store, says which change it begins and which has returned, and is killed at a random moment.
 Children are forks of this process, which uses one thread only.

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from one_by_one import fisher_one_by_one
 from torch import nn
 
 from fdcr_fast import diagonal_fisher
 from fdcr_fast.fisher.per_sample import PerSampleGradients
+from tests.support.fisher.one_by_one import fisher_one_by_one
 
 N, T, D = 5, 3, 4
 

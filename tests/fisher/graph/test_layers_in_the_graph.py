@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from one_by_one import fisher_one_by_one
 from torch import nn
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fdcr_fast import ParamLayout, diagonal_fisher
 from fdcr_fast.fisher.per_sample import PerSampleGradients
+from tests.support.fisher.one_by_one import fisher_one_by_one
 
 N = 4
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_by_one import fisher_one_by_one
 from torch import nn
 
 from fdcr_fast import diagonal_fisher
 from fdcr_fast.fisher.layers import RULES
 from fdcr_fast.fisher.per_sample import PerSampleGradients
+from tests.support.fisher.one_by_one import fisher_one_by_one
 
 
 class PooledClassifier(nn.Module):

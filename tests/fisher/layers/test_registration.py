@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 import pytest
 import torch
 import torch.nn.functional as F
-from one_by_one import fisher_one_by_one
 from torch import Tensor, nn
 
 from fdcr_fast import diagonal_fisher
 from fdcr_fast.fisher.layers import RULES, rule, table
 from fdcr_fast.fisher.per_sample import PerSampleGradients
+from tests.support.fisher.one_by_one import fisher_one_by_one
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from one_by_one import fisher_one_by_one
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from fdcr_fast import diagonal_fisher, diagonal_fisher_stacked
 from fdcr_fast.fisher.model.snapshot import Snapshot
+from tests.support.fisher.one_by_one import fisher_one_by_one
 
 N = 8
 SCALE = 1.0

@@ -5,13 +5,13 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from one_by_one import fisher_one_by_one
-from random_networks.prelude import ComputedAgain, Doubled
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fdcr_fast import diagonal_fisher
 from fdcr_fast.fisher.per_sample import PerSampleGradients
+from tests.support.fisher.one_by_one import fisher_one_by_one
+from tests.support.fisher.random_networks.prelude import ComputedAgain, Doubled
 
 N = 6
 

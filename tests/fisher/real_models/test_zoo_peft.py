@@ -3,7 +3,8 @@
 from functools import partial
 
 import pytest
-from zoo import (
+
+from tests.support.fisher.zoo import (
     CLASSES,
     VARIANTS,
     Case,

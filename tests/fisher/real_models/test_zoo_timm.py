@@ -3,7 +3,8 @@
 from functools import partial
 
 import pytest
-from zoo import CLASSES, VARIANTS, Case, cases, check_case, classes, images
+
+from tests.support.fisher.zoo import CLASSES, VARIANTS, Case, cases, check_case, classes, images
 
 timm = pytest.importorskip("timm", reason="timm is an optional package")
 

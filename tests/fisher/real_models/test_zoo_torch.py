@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
-from zoo import CLASSES, VARIANTS, Case, N, cases, check_case, classes, padding, sum_of_tokens, tokens
+
+from tests.support.fisher.zoo import (
+    CLASSES,
+    VARIANTS,
+    Case,
+    N,
+    cases,
+    check_case,
+    classes,
+    padding,
+    sum_of_tokens,
+    tokens,
+)
 
 D = 8
 LENGTHS = [N, 6]

@@ -4,7 +4,19 @@ import pytest
 import torch
 from torch import nn
 from torchvision import models
-from zoo import CLASSES, VARIANTS, Case, N, cases, check_case, classes, images, in_float32, sum_of_pixels
+
+from tests.support.fisher.zoo import (
+    CLASSES,
+    VARIANTS,
+    Case,
+    N,
+    cases,
+    check_case,
+    classes,
+    images,
+    in_float32,
+    sum_of_pixels,
+)
 
 D = 8
 

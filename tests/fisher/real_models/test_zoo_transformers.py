@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from zoo import (
+
+from fdcr_fast import diagonal_fisher
+from tests.support.fisher.zoo import (
     CLASSES,
     VARIANTS,
     Case,
@@ -19,8 +21,6 @@ from zoo import (
     square,
     tokens,
 )
-
-from fdcr_fast import diagonal_fisher
 
 transformers = pytest.importorskip("transformers", reason="transformers is an optional package")
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from one_by_one import exact_batch_norm
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fdcr_fast import diagonal_fisher, diagonal_fisher_stacked
+from tests.support.fisher.one_by_one import exact_batch_norm
 
 N = 4  # samples; sequences have as many tokens, or another number, on purpose
 CLASSES = 5

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from one_by_one import exact_batch_norm
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fdcr_fast import diagonal_fisher
+from tests.support.fisher.one_by_one import exact_batch_norm
 
 from .compose import Network
 

@@ -81,8 +81,8 @@ class Network:
 
     @property
     def script(self) -> str:
-        """Runs by itself, with this folder's parent on the path."""
-        head = "from fdcr_fast import diagonal_fisher\nfrom random_networks.prelude import *\n\n"
+        """Runs by itself, with the root of the repository on the path."""
+        head = "from fdcr_fast import diagonal_fisher\nfrom tests.support.fisher.random_networks.prelude import *\n\n"
         head += "torch.set_default_dtype(torch.float64)\n\n\n"
         return f"{head}{self.code}\nprint(diagonal_fisher(model, data, loss, **options))"
 
