@@ -353,6 +353,9 @@ def test_uses_by_maps_alone(use, name, monkeypatch):
     assert_same(fisher_by_maps_alone(monkeypatch, model, (x, y)), fisher_one_by_one(model, x, y))
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="PyTorch's own LSTM takes no bfloat16 on this processor"
+)
 def test_autocast_is_as_ever():
     layer, x = nn.LSTM(FEATURES, 5), torch.randn(3, 2, FEATURES)
     with torch.autocast("cpu", torch.bfloat16):

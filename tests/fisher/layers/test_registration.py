@@ -278,7 +278,7 @@ def test_layer_that_changes_after_its_call():
 
 def test_second_rule_of_a_layer():
     rule(Scale)(scales)
-    with pytest.raises(ValueError, match=r"Scale has a rule already, test_registration\.scales, and only one of them"):
+    with pytest.raises(ValueError, match=r"Scale has a rule already, .*test_registration\.scales, and only one"):
         rule(ScaleAndShift, Scale)(lambda *_: {})
     assert ScaleAndShift not in RULES
     assert RULES.pop(Scale).sum_squares is scales
