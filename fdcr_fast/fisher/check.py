@@ -1,4 +1,4 @@
-"""The self-check: the fast way is compared with plain autograd on one sample of a batch."""
+"""The self-check: the fast way is compared with plain autograd on two samples of a batch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 from fdcr_fast.fisher.data import Batch
 from fdcr_fast.fisher.estimate import Estimate
 from fdcr_fast.fisher.kinds import Kind, Pass
+from fdcr_fast.fisher.layers import RULES
 from fdcr_fast.fisher.model.settings import settings_of
 from fdcr_fast.fisher.model.stateless import Stateless
 from fdcr_fast.fisher.per_sample import PerSampleGradients, plain_gradients
@@ -111,10 +112,14 @@ class Check:
         self._how = "off"  # nothing is left to compare, nor may what follows count as passed
 
     def _differing(self, batch: Batch) -> frozenset[str] | None:
-        """The parameters whose squared gradients differ for one sample of the batch; None if that shows nothing."""
-        # Not the first one, which models may compare the others with.
-        first = int(batch.samples > 1)
-        chosen = int(torch.randint(first, batch.samples, (1,), generator=self._samples))
+        """The parameters whose squared gradients differ for two samples of the batch; None if these show nothing.
+
+        Two, since the gradient of one alone is also the sum over the batch.
+        """
+        # Not the first one if there are more, which models may compare the others with.
+        first = int(batch.samples > 2)
+        start = int(torch.randint(first, max(batch.samples - 1, 1), (1,), generator=self._samples))
+        chosen = slice(start, min(start + 2, batch.samples))
         batch = batch.to(self._device)
         passes: list[Pass] = []
 
@@ -126,19 +131,21 @@ class Check:
             fast = Estimate(self._model, list(self._params), noted, self._fallback, chosen)
             fast.add(batch)
             inputs, _ = batch.tree()
-            sample = Batch.of(inputs, passes[0].targets).part(slice(chosen, chosen + 1))
+            whole = Batch.of(inputs, passes[0].targets)
             before = self._random_state()
-            plain = plain_gradients(self._model, passes[0].loss, list(self._params), sample)
+            plain = {name: torch.zeros_like(x) for name, x in fast.sums.items()}
+            for i in range(chosen.start, chosen.stop):
+                alone = whole.part(slice(i, i + 1))
+                for name, g in plain_gradients(self._model, passes[0].loss, list(self._params), alone).items():
+                    plain[name] += g.to(plain[name]).square()
             if not torch.equal(before, self._random_state()):
                 _log.info("not checked: the forward pass draws random numbers")
                 self._how = "off"
                 return None
         return self._unlike(fast.sums, plain)
 
-    def _unlike(self, squares: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> frozenset[str] | None:
-        wanted = {
-            name: grads[name].to(s).abs() if name in grads else torch.zeros_like(s) for name, s in squares.items()
-        }
+    def _unlike(self, squares: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> frozenset[str] | None:
+        wanted = {name: x.sqrt() for name, x in plain.items()}
         total = torch.stack([g.norm() for g in wanted.values()]).norm()
         if not total.isfinite() or total == 0:
             return None
@@ -160,7 +167,9 @@ class Check:
         """A key for all batches, of any model, that go the same way as far as can be seen without a call."""
         data = tuple((x.shape[1:], x.dtype) for x in batch.tensors), settings_of(batch.shared)
         params = tuple((name, p.shape, p.dtype) for name, p in self._params.items())
-        return self._settings, data, params, torch.is_autocast_enabled(self._device.type), _surroundings()
+        types = {type(module) for module in self._model.module.modules()}
+        rules = frozenset((t, RULES[t]) for t in types & RULES.keys())
+        return self._settings, data, params, rules, torch.is_autocast_enabled(self._device.type), _surroundings()
 
     def _random_state(self) -> Tensor:
         return torch.get_rng_state() if self._device.type == "cpu" else torch.cuda.get_rng_state(self._device)

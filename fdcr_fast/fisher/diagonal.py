@@ -85,8 +85,8 @@ def diagonal_fisher(
         num_samples: Draws per label of the kind ``"sampled"``.
         generator: The generator that the kind ``"sampled"`` draws from; by default the global one.
         state: Parameters and buffers by name to take instead of the model's own, such as a client's ``state_dict()``,
-            tensors or arrays. Prefixes of wrappers (``module.``, ``_orig_mod.``) may be there or not, here and in
-            ``params``.
+            tensors or arrays; what is missing is the model's own, running statistics of BatchNorm too. Prefixes of
+            wrappers (``module.``, ``_orig_mod.``) may be there or not, here and in ``params``.
         params: Names of the parameters wanted, by default all of ``model.named_parameters()``.
         batch_size: Samples of one forward pass; larger batches are cut. By default what suits the device, but the
             batches as they come for ``"squared_batch_gradient"``.

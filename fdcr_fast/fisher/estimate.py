@@ -98,7 +98,7 @@ class Estimate:
         names: Sequence[str],
         kind: Kind,
         fallback: PerSampleGradients,
-        only: int | None = None,
+        only: slice | None = None,
     ) -> None:
         self._model = model
         self._only = only
@@ -154,7 +154,7 @@ class Estimate:
             names = [name for name in self._wanted if name in uncovered]
             samples = Batch.of(inputs, each.targets)
             if self._only is not None:
-                samples = samples.part(slice(self._only, self._only + 1))
+                samples = samples.part(self._only)
             squares = self._fallback.sum_squares(each.loss, names, samples) if names else {}
             for name, s in squares.items():
                 self.sums[name].add_(s, alpha=each.weight)

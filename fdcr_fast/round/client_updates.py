@@ -227,6 +227,8 @@ def refuse_empty(clients: ClientUpdates, on_empty: OnEmpty) -> None:
     if clients.any_valid:
         return
     text = f"none of {len(clients.rejected)} clients can be used: {reasons(clients.rejected)}"
+    if not clients.rejected:
+        text = "expected at least one client, got an empty store"
     without_samples = len(clients.clients) > 0 and not clients.num_samples.any()
     if on_empty == "raise" and not without_samples:
         raise ValueError(f'{text} (on_empty="keep" would keep the global parameters)')

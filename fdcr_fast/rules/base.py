@@ -281,8 +281,6 @@ class AggregationRule:
             if fishers is not None or num_samples is not None or client_ids is not None:
                 raise TypeError("a store holds fishers, num_samples and client ids: give the store alone")
             clients = updates.client_updates()
-            if not clients.clients and not clients.rejected:
-                raise ValueError("expected at least one client, got an empty store")
             if self.needs_fishers and not clients.tiles.with_fishers:
                 raise ValueError(
                     f"{type(self).__name__} takes importances: fishers must be given, and the store keeps none "

@@ -178,7 +178,7 @@ class Attendance:
             fisher_max=high if with_fishers else None,
             valid=torch.ones(len(clients), dtype=torch.bool),
             rejected=rejected,
-            unread=self._rows.unread,
+            unread=self._rows.unread and bool(clients),
         )
 
     def end(self, clients: Iterable[Hashable]) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from fdcr_fast.rules.fdcr.rule import FDCR
 from fdcr_fast.rules.fedavg import FedAvg
+from fdcr_fast.state_dicts.state_store import StateStore
 from fdcr_fast.store.update_store import UpdateStore
 from tests.support.fdcr_rounds import Round, assert_is, random_round, transcribed
 
@@ -147,3 +148,19 @@ def test_a_rejected_client_does_not_move_the_median():
     updates = torch.diag(torch.tensor([1.0, 1.0, 50.0, torch.nan, torch.nan, torch.nan]))
     result = FedAvg(norm_bound=10).aggregate(torch.zeros(6), updates, None, [1] * 6)
     assert list(result.rejected) == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("options", [{}, {"copy": False}])
+@pytest.mark.parametrize("rule", [FDCR(), FedAvg()])
+def test_a_round_in_which_nobody_sent_anything(rule, options):
+    w, store = torch.randn(20), UpdateStore(20, 3, **options)
+    with pytest.raises(ValueError, match=r"at least one client, got an empty store.*keep"):
+        rule.aggregate(w, store)
+    with pytest.warns(UserWarning, match="an empty store; the global parameters stay as they are"):
+        result = rule.aggregate(w, store, on_empty="keep")
+    assert torch.equal(result.params, w)
+    assert result.params.data_ptr() != w.data_ptr()
+    assert result.clients == ()
+    states = StateStore({"weight": w}, 3, **options)
+    with pytest.warns(UserWarning, match="an empty store"):
+        assert torch.equal(states.aggregate(rule, on_empty="keep")[0]["weight"], w)

@@ -1,6 +1,7 @@
 """Rules of a user's own layers: registered, called and right; or refused, where they would never be called."""
 
 import functools
+import warnings
 from abc import ABC, abstractmethod
 
 import pytest
@@ -298,3 +299,32 @@ def test_rule_of_nothing():
         rule()
     with pytest.raises(ValueError, match="needs the classes"):
         rule(own_dims=lambda module: 1)
+
+
+def of_the_sum(module, input, grad_output):
+    """What is easily written: the square of the batch's gradient."""
+    return {"weight": (grad_output * input).reshape(-1, input.shape[-1]).sum(0).square()}
+
+
+def _fisher_of_scaled(n):
+    model = nn.Sequential(nn.Linear(3, 4), Scale(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(n, 3).double(), torch.randint(2, (n,))
+    return diagonal_fisher(model, (x, y)), fisher_one_by_one(model, x, y)
+
+
+@pytest.mark.parametrize("n", [2, 3, 20])
+def test_a_rule_that_adds_samples_before_it_squares_is_found(n):
+    rule(Scale)(of_the_sum)
+    with pytest.warns(UserWarning, match=r"1\.weight are not those of plain autograd"):
+        torch.testing.assert_close(*_fisher_of_scaled(n))
+
+
+def test_a_rule_is_checked_also_where_the_model_has_passed_without_it_or_with_another():
+    torch.testing.assert_close(*_fisher_of_scaled(8))
+    for each, found in ((scales, False), (of_the_sum, True), (scales, False)):
+        RULES.pop(Scale, None)
+        rule(Scale)(each)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.testing.assert_close(*_fisher_of_scaled(8))
+        assert any("plain autograd" in str(warning.message) for warning in caught) == found
