@@ -16,11 +16,11 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.round.client_ids import different_ids
 from fdcr_fast.round.screening import (
-    FEWEST_SAMPLES,
-    LARGEST_SQUARE,
-    MOST_SAMPLES,
     OnEmpty,
+    count_fits,
+    fisher_fits,
     median_size,
+    norm_fits,
     reasons,
     rejection_reason,
     require_finite,
@@ -186,13 +186,13 @@ class ClientUpdates:
                 scale). Updates of zero do not count in it: clients that send nothing new would else have all
                 others rejected. None for no bound.
         """
-        counts, squares = self.num_samples.numpy(), self.squared_norm.numpy()
-        usable = (counts > FEWEST_SAMPLES) & (counts < MOST_SAMPLES) & (squares <= LARGEST_SQUARE)
+        squares = self.squared_norm.numpy()
+        usable = count_fits(self.num_samples.numpy()) & norm_fits(squares)
         if self.fisher_min is not None and self.fisher_max is not None:
             low, high = self.fisher_min.numpy(), self.fisher_max.numpy()
-            usable &= (low >= 0) & (high < math.inf)
+            usable &= fisher_fits(low, high)
             if importance:
-                usable &= high > low + _NARROWEST
+                usable &= high > low + _NARROWEST  # not a difference, which infinities may not have
         norms = np.sqrt(squares)
         bound = math.inf
         if norm_bound is not None and len(norms) > 0 and not norms.max() <= norm_bound * norms.min():

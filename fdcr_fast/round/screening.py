@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 from collections.abc import Hashable, Mapping
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,8 @@ OnInvalid: TypeAlias = Literal["reject", "raise"]
 OnEmpty: TypeAlias = Literal["raise", "keep"]
 
 _SHOWN = 3  # reasons in a message about many clients
-# Squared distances between updates reach 4 times their squared norms.
-LARGEST_SQUARE = sys.float_info.max / 8
-FEWEST_SAMPLES, MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range neither vanish nor overflow
+_LARGEST_SQUARE = sys.float_info.max / 8  # squared distances between updates reach 4 times their squared norms
+FEWEST_SAMPLES, _MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range neither vanish nor overflow
 
 
 def require_finite(finite: Tensor | bool | None) -> None:
@@ -42,21 +41,34 @@ def reasons(rejected: Mapping[Hashable, str], most: int = _SHOWN) -> str:
     return "; ".join([*first, *([f"and {more} more"] if more else [])])
 
 
+def count_fits(num_samples: Any) -> Any:
+    """Whether a sample count can be used; that of one client, or in an array those of all, as below."""
+    return (num_samples > FEWEST_SAMPLES) & (num_samples < _MOST_SAMPLES)
+
+
+def norm_fits(squared_norm: Any) -> Any:
+    """Whether an update of this squared norm can be used: it is finite, and so are squared distances from it."""
+    return squared_norm <= _LARGEST_SQUARE
+
+
+def fisher_fits(fisher_min: Any, fisher_max: Any) -> Any:
+    """Whether a Fisher of this range can be used: it is finite, and nowhere negative."""
+    return (fisher_min >= 0) & (fisher_max < math.inf)
+
+
 def rejection_reason(
     num_samples: float, squared_norm: float | None, fisher_min: float | None, fisher_max: float | None
 ) -> str | None:
     """Why a client's contribution cannot be used by any rule, from its statistics if known; None if it can."""
-    if not FEWEST_SAMPLES < num_samples < MOST_SAMPLES:
+    if not count_fits(num_samples):
         return f"the sample count must be positive and finite, got {num_samples:g}"
-    if squared_norm is not None and not squared_norm <= LARGEST_SQUARE:
+    if squared_norm is not None and not norm_fits(squared_norm):
         return "the update is not finite, or too large to be squared in float64"
-    if fisher_min is None or fisher_max is None:
+    if fisher_min is None or fisher_max is None or fisher_fits(fisher_min, fisher_max):
         return None
-    if not math.isfinite(fisher_min) or not math.isfinite(fisher_max):
-        return "the Fisher is not finite"
-    if fisher_min < 0:
+    if math.isfinite(fisher_min) and math.isfinite(fisher_max):
         return f"the Fisher has negative entries, the smallest is {fisher_min:g}"
-    return None
+    return "the Fisher is not finite"
 
 
 def median_size(sizes: NDArray[np.float64]) -> float:

@@ -35,8 +35,7 @@ def check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | None
     low, high = global_params.detach().aminmax()
     if not low.is_cpu:
         return torch.maximum(-low, high) < torch.inf  # not of NaN either
-    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-        require_finite(False)
+    require_finite(math.isfinite(low.item()) and math.isfinite(high.item()))
     return None
 
 
