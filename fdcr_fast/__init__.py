@@ -1,6 +1,6 @@
 """Exact and fast Fisher Discrepancy Cluster and Rescale (FDCR) for federated learning."""
 
-from fdcr_fast import ops
+from fdcr_fast import _moved, ops  # noqa: F401  # finds modules by their old names
 from fdcr_fast._version import __version__
 from fdcr_fast.distributed.param_shard import ParamShard
 from fdcr_fast.fisher.diagonal import diagonal_fisher, diagonal_fisher_stacked

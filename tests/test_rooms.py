@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ MAP = ROOT.parent / "docs" / "architecture.md"
 # By package, in the order in which they import from each other. ``__init__`` are the names that the package exports.
 ROOMS = {
     "fdcr_fast": (
-        "_version", "warning", "_native", "layout", "ops", "fisher", "round", "store", "distributed", "rules",
+        "_version", "_moved", "warning", "_native", "layout", "ops", "fisher", "round", "store", "distributed", "rules",
         "state_dicts", "__init__", "sim", "integrations", "cli", "__main__",
     ),
     "fdcr_fast.sim": (
@@ -40,6 +41,7 @@ def modules() -> dict[str, Path]:
     return {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
 
 
+@cache
 def imports() -> dict[str, set[str]]:
     """What each module imports of the package, inside of functions too."""
     names = modules()
@@ -62,9 +64,6 @@ def imports() -> dict[str, set[str]]:
     return found
 
 
-IMPORTS = imports()
-
-
 def room(module: str, house: str) -> str | None:
     """The room of a package in which a module lies; None if it lies outside of the package."""
     inside = module.removeprefix(f"{house}.")
@@ -74,8 +73,8 @@ def room(module: str, house: str) -> str | None:
 @pytest.mark.parametrize("house", ROOMS)
 def test_every_room_imports_from_those_before_it(house: str) -> None:
     order = ROOMS[house]
-    assert {room(module, house) for module in IMPORTS} - {None} == set(order)
-    for module, imported in IMPORTS.items():
+    assert {room(module, house) for module in imports()} - {None} == set(order)
+    for module, imported in imports().items():
         for other in imported:
             own, its = room(module, house), room(other, house)
             if own is not None and its is not None:
@@ -87,7 +86,7 @@ def test_the_map_shows_who_imports_from_whom() -> None:
     rows = re.findall(r"(?m)^\| `(\w+)` \| (.*) \|$", MAP.read_text())
     shown = {own: set(re.findall(r"`(\w+)`", others)) for own, others in rows}
     found: dict[str, set[str]] = {own: set() for own in shown}
-    for module, imported in IMPORTS.items():
+    for module, imported in imports().items():
         own = str(room(module, "fdcr_fast"))
         if own in found:
             found[own] |= {str(room(other, "fdcr_fast")) for other in imported} - {own}
@@ -96,7 +95,7 @@ def test_the_map_shows_who_imports_from_whom() -> None:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    order = list(TopologicalSorter(IMPORTS).static_order())
+    order = list(TopologicalSorter(imports()).static_order())
     walk = "training.classifier", "clients.work", "run.federation"
     places = [order.index(f"fdcr_fast.sim.{module}") for module in walk]
     assert places == sorted(places)
@@ -104,7 +103,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 def test_honest_training_knows_of_no_attack() -> None:
     honest = "fdcr_fast.sim.datasets.", "fdcr_fast.sim.training."
-    assert not [module for module, imported in IMPORTS.items() for other in imported
+    assert not [module for module, imported in imports().items() for other in imported
                 if module.startswith(honest) and other.startswith("fdcr_fast.sim.attacks")]  # fmt: skip
 
 
