@@ -13,6 +13,6 @@ The rooms, each of which imports from those before it only:
 
 Beside them: ``data`` cuts what users give into batches; ``losses`` and ``kinds`` say of what the gradient is taken;
 ``per_sample`` takes gradients sample by sample, of any model; ``estimate`` adds up the squares, by layers and by the
-graph where these hold and by ``per_sample`` for whatever is left; ``check`` compares that with plain autograd on one
-sample; ``diagonal`` has the functions that users call.
+graph where these hold and by ``per_sample`` for whatever is left; ``check`` compares that with plain autograd on two
+samples; ``diagonal`` has the functions that users call.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -68,6 +69,7 @@ class Check:
         self._settings = settings
         self._generator = generator
         self._samples = torch.Generator().manual_seed(0)
+        self._types = {type(module) for module in model.module.modules()}
         self._shown = False  # by a batch of several samples, whether they are kept apart
 
     def __call__(self, estimate: Estimate, batch: Batch) -> None:
@@ -167,8 +169,7 @@ class Check:
         """A key for all batches, of any model, that go the same way as far as can be seen without a call."""
         data = tuple((x.shape[1:], x.dtype) for x in batch.tensors), settings_of(batch.shared)
         params = tuple((name, p.shape, p.dtype) for name, p in self._params.items())
-        types = {type(module) for module in self._model.module.modules()}
-        rules = frozenset((t, RULES[t]) for t in types & RULES.keys())
+        rules = frozenset((weakref.ref(t), weakref.ref(RULES[t])) for t in self._types & RULES.keys())
         return self._settings, data, params, rules, torch.is_autocast_enabled(self._device.type), _surroundings()
 
     def _random_state(self) -> Tensor:

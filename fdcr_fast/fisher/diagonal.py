@@ -93,9 +93,9 @@ def diagonal_fisher(
         max_batches: Batches of ``data`` that are used, as they come, for loaders without an end; by default all.
         eval_mode: Evaluate the model in eval mode and restore its modes afterwards, also after an error. With False
             the modules keep their modes, and dropout draws its masks from the global generator.
-        check: ``"first"``: one sample of the first batch, chosen by a generator of fixed seed, is compared with plain
+        check: ``"first"``: two samples of the first batch, chosen by a generator of fixed seed, are compared with plain
             autograd, unless a model and a batch alike have passed before in this process; it costs as much as that
-            batch. ``"all"``: one of every batch, which doubles the time. ``"off"``: none. Parameters that differ are
+            batch. ``"all"``: two of every batch, which doubles the time. ``"off"``: none. Parameters that differ are
             computed one sample at a time, with a warning.
         progress: A function called after every forward pass's batch with the number of samples done so far.
 

@@ -88,7 +88,7 @@ class _NotTakenError(Exception):
 class Estimate:
     """The mean over samples of the squared gradients of the parameters ``names``.
 
-    ``fallback`` is for what no layer rule can do. With ``only``, the sample of that number alone counts in a batch, and
+    ``fallback`` is for what no layer rule can do. With ``only``, the samples of that slice alone count in a batch, and
     the first pass of the kind.
     """
 

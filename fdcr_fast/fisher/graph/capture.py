@@ -115,8 +115,6 @@ class Capture:
 
 
 def _settings(layer: nn.Module) -> tuple[Any, ...]:
-    """The constants of a layer of PyTorch's; of others, which need not name them, the numbers and the text in it."""
-    names: Any = getattr(layer, "__constants__", None)
-    if names is None:
-        names = [name for name, x in vars(layer).items() if isinstance(x, int | float | str)]
-    return layer.training, *(getattr(layer, name, None) for name in names)
+    """The layer's constants, which those of PyTorch's name, and the numbers and the text in it, for those of others."""
+    simple = (x for x in vars(layer).values() if isinstance(x, int | float | str))
+    return *(getattr(layer, name, None) for name in getattr(layer, "__constants__", ())), *simple

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fdcr_fast import ops
-from fdcr_fast.fisher.layers.table import rule
+from fdcr_fast.fisher.layers.table import entered
 from fdcr_fast.ops.squared_grads import accumulation_dtype
 
 # Groups with fewer channels than a cache line holds would read lines of all channels together again and again.
@@ -19,7 +19,7 @@ def _batched(module: nn.Module, input: Tensor) -> bool:
     return input.dim() == len(module.kernel_size) + 2
 
 
-@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, batched=_batched)
+@entered(nn.Conv1d, nn.Conv2d, nn.Conv3d, batched=_batched)
 def convolution(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """The rule of convolutions: padding other than so many zeros on both sides is applied to the input first."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
@@ -37,7 +37,7 @@ def convolution(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[s
     return {"weight": weight, "bias": bias}
 
 
-@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, batched=_batched)
+@entered(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, batched=_batched)
 def transposed_convolution(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """The rule of the convolution that leads back: its input is this layer's output gradient, and vice versa."""
     assert isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)

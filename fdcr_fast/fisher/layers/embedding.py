@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fdcr_fast import ops
-from fdcr_fast.fisher.layers.table import rule
+from fdcr_fast.fisher.layers.table import entered
 
 
-@rule(nn.Embedding, own_dims=lambda module: 0)
+@entered(nn.Embedding, own_dims=lambda module: 0)
 def embedding(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """The rule of embeddings. The result is sparse, of rows that were looked up, so that work grows with the tokens.
 

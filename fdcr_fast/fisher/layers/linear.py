@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fdcr_fast import ops
-from fdcr_fast.fisher.layers.table import rule
+from fdcr_fast.fisher.layers.table import entered
 
 
 def _has_rows(module: nn.Module) -> bool:
@@ -14,7 +14,7 @@ def _has_rows(module: nn.Module) -> bool:
     return module.weight.dim() == 2 and (module.bias is None or module.bias.shape == module.weight.shape[:1])
 
 
-@rule(nn.Linear, own_dims=lambda module: 1, holds=_has_rows)
+@entered(nn.Linear, own_dims=lambda module: 1, holds=_has_rows)
 def linear(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """The rule of linear layers: all dimensions between the first and the last are positions."""
     weight, bias = ops.sum_squared_grads_linear(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fdcr_fast import ops
-from fdcr_fast.fisher.layers.table import rule
+from fdcr_fast.fisher.layers.table import entered
 
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -18,14 +18,14 @@ def _normalised_dims(module: nn.Module) -> int:
     return len(module.normalized_shape)
 
 
-@rule(nn.LayerNorm, own_dims=_normalised_dims)
+@entered(nn.LayerNorm, own_dims=_normalised_dims)
 def layer_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """The rule for statistics over the last dimensions, those of the parameters; others but the first are positions."""
     assert isinstance(module, nn.LayerNorm)
     return _over_last(module.normalized_shape, input, grad_output, None, module.eps)
 
 
-@rule(nn.RMSNorm, own_dims=_normalised_dims)
+@entered(nn.RMSNorm, own_dims=_normalised_dims)
 def rms_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """The rule for mean squares, which are variances around zero."""
     assert isinstance(module, nn.RMSNorm)
@@ -36,7 +36,7 @@ def rms_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str,
     return _over_last(module.normalized_shape, input, grad_output, zero, eps)
 
 
-@rule(nn.GroupNorm)
+@entered(nn.GroupNorm)
 def group_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """The rule for statistics over a group of channels and all pixels, and parameters per channel."""
     assert isinstance(module, nn.GroupNorm)
@@ -49,7 +49,7 @@ def _batched(module: nn.Module, input: Tensor) -> bool:
     return not any(isinstance(module, t) and input.dim() == dims for dims, t in enumerate(_INSTANCE_NORMS, 2))
 
 
-@rule(*_INSTANCE_NORMS, *_BATCH_NORMS, batched=_batched)
+@entered(*_INSTANCE_NORMS, *_BATCH_NORMS, batched=_batched)
 def channel_norm(module: nn.Module, input: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
     """The rule for statistics per channel: running ones, or (instance normalisation) those of the sample's pixels."""
     assert isinstance(module, _NormBase)

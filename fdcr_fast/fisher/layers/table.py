@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,18 +40,16 @@ class Rule:
     holds: Callable[[nn.Module], bool]
 
     def holds_for(self, module: nn.Module) -> bool:
-        """Whether a module of the rule's type computes what the type does, with the type's own parameters."""
+        """Whether a module of the rule's type computes what the type does, with the type's own parameters.
+
+        An attribute may hide neither the forward pass nor a parameter; None hides one that is not there.
+        """
         return (
-            self._nothing_hidden_by(vars(module))
+            all(vars(module).get(name) is None for name in ("forward", *self.params))
             and type(module).forward is self.forward
             and set(module._parameters) <= set(self.params)
             and self.holds(module)
         )
-
-    def _nothing_hidden_by(self, attributes: Mapping[str, Any]) -> bool:
-        """Whether no attribute hides the class's forward pass or a parameter; None hides one that is not there."""
-        names = "forward", *self.params
-        return attributes.keys().isdisjoint(names) or all(attributes.get(name) is None for name in names)
 
     def leading_dims(self, module: nn.Module, input: Tensor) -> int:
         """The number of the input's first dimensions that are samples, or what the layer does not tell from them."""
@@ -61,6 +59,23 @@ class Rule:
 
 
 RULES: dict[type[nn.Module], Rule] = {}
+
+
+def entered(
+    *types: type[nn.Module],
+    own_dims: Callable[[nn.Module], int] | None = None,
+    batched: Callable[[nn.Module, Tensor], bool] | None = None,
+    params: Collection[str] | None = None,
+    holds: Callable[[nn.Module], bool] = lambda module: True,
+) -> Callable[[SumSquares], SumSquares]:
+    """:func:`rule` for PyTorch's own layers, which a test looks at once instead of every import."""
+    known = USUAL_PARAMS if params is None else tuple(params)
+
+    def register(function: SumSquares) -> SumSquares:
+        RULES.update({t: Rule(function, own_dims, batched or _always, known, t.forward, holds) for t in types})
+        return function
+
+    return register
 
 
 def rule(
@@ -94,14 +109,7 @@ def rule(
     names = (params,) if isinstance(params, str) else None if params is None else tuple(params)
     for layer in types:
         _refuse_unless_called(layer, names)
-
-    def register(function: SumSquares) -> SumSquares:
-        known = USUAL_PARAMS if names is None else names
-        made = {t: Rule(function, own_dims, batched or _always, known, t.forward, holds) for t in types}
-        RULES.update(made)
-        return function
-
-    return register
+    return entered(*types, own_dims=own_dims, batched=batched, params=names, holds=holds)
 
 
 def _refuse_unless_called(layer: type[nn.Module], params: Collection[str] | None) -> None:

@@ -47,7 +47,7 @@ def squares(model, x, y):
 
 
 def assert_exact(model, x, y, **options):
-    """Every parameter, with and without the check of one sample."""
+    """Every parameter, with and without the self-check."""
     expected = squares(model, x, y)
     largest = max(part.max() for part in expected.values())
     layout = ParamLayout.from_module(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fdcr_fast import diagonal_fisher
 from fdcr_fast.fisher.layers import RULES, rule, table
+from fdcr_fast.fisher.layers.reachable import USUAL_PARAMS, why_never_called
 from fdcr_fast.fisher.per_sample import PerSampleGradients
 from tests.support.fisher.one_by_one import fisher_one_by_one
 
@@ -248,10 +249,11 @@ def test_rule_that_forgets_a_parameter():
     torch.testing.assert_close(diagonal_fisher(model, (x.double(), y)), fisher_one_by_one(model, x, y))
 
 
-def test_layer_that_changes_after_its_call():
+@pytest.mark.parametrize("base", [Scale, lambda: nn.Linear(4, 4)], ids=["own", "of PyTorch"])
+def test_layer_that_changes_after_its_call(base):
     """Its rule would be given another layer than the one that was called; so it is not used."""
 
-    class Times(Scale):
+    class Times(type(base())):
         factor = None
 
         def forward(self, x):
@@ -260,7 +262,7 @@ def test_layer_that_changes_after_its_call():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.times = Times()
+            self.times = Times(4, 4) if issubclass(Times, nn.Linear) else Times()
 
         def forward(self, x):
             self.times.factor = 2.0
@@ -328,3 +330,9 @@ def test_a_rule_is_checked_also_where_the_model_has_passed_without_it_or_with_an
             warnings.simplefilter("always")
             torch.testing.assert_close(*_fisher_of_scaled(8))
         assert any("plain autograd" in str(warning.message) for warning in caught) == found
+
+
+@pytest.mark.parametrize("layer", RULES, ids=lambda layer: layer.__name__)
+def test_rules_of_pytorchs_own_layers_are_called(layer):
+    own = RULES[layer].params
+    assert why_never_called(layer, None if own == USUAL_PARAMS else own) is None
