@@ -59,8 +59,8 @@ def _cuda() -> BackendStatus:
         return BackendStatus(False, reason)
     build = _native.cuda.build_info()
     reason = f"compiled by CUDA {build['cuda']} for {build['architectures']}"
-    others = ", ".join(sorted(OPERATORS.keys() - with_kernels("cuda")))
-    return BackendStatus(True, f"{reason}; {others} by triton or the reference")
+    by_triton = ", ".join(sorted(with_kernels("triton") - with_kernels("cuda")))
+    return BackendStatus(True, f"{reason}; {by_triton} by triton, all others by the reference")
 
 
 def _no_gpu() -> str | None:

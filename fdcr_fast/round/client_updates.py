@@ -77,13 +77,10 @@ class ClientUpdates:
         fishers: Tensor | None,
         num_samples: Sequence[float] | Tensor | Any,
         client_ids: Sequence[Hashable] | None = None,
-        *,
-        read_norms: bool = True,
     ) -> ClientUpdates:
-        """View ``updates [K, P]`` and ``fishers [K, P]``, of any strides, as a round; nothing is copied.
+        """View ``updates [K, P]`` and ``fishers [K, P]``, of any strides, as an ``unread`` round; nothing is copied.
 
-        Without ``read_norms`` the round is ``unread`` and nothing is fetched: :meth:`with_norms` and :meth:`fetched`
-        must be called before anything else is.
+        Nothing is fetched either: :meth:`with_norms` and :meth:`fetched` must be called before anything else is.
 
         Raises:
             TypeError: not floating-point tensors, or sample counts that are not numbers.
@@ -95,8 +92,7 @@ class ClientUpdates:
         ids = different_ids(client_ids, K)
         low, high = (None, None) if tiles.fishers is None else ops.importance_range(tiles.fishers, P)
         norm = torch.full((K,), torch.nan, dtype=torch.float64)
-        clients = cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {}, unread=True)
-        return clients.with_norms(ops.squared_norm(tiles.updates, P)).fetched() if read_norms else clients
+        return cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {}, unread=True)
 
     def with_norms(self, squared_norm: Tensor) -> ClientUpdates:
         """The same round with these squared norms, wherever they lie."""
@@ -112,19 +108,14 @@ class ClientUpdates:
         Raises:
             ValueError: the global parameters are not finite.
         """
-        *statistics, finite = fetch([*self.statistics, self.finite])
+        *statistics, finite = fetch([self.squared_norm, self.fisher_min, self.fisher_max, self.finite])
         require_finite(finite)
         return self.with_statistics(*statistics)
-
-    @property
-    def statistics(self) -> tuple[Tensor | None, ...]:
-        """What the rows were read for: squared norms, smallest and largest Fisher entries."""
-        return self.squared_norm, self.fisher_min, self.fisher_max
 
     def with_statistics(
         self, squared_norm: Tensor | None, fisher_min: Tensor | None, fisher_max: Tensor | None
     ) -> ClientUpdates:
-        """The same round, of which the global parameters are finite, with other :attr:`statistics`."""
+        """The same round, of which the global parameters are finite, with other statistics."""
         assert squared_norm is not None, "every round has norms"
         return replace(
             self, squared_norm=squared_norm, fisher_min=fisher_min, fisher_max=fisher_max, unread=False, finite=None
@@ -150,9 +141,9 @@ class ClientUpdates:
         )
 
     @property
-    def any_valid(self) -> bool:
-        """Whether there is a row that is not rejected."""
-        return bool(self.clients) if self.rows is None else len(self.rows) > 0
+    def num_valid(self) -> int:
+        """The number of rows that are not rejected."""
+        return len(self.clients) if self.rows is None else len(self.rows)
 
     def of_valid(self, vector: Tensor) -> Tensor:
         """The entries ``[n]`` of a vector ``[K]`` that belong to valid clients."""
@@ -224,7 +215,7 @@ def refuse_empty(clients: ClientUpdates, on_empty: OnEmpty) -> None:
     """
     if on_empty not in get_args(OnEmpty):
         raise ValueError(f"on_empty must be one of {get_args(OnEmpty)}, got {on_empty!r}")
-    if clients.any_valid:
+    if clients.num_valid:
         return
     text = f"none of {len(clients.rejected)} clients can be used: {reasons(clients.rejected)}"
     if not clients.rejected:

@@ -56,7 +56,7 @@ def column_sums(
             total = total + term(Columns(params, updates.double()))
         return total
 
-    zeros = torch.zeros(*size, _count(clients), dtype=torch.float64, device=clients.tiles.device)
+    zeros = torch.zeros(*size, clients.num_valid, dtype=torch.float64, device=clients.tiles.device)
     return clients.sum(zeros, read)
 
 
@@ -70,16 +70,11 @@ def _merged(ranges: Iterable[slice]) -> list[slice]:
     return merged
 
 
-def _count(clients: ClientUpdates) -> int:
-    """The number of valid clients, at least one."""
-    return len(clients.clients) if clients.rows is None else len(clients.rows)
-
-
 def _columns(clients: ClientUpdates, span: Span, ranges: Sequence[slice] | None = None) -> Iterator[Columns]:
     """What a span holds of the ranges, in blocks of bounded size: whole tiles, joined, or a part of one."""
     valid = None if clients.rows is None else sent(clients.rows, clients.tiles.device)
     length = span.updates.shape[2]
-    width = max(1, _BLOCK // _count(clients))
+    width = max(1, _BLOCK // clients.num_valid)
     width -= width % min(width, length)
     stops = [*range(span.first + width, span.first + span.num_params, width)]
     if ranges is not None:

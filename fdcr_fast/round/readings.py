@@ -88,6 +88,11 @@ def squared_norms(clients: ClientUpdates) -> Tensor:
     return clients.sum(zeros, lambda span, total: total + ops.squared_norm(span.updates, span.num_params))
 
 
+def measured(clients: ClientUpdates) -> ClientUpdates:
+    """The round with its squared norms, which one reading gives, and all its vectors on the CPU."""
+    return clients.with_norms(squared_norms(clients)).fetched()
+
+
 def mean(global_params: Tensor, clients: ClientUpdates, weights: Tensor, *, rescale: bool, single: bool) -> Tensor:
     """One reading for the new global parameters."""
     return _by_span(

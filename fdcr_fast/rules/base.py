@@ -231,7 +231,7 @@ class AggregationRule:
         refuse(clients.rejected, on_invalid)
         refuse_empty(clients, on_empty)
 
-        if clients.any_valid:
+        if clients.num_valid:
             selection, weights, params = self._outcome(global_params, clients)
         else:
             selection, weights, params = nothing_changes(global_params, clients)
@@ -263,7 +263,7 @@ class AggregationRule:
             return clients
         require_finite(clients.finite)
         if clients.unread and isinstance(updates, UpdateStore):
-            clients = clients.with_norms(readings.squared_norms(clients)).fetched()
+            clients = readings.measured(clients)
         if not self.sharded:
             raise TypeError(f"{type(self).__name__} needs all parameters in one process: it takes no shard")
         return clients
@@ -302,13 +302,12 @@ class AggregationRule:
             None if fishers is None else matrix("fishers", fishers),
             num_samples,
             client_ids,
-            read_norms=False,
         )
 
     def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
         """The round with the statistics that it is screened by, wherever its parameters are."""
         if clients.unread or (clients.shard is not WHOLE and self.needs_norms):
-            return clients.with_norms(readings.squared_norms(clients)).fetched()
+            return readings.measured(clients)
         return clients
 
     def _outcome(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:

@@ -47,7 +47,6 @@ class Attendance:
     """
 
     def __init__(self, rows: Rows, accepted: dict[Hashable, Accepted], ended: bool, on_invalid: OnInvalid) -> None:
-        refuse({}, on_invalid)
         self._rows = rows
         self._on_invalid = on_invalid
         self.lock = threading.Condition()

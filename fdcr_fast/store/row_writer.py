@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.round.screening import rejection_reason
-from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, Rows, Vectors, as_dtype
+from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, Rows, Vectors
 from fdcr_fast.store.upload import shown, vector_pieces
 
 
@@ -74,19 +74,17 @@ class RowWriter:
         return [piece.to(self.rows.device) for piece in pieces]
 
 
-def row_writer(rows: Rows, layout: ParamLayout | None, buffer_dtype: torch.dtype | str | None) -> RowWriter:
-    """A writer of these rows, for buffers by default of the dtype of the rows.
+def check_layout(layout: ParamLayout | None, num_params: int) -> None:
+    """Raise unless the layout is none, or one of so many parameters.
 
     Raises:
-        TypeError: the layout is none, or the dtype is none.
-        ValueError: the layout is one of another number of parameters.
+        TypeError: it is no layout.
+        ValueError: it has another number of parameters.
     """
-    shape = rows.shape
     if layout is not None and not isinstance(layout, ParamLayout):
         raise TypeError(f"layout must be a ParamLayout, got {layout!r}")
-    if layout is not None and layout.numel != shape.num_params:
-        raise ValueError(f"the layout has {layout.numel} parameters, the store {shape.num_params}")
-    return RowWriter(rows, layout, shape.dtype if buffer_dtype is None else as_dtype("buffer_dtype", buffer_dtype))
+    if layout is not None and layout.numel != num_params:
+        raise ValueError(f"the layout has {layout.numel} parameters, the store {num_params}")
 
 
 def _number(value: Any) -> float:

@@ -14,12 +14,12 @@ from torch import Tensor
 from fdcr_fast.layout import ParamLayout
 from fdcr_fast.round.client_ids import plain_id
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.screening import OnInvalid
+from fdcr_fast.round.screening import OnInvalid, refuse
 from fdcr_fast.round.tiles import MatrixTiles
 from fdcr_fast.store.attendance import Attendance
 from fdcr_fast.store.file.rows import FileRows
 from fdcr_fast.store.new_rows import check_file_arguments, memory_shape, new_rows
-from fdcr_fast.store.row_writer import RowWriter, row_writer
+from fdcr_fast.store.row_writer import RowWriter, check_layout
 from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, Contribution, Rows, as_dtype, check_integer
 from fdcr_fast.warning import callers_level
 
@@ -93,10 +93,14 @@ class UpdateStore:
     ) -> None:
         if isinstance(num_params, ParamLayout):
             layout, num_params = num_params if layout is None else layout, num_params.numel
-        rows = new_rows(
+        dtype = as_dtype("dtype", dtype)
+        buffer_dtype = dtype if buffer_dtype is None else as_dtype("buffer_dtype", buffer_dtype)
+        check_layout(layout, num_params)
+        refuse({}, on_invalid)
+        rows = new_rows(  # last, since it may make a file
             num_params,
             capacity,
-            as_dtype("dtype", dtype),
+            dtype,
             tile=tile,
             device=device,
             compute_device=compute_device,
@@ -107,7 +111,7 @@ class UpdateStore:
             shared=shared,
             copy=copy,
         )
-        self._start(rows, row_writer(rows, layout, buffer_dtype), Attendance(rows, {}, False, on_invalid))
+        self._start(rows, RowWriter(rows, layout, buffer_dtype), Attendance(rows, {}, False, on_invalid))
 
     @classmethod
     def open(
@@ -139,10 +143,14 @@ class UpdateStore:
         if mode not in ("r", "r+"):
             raise ValueError(f"mode must be 'r' or 'r+', got {mode!r}")
         check_file_arguments(path, max_resident)
+        refuse({}, on_invalid)
         rows, accepted = FileRows.open(path, mode == "r+", max_resident, sync, verify)
+        shape = rows.shape
+        check_layout(layout, shape.num_params)
+        numbers = shape.dtype if buffer_dtype is None else as_dtype("buffer_dtype", buffer_dtype)
         store = cls.__new__(cls)
         attendance = Attendance(rows, accepted, rows.round_ended(), on_invalid)
-        store._start(rows, row_writer(rows, layout, buffer_dtype), attendance)
+        store._start(rows, RowWriter(rows, layout, numbers), attendance)
         return store
 
     @staticmethod

@@ -1,6 +1,8 @@
 """The CUDA kernels on the host: small calls of awkward shapes against the reference in float64, and what they move.
 
-python check.py LIBRARY [values] [counts] [race]; run by the tests beside it, with FDCR_FAST_BACKEND=reference.
+python -m tests.cuda_on_host.check LIBRARY [values] [counts] [race]
+
+The tests beside it run it with FDCR_FAST_BACKEND=reference.
 """
 
 import ctypes

@@ -7,6 +7,7 @@ import fdcr_fast
 from fdcr_fast import GramView, UpdateStore, estimate_gram, gram, grams
 from fdcr_fast.ops.gram import GRAM_TRANSFORMS
 from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.readings import measured
 
 K, P = 7, 3000
 
@@ -87,7 +88,9 @@ def test_rejected_clients_of_a_round_are_not_read(clients):
     updates, fishers = (x.clone() for x in clients)
     updates[2, 5] = torch.nan
     fishers[4, 7] = -1.0
-    screened = ClientUpdates.from_matrices(updates, fishers, [10] * K).screened(importance=True, norm_bound=None)
+    screened = measured(ClientUpdates.from_matrices(updates, fishers, [10] * K)).screened(
+        importance=True, norm_bound=None
+    )
     assert list(screened.rejected) == [2, 4]
     kept = torch.tensor([k not in (2, 4) for k in range(K)])
     for transform in GRAM_TRANSFORMS:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +28,6 @@ from fdcr_fast.rules.table import RULES
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.run.federation import build_rule
 from fdcr_fast.sim.seeding import derive_seed
-from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import INFORMED_BASELINES, OWN_SETTINGS, assumed_byzantine
 from tests.support.tiny import tiny_config
 
@@ -58,7 +57,7 @@ class FakeData:
 
 
 def rule_of(config: SimulationConfig) -> AggregationRule:
-    return build_rule(config, config.attackers(), GROUPS, cast(ServerData, FakeData()))
+    return build_rule(config, config.attackers(), GROUPS, FakeData())
 
 
 def test_servers_know_nothing_of_the_attack() -> None:

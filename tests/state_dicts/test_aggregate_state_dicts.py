@@ -11,14 +11,7 @@ from fdcr_fast.layout import ParamLayout
 from fdcr_fast.rules.fdcr.rule import FDCR
 from fdcr_fast.rules.fedavg import FedAvg
 from fdcr_fast.state_dicts.aggregate import aggregate_state_dicts
-
-K = 6
-COUNTS = [3, 1, 4, 1, 5, 9]
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+from tests.support.federation import COUNTS, K, network
 
 
 class Federation:

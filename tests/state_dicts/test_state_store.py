@@ -18,14 +18,10 @@ from fdcr_fast import (
     StateStore,
     aggregate_state_dicts,
 )
+from tests.support.federation import network
 
 K = 5
 COUNTS = [3, 1, 4, 1, 5]
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
 
 
 def trained(state, seed):

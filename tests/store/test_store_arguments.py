@@ -32,6 +32,7 @@ def test_arguments_of_a_store(in_file, arguments, error, message, tmp_path):
     path = {"path": tmp_path / "round.store"} if in_file else {}
     with pytest.raises(error, match=message):
         UpdateStore(**{"num_params": P, "capacity": 2, **path, **arguments})
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", [3, 2.5, True, ["a"]])

@@ -114,4 +114,4 @@ def assert_step(given, result, expected, rtol=1e-9):
 
 
 def kept(result):
-    return {client for client, is_kept in zip(result.clients, result.kept.tolist(), strict=True) if is_kept}
+    return set(result.kept_clients)

@@ -18,6 +18,7 @@ from fdcr_fast.rules.coalition.views import round_views, standard_scores, standa
 from fdcr_fast.rules.param_groups import ParamGroups
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_options import ServerOptions
+from fdcr_fast.rules.valid_clients import of_all, valid_ids
 
 _CONCENTRATION_WEIGHT = 0.3  # of c beside A in J
 _GATE_PERMUTATIONS = 19
@@ -113,8 +114,7 @@ class CoalitionFDCR(AggregationRule):
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Find the coalition in this round's views and those remembered, and drop it."""
-        rows = clients.valid.nonzero().flatten()
-        ids = [clients.clients[k] for k in rows.tolist()]
+        ids = valid_ids(clients)
         if len(ids) < 3:
             return Selection(clients.valid)
         groups = ParamGroups.whole(clients.num_params) if self.groups is None else self.groups
@@ -124,8 +124,7 @@ class CoalitionFDCR(AggregationRule):
         views = Views(standardised(means.similarity), _CONCENTRATION_WEIGHT * standard_scores(means.concentration))
         members, score = find_coalition(views)
         dropped = members if self._stands_out(views, score) else torch.zeros_like(members)
-        kept = clients.valid.clone()
-        kept[rows[dropped]] = False
+        kept = clients.valid & ~of_all(clients, dropped)
         return Selection(kept, explanation=_explanation(ids, views, members, dropped))
 
     def reset(self) -> None:

@@ -16,6 +16,7 @@ from fdcr_fast.round.vectors import sent
 from fdcr_fast.rules.coalition.search import Views
 from fdcr_fast.rules.pairwise.gram import GramView, grams
 from fdcr_fast.rules.param_groups import ParamGroups
+from fdcr_fast.rules.valid_clients import of_all
 
 _NO_DIRECTION = 1e-6  # squared length beside which a cosine is rounding
 
@@ -99,8 +100,7 @@ def _mean_fisher(clients: ClientUpdates) -> Tensor:
     """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum; float64, of the parameters here."""
     fishers = replace(clients, tiles=_FishersAlone(clients.tiles))
     total = column_sums(fishers, lambda columns: columns.updates.sum(1)).cpu()
-    weights = torch.zeros(len(clients.valid), dtype=torch.float64)
-    weights[clients.valid] = 1 / (len(total) * total)
+    weights = of_all(clients, 1 / (len(total) * total))
     device = clients.tiles.device
     nothing = torch.zeros(clients.tiles.num_params, dtype=torch.float64, device=device)
     return readings.mean(nothing, fishers.on_device(), sent(weights, device), rescale=False, single=False)

@@ -72,7 +72,7 @@ class FLAME(AggregationRule):
 
     @staticmethod
     def _median_norm(clients: ClientUpdates) -> float:
-        return clients.squared_norm[clients.valid].sqrt().quantile(0.5).item()
+        return clients.of_valid(clients.squared_norm).sqrt().quantile(0.5).item()
 
 
 def majority_cluster(distance: Tensor) -> Tensor:

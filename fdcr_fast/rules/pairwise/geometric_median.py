@@ -54,7 +54,7 @@ class GeometricMedian(AggregationRule):
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Keep everybody, with the weights of the last step."""
-        alpha = self.shares(clients, clients.valid)[clients.valid]
+        alpha = clients.of_valid(self.shares(clients, clients.valid))
         gram = valid_gram(clients)
         norms = gram.diagonal().sqrt()
         longest = _FAR * norms.median()

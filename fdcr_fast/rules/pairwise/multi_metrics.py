@@ -55,7 +55,7 @@ class MultiMetrics(AggregationRule):
 
 def _metrics(global_params: Tensor, clients: ClientUpdates) -> Tensor:
     """Manhattan and Euclidean distance and cosine to the global parameters, float64 ``[n, 3]``."""
-    squared_norm = clients.squared_norm[clients.valid]
+    squared_norm = clients.of_valid(clients.squared_norm)
 
     def terms(columns: Columns) -> Tensor:
         along = columns.updates @ global_params[columns.params].double()

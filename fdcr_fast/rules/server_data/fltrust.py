@@ -53,7 +53,7 @@ class FLTrust(AggregationRule):
         """Keep whoever points into the server's half space."""
         own = checked_vector(global_params, self.server_update(global_params), "server_update")
         size = torch.linalg.vector_norm(own, dtype=torch.float64).item()
-        norms = clients.squared_norm[clients.valid].sqrt()
+        norms = clients.of_valid(clients.squared_norm).sqrt()
         lengths = norms * size
         cosine = torch.where(lengths > 0, dot_products(clients, own) / lengths, 0.0).clamp_(-1, 1)
         trust = cosine.clamp(min=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import nn
 
@@ -16,43 +15,22 @@ from fdcr_fast.sim.execution.stacked import Stacked
 from fdcr_fast.sim.execution.worker_pool import WorkerPool
 
 
-class Setup(NamedTuple):
-    """What an executor can be made of.
+def executor_of(
+    config: SimulationConfig, population: Population, build: Callable[[], nn.Module], store: UpdateStore
+) -> Executor:
+    """The executor that a configuration asks for.
 
-    Attributes:
+    Args:
         config: Configuration of the run.
         population: All clients.
         build: Makes the model; a function that other processes can import.
         store: The only one that the executor will be given, shared where there are worker processes.
-    """
-
-    config: SimulationConfig
-    population: Population
-    build: Callable[[], nn.Module]
-    store: UpdateStore
-
-
-class Way(NamedTuple):
-    """One row of the table: which configurations ask for an executor, and how it is made."""
-
-    wanted: Callable[[SimulationConfig], bool]
-    make: Callable[[Setup], Executor]
-
-
-WAYS = (
-    Way(lambda config: config.with_workers, lambda own: WorkerPool(own.config, own.population, own.build, own.store)),
-    Way(
-        lambda config: config.stacked,
-        lambda own: Stacked(own.population, own.build(), own.config.device, own.config.stack),
-    ),
-    Way(lambda config: True, lambda own: InProcess(own.population)),
-)
-
-
-def executor_of(setup: Setup) -> Executor:
-    """The executor of the first row that the configuration asks for.
 
     Raises:
         ValueError: the device cannot be used here.
     """
-    return next(way.make(setup) for way in WAYS if way.wanted(setup.config))
+    if config.with_workers:
+        return WorkerPool(config, population, build, store)
+    if config.stacked:
+        return Stacked(population, build(), config.device, config.stack)
+    return InProcess(population)

@@ -24,7 +24,7 @@ from fdcr_fast.sim.clients.population import Population
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.execution.across_ranks import AcrossRanks
 from fdcr_fast.sim.execution.contract import Executor
-from fdcr_fast.sim.execution.executors import Setup, executor_of
+from fdcr_fast.sim.execution.executors import executor_of
 
 _TIMEOUT = "FDCR_FAST_TIMEOUT"
 _PATIENCE = 1800.0  # seconds
@@ -103,7 +103,7 @@ class Alone(Processes):
         store = UpdateStore(
             num_params, config.cohort(), with_fishers=population.with_fishers, shared=config.with_workers
         )
-        return store, executor_of(Setup(config, population, build, store))
+        return store, executor_of(config, population, build, store)
 
     def aggregate(self, rule: AggregationRule, params: Tensor, store: UpdateStore) -> AggregationResult:
         """The rule's result."""
@@ -139,7 +139,7 @@ class Ranks(Processes):
         store = UpdateStore(len(self.shard), config.cohort(), with_fishers=fishers)
         size = max(_AT_A_TIME * config.workers, config.stack)
         outbox = UpdateStore(num_params, size, with_fishers=fishers, shared=config.with_workers)
-        return store, AcrossRanks(self.shard, executor_of(Setup(config, population, build, outbox)), outbox)
+        return store, AcrossRanks(self.shard, executor_of(config, population, build, outbox), outbox)
 
     def aggregate(self, rule: AggregationRule, params: Tensor, store: UpdateStore) -> AggregationResult:
         """The rule's result, with this rank's parameters."""

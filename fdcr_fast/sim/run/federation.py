@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fdcr_fast import ParamGroups
+from fdcr_fast.rules import server_options
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.result import AggregationResult
 from fdcr_fast.sim.clients.attackers import Attackers
@@ -33,7 +34,10 @@ from fdcr_fast.sim.training.classifier import classifier_of
 
 
 def build_rule(
-    config: SimulationConfig, attackers: frozenset[int], groups: ParamGroups, data: ServerData | None = None
+    config: SimulationConfig,
+    attackers: frozenset[int],
+    groups: ParamGroups,
+    data: server_options.ServerData | None = None,
 ) -> AggregationRule:
     """The configured server; only the informed baselines are handed the attackers."""
     if config.server in INFORMED_BASELINES:

@@ -178,7 +178,7 @@ def summarize(rounds: Sequence[RoundRecord]) -> Summary:
     last = rounds[-FINAL_ROUNDS:]
     return Summary.model_validate(
         {
-            **{name: mean([getattr(record, name) for record in last]) for name in METRICS},
+            **{name: mean_of_last([getattr(record, name) for record in rounds]) for name in METRICS},
             "problems": Counter(record.problem for record in last if record.problem is not None),
             "seconds": sum(record.seconds for record in rounds),
             "phase_seconds": {phase: sum(getattr(record, f"{phase}_seconds") for record in rounds) for phase in PHASES},

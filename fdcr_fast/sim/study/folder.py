@@ -82,10 +82,10 @@ class StudyRunFolder:
             ValueError: it was run with other fields.
         """
         folder = RunFolder(self.path)
-        _check_same(folder, config)
+        found = _check_same(folder, config)
         state = folder.load()
         assert state is not None
-        return state.result(folder.config(), folder.summary())
+        return state.result(found, folder.summary())
 
     def origin(self) -> Origin:
         """Where, when and with what a finished run was made."""
@@ -128,10 +128,15 @@ class StudyRunFolder:
             yield
 
 
-def _check_same(folder: RunFolder, config: SimulationConfig) -> None:
-    """Raise ValueError if a folder's run had other fields: its name tells only those that are not at their defaults."""
-    found = folder.config().model_dump(exclude={"data_dir", "workers"})
-    wanted = config.model_dump(exclude={"data_dir", "workers"})
-    changed = [name for name in wanted if wanted[name] != found[name]]
+def _check_same(folder: RunFolder, config: SimulationConfig) -> SimulationConfig:
+    """The fields of a folder's run; its name tells only those that are not at their defaults.
+
+    Raises:
+        ValueError: they are others.
+    """
+    found = folder.config()
+    had, wanted = (each.model_dump(exclude={"data_dir", "workers"}) for each in (found, config))
+    changed = [name for name in wanted if wanted[name] != had[name]]
     if changed:
         raise ValueError(f"{folder.path} was run when the defaults of {', '.join(changed)} were others: delete it")
+    return found

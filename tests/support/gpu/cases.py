@@ -1,4 +1,4 @@
-"""Calls of every operator in sizes that occur on GPUs: compiled, checked and timed by the scripts beside this one."""
+"""Calls of every operator in sizes that occur on GPUs: for ``benchmarks`` and the tests of kernels."""
 
 from __future__ import annotations
 
