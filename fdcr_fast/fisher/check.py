@@ -116,13 +116,21 @@ class Check:
     def _differing(self, batch: Batch) -> frozenset[str] | None:
         """The parameters whose squared gradients differ for two samples of the batch; None if these show nothing.
 
-        Two, since the gradient of one alone is also the sum over the batch.
+        Two, since the square of one gradient alone is also that of the sum over the batch. They may have no entry in
+        common: users' rules are given one of them twice as well.
         """
         # Not the first one if there are more, which models may compare the others with.
         first = int(batch.samples > 2)
         start = int(torch.randint(first, max(batch.samples - 1, 1), (1,), generator=self._samples))
         chosen = slice(start, min(start + 2, batch.samples))
         batch = batch.to(self._device)
+        differing = self._differing_for(batch, chosen)
+        users = any(not RULES[t].sum_squares.__module__.startswith("fdcr_fast.") for t in self._types & RULES.keys())
+        if differing is not None and users and batch.samples > 1:
+            differing |= self._differing_for(batch.with_repeated(start, start + 1), chosen) or frozenset()
+        return differing
+
+    def _differing_for(self, batch: Batch, chosen: slice) -> frozenset[str] | None:
         passes: list[Pass] = []
 
         def noted(output: Any, targets: Any) -> Iterator[Pass]:
@@ -132,8 +140,7 @@ class Check:
         with self._random_numbers_kept():
             fast = Estimate(self._model, list(self._params), noted, self._fallback, chosen)
             fast.add(batch)
-            inputs, _ = batch.tree()
-            whole = Batch.of(inputs, passes[0].targets)
+            whole = batch.with_targets(passes[0].targets)
             before = self._random_state()
             plain = {name: torch.zeros_like(x) for name, x in fast.sums.items()}
             for i in range(chosen.start, chosen.stop):
@@ -187,7 +194,9 @@ class Check:
 def _surroundings() -> Hashable:
     """Whatever is done to all models: hooks of all modules, functions that were exchanged, and modes."""
     hooks = [settings_of(list(x.values())) for name, x in vars(_module).items() if name in _GLOBAL_HOOKS]
-    return *hooks, hash(tuple(map(id, vars(F).values()))), len(_get_current_function_mode_stack())
+    saved = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    functions = hash(tuple(map(id, vars(F).values())))
+    return *hooks, functions, len(_get_current_function_mode_stack()), saved and tuple(map(settings_of, saved))
 
 
 _GLOBAL_HOOKS = frozenset(name for name in vars(_module) if name.startswith("_global") and name.endswith("hooks"))

@@ -63,6 +63,31 @@ class Batch:
         leaves, structure = tree_flatten((inputs, targets), is_leaf=_may_be_rows)
         return cls([_Rows(x) if _may_be_rows(x) and len(x) == n else x for x in leaves], structure, n)
 
+    def with_targets(self, targets: Any) -> Batch:
+        """These inputs with other targets; what a list among the inputs holds was seen when the data came."""
+        inputs, own = tree_unflatten(self._leaves, self._structure)
+        own_rows = any(isinstance(x, _Rows) for x in tree_flatten(own)[0])
+        targets = _as_tensors(_as_list_of_numbers(targets), "targets")
+        leaves, structure = tree_flatten((inputs, targets), is_leaf=_may_be_rows)
+        if own_rows:
+            count = len(tree_flatten(inputs, is_leaf=_may_be_rows)[0])
+            leaves[count:] = [_Rows(x) if _may_be_rows(x) and len(x) == self.samples else x for x in leaves[count:]]
+        return Batch(leaves, structure, self.samples)
+
+    def with_repeated(self, sample: int, instead: int) -> Batch:
+        """A copy of this batch with one sample in the place of another one, too."""
+        chosen = list(range(self.samples))
+        chosen[instead] = sample
+        leaves = [
+            x.index_select(0, torch.tensor(chosen, device=x.device))
+            if _has_samples(x)
+            else _Rows([x.entries[i] for i in chosen])
+            if isinstance(x, _Rows)
+            else x
+            for x in self._leaves
+        ]
+        return Batch(leaves, self._structure, self.samples)
+
     def part(self, samples: slice) -> Batch:
         """A batch of some of the samples, which are not copied."""
         if samples.start == 0 and samples.stop >= self.samples:
@@ -104,11 +129,15 @@ class Batch:
 
     def private(self, *, channels_last: bool = False) -> Batch:
         """A copy that a model may write to; images may have their channels last in memory."""
-        leaves = [_copied(x, channels_last) if isinstance(x, Tensor) else x for x in self._leaves]
+        leaves = [_copied(x, channels_last) for x in self._leaves]
         return Batch(leaves, self._structure, self.samples)
 
 
-def _copied(x: Tensor, channels_last: bool) -> Tensor:
+def _copied(x: Any, channels_last: bool) -> Any:
+    if isinstance(x, _Rows):
+        return _Rows(x.entries[:])
+    if not isinstance(x, Tensor):
+        return x[:] if isinstance(x, list) else x
     copy = x.detach()
     if channels_last and x.dim() == 4 and x.is_floating_point():
         copy = copy.contiguous(memory_format=torch.channels_last)

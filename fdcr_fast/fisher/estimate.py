@@ -119,7 +119,7 @@ class Estimate:
         self._mixed: set[str] = set()  # parts that were once seen to have no row for every sample
         self._alone = False  # whether every sample goes through plain autograd on its own
         self._warned = False
-        self._tried = False  # whether graphs that may hide ways to parameters have shown that they do not
+        self._tried: set[type] = set()  # functions that may hide ways to parameters, and have shown whether they do
         # With some parameters only, parts of the model may be missing in graphs because their inputs have no gradients.
         self._partly = len(names) < sum(p.is_floating_point() for p in model.params.values())
         cpu = self._vector.device.type == "cpu"
@@ -146,13 +146,11 @@ class Estimate:
         if rest is None:
             if hides_parameters(self._model, self._first_losses, batch):
                 self.one_by_one()
-            self._tried = True
             rest = self._add_somehow(batch, tried=True)
             assert rest is not None
-        inputs, _ = batch.tree()
         for each, uncovered in rest:
             names = [name for name in self._wanted if name in uncovered]
-            samples = Batch.of(inputs, each.targets)
+            samples = batch.with_targets(each.targets)
             if self._only is not None:
                 samples = samples.part(self._only)
             squares = self._fallback.sum_squares(each.loss, names, samples) if names else {}
@@ -193,7 +191,8 @@ class Estimate:
             missing = len(uses) < len(self._leaves)
             if self._alone:
                 apart, uses = False, set(self._leaves)
-            elif not tried and ((graph.opaque and (missing or not self._tried)) or (missing and self._partly)):
+            elif not tried and (not graph.opaque <= self._tried or (missing and (bool(graph.opaque) or self._partly))):
+                self._tried |= graph.opaque
                 return None
             else:
                 self._reached |= uses

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fdcr_fast.warning import callers_level
 
@@ -286,8 +286,8 @@ def resolve_loss(loss: str | Loss, options: Mapping[str, Any]) -> Loss:
 
 
 def losses_of(loss: Loss, output: Any, targets: Any) -> Tensor:
-    """The losses of the samples, checked to be one for each."""
-    losses = loss(output, targets)
+    """The losses of the samples, checked to be one for each, by targets of their own, which a loss may write to."""
+    losses = loss(output, tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, targets))
     n = next(len(x) for x in tree_leaves(targets) if isinstance(x, Tensor) and x.dim() > 0)
     if not isinstance(losses, Tensor) or losses.shape != (n,):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__

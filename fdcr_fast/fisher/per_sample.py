@@ -41,21 +41,36 @@ def plain_gradients(model: Stateless, loss: Loss, names: Collection[str], batch:
 def hides_parameters(model: Stateless, loss: Callable[[Any, Any], Tensor], batch: Batch) -> bool:
     """Whether backward passes reach parameters in ways that the graph of the losses does not show.
 
-    Such a way ends where gradients are accumulated, which ``grad()`` does not do, or refuses ``grad()``.
+    Such a way ends where gradients are accumulated, which ``grad()`` does not do, or refuses ``grad()``, or is one that
+    ``grad()`` does not take, so that its gradients are not those of ``backward()``.
     """
     inputs, targets = batch.private().tree()
     reached: list[Tensor] = []
     with _all_differentiable(model) as (leaves, call):
-        for leaf in leaves.values():
-            leaf.register_post_accumulate_grad_hook(reached.append)
+        hooks = [leaf.register_post_accumulate_grad_hook(reached.append) for leaf in leaves.values()]
         losses = loss(call(inputs), targets)
+        if not losses.requires_grad:
+            return False
         try:
-            if losses.requires_grad:
-                torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+            shown = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
+            if reached:
+                return True
+            for hook in hooks:
+                hook.remove()
+            losses.sum().backward()
         except RuntimeError as error:
             _log.info("one sample at a time: %s", error)
             return True
-    return bool(reached)
+    return any(_other(leaf.grad, g) for leaf, g in zip(leaves.values(), shown, strict=True))
+
+
+def _other(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two gradients differ by more than rounding."""
+    if one is None or other is None:
+        return one is not other
+    one, other = one.to_dense(), other.to_dense()
+    tolerance = max(1e-3, 64 * torch.finfo(one.dtype).eps)
+    return not bool((one - other).norm() <= tolerance * one.norm())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from fdcr_fast.fisher.check import Check
 from fdcr_fast.fisher.estimate import Estimate
 from fdcr_fast.fisher.graph.autograd import Graph
 from fdcr_fast.fisher.graph.provenance import Axis
+from fdcr_fast.fisher.layers import RULES
 from fdcr_fast.fisher.model.settings import settings_of
 from fdcr_fast.fisher.per_sample import PerSampleGradients
 from tests.support.fisher.one_by_one import fisher_one_by_one
@@ -363,3 +365,34 @@ def test_settings_of_what_is_odd():
         assert hash(settings_of(thing)) == hash(settings_of(thing))
         assert settings_of(thing) == settings_of(thing)
     late = 1
+
+
+@pytest.mark.parametrize("n", [3, 40])
+def test_samples_that_have_no_entry_in_common(n, monkeypatch):
+    """The square of their sum is the sum of their squares."""
+    model, (x, y) = nn.Sequential(nn.Embedding(50, 6), nn.Linear(6, 3)), (torch.arange(n), torch.arange(n) % 3)
+    monkeypatch.setitem(RULES, nn.Embedding, replace(RULES[nn.Embedding], sum_squares=square_of_the_sum))
+    x[-1] = x[0]
+    with pytest.warns(UserWarning, match=r"0\.weight are not those of plain autograd"):
+        fisher = diagonal_fisher(model.double(), (x, y))
+    torch.testing.assert_close(fisher, fisher_one_by_one(model, x, y))
+
+
+def square_of_the_sum(module, input, grad_output):
+    total = torch.zeros_like(module.weight)
+    return {"weight": total.index_add(0, input.flatten(), grad_output.reshape(-1, total.shape[1])).square()}
+
+
+def test_what_is_saved_for_the_backward_pass_may_be_changed():
+    model, (x, y) = network().double(), data()
+    x = x.double()
+    expected = diagonal_fisher(model, (x, y))
+    rounded = torch.autograd.graph.saved_tensors_hooks(lambda s: s.round() if s.is_floating_point() else s, lambda s: s)
+    with rounded, pytest.warns(UserWarning, match="not those of plain autograd"):
+        diagonal_fisher(model, (x, y))
+    torch.testing.assert_close(diagonal_fisher(model, (x, y)), expected)
+
+
+@pytest.mark.parametrize("kind", [range, slice])
+def test_ranges_and_slices_are_settings(kind):
+    assert settings_of([kind(0, 4)]) == settings_of([kind(0, 4)]) != settings_of([kind(4, 8)])

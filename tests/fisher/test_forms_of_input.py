@@ -427,3 +427,39 @@ def test_a_state_of_another_dtype_is_taken_as_when_it_is_loaded(dtype):
 def test_losses_that_are_no_real_numbers():
     with pytest.raises(ValueError, match=r"losses must be real numbers, got torch\.complex64"):
         diagonal_fisher(network(), data(), lambda output, targets: output.sum(1) * 1j)
+
+
+class Scales(nn.Module):
+    """Several passes through one layer, by a list of numbers that all samples share, which the model may use up."""
+
+    def __init__(self, once=False, writes=False):
+        super().__init__()
+        self.first, self.last, self.once, self.writes = nn.Linear(5, 4), nn.Linear(4, 3), once, writes
+
+    def forward(self, x, scales):
+        if self.once:
+            return self.last(torch.tanh(self.first(x * sum(scales))))
+        hidden = sum(torch.tanh(self.first(x * scale)) for scale in scales)
+        if self.writes:
+            scales[0] += 1.0
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("options", [{}, {"once": True}, {"writes": True}], ids=["twice", "once", "written"])
+@pytest.mark.parametrize("batch_size", [None, 8, 4, 2])
+def test_a_list_that_all_samples_share_is_shared_in_batches_of_its_length(options, batch_size):
+    model, x, y = Scales(**options).double(), torch.randn(10, 5).double(), torch.randint(3, (10,))
+    for check in ("off", "all"):
+        scales = [1.0, 0.5]
+        fisher = diagonal_fisher(model, ((x, scales), y), batch_size=batch_size, check=check)
+        torch.testing.assert_close(fisher, fisher_one_by_one(Bound(model), x, y))
+        assert scales == [1.0, 0.5]
+
+
+class Bound(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x, [1.0, 0.5])

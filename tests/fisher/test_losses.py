@@ -225,3 +225,29 @@ def test_nll_of_probabilities(order, weight):
     options = {"class_dim": order.index(2)} | ({} if weight is None else {"weight": weight})
     fisher = diagonal_fisher(log, (x, y), "nll", loss_options=options)
     assert_fisher(fisher, diagonal_fisher(scores, (x, y), loss_options=options))
+
+
+class Tied(nn.Module):
+    """Parameters that only the fallback can do."""
+
+    def __init__(self):
+        super().__init__()
+        self.tied, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.tied(torch.tanh(self.tied(x)))))
+
+
+@pytest.mark.parametrize("check", ["off", "first", "all"])
+@pytest.mark.parametrize("make", [Tied, lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))])
+def test_a_loss_that_writes_to_its_targets(make, check):
+    def loss(output, target):
+        target.sub_(5.0)
+        return (output - target).square().sum(-1)
+
+    model, x, y = make().double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    kept = y.clone()
+    fisher = diagonal_fisher(model, (x, y), loss, check=check)
+    expected = fisher_one_by_one(model, x, y, lambda output, target: (output - (target - 5)).square().sum())
+    torch.testing.assert_close(fisher, expected)
+    assert torch.equal(y, kept)

@@ -21,13 +21,12 @@ class Graph:
     """The graph of per-sample losses ``[N]``, walked once.
 
     Attributes:
-        opaque: Whether some functions in it are written in Python, by others: their backward passes may go on where
-            the graph does not (``torch.utils.checkpoint`` with ``use_reentrant=True``), so that parameters may be
-            missing.
+        opaque: The functions in it that are written in Python, by others: their backward passes may go on where the
+            graph does not (``torch.utils.checkpoint`` with ``use_reentrant=True``), so that parameters may be missing.
     """
 
     def __init__(self, losses: Tensor) -> None:
-        self.opaque = False
+        self.opaque: set[type] = set()
         self._samples = len(losses)
         self._root_output = losses.output_nr
         self._following: dict[Node, Any] = {}
@@ -54,8 +53,8 @@ class Graph:
                     if source not in self._following:
                         self._following[source] = ()
                         stack.append(source)
-            if isinstance(node, BackwardCFunction):
-                self.opaque |= type(node)._forward_cls not in FUNCTIONS
+            if isinstance(node, BackwardCFunction) and (function := type(node)._forward_cls) not in FUNCTIONS:
+                self.opaque.add(function)
         ready = [root]
         while ready:
             node = ready.pop()

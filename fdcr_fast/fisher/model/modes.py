@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,17 +15,25 @@ from fdcr_fast.fisher.model.inventory import Inventory
 from fdcr_fast.fisher.model.snapshot import Snapshot
 from fdcr_fast.fisher.model.values import same_values
 
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_lock = threading.Lock()
+_holders: dict[nn.Module, int] = {}  # the threads that call these modules now
+_released = threading.Condition()
 
 
 @contextmanager
 def one_thread_at_a_time(model: nn.Module) -> Iterator[None]:
-    """A context for one thread per model; others wait, as values and modes are exchanged while it is called."""
-    with _lock:
-        own = _locks.setdefault(model, threading.RLock())
-    with own:
+    """A context for one thread per module; others wait, as values and modes are exchanged while it is called."""
+    modules, own = list(model.modules()), threading.get_ident()
+    with _released:
+        _released.wait_for(lambda: all(_holders.get(module, own) == own for module in modules))
+        taken = [module for module in modules if module not in _holders]
+        _holders.update(dict.fromkeys(taken, own))
+    try:
         yield
+    finally:
+        with _released:
+            for module in taken:
+                del _holders[module]
+            _released.notify_all()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_VALUES = frozenset((bool, int, float, complex, str, bytes, type(None), CodeType, torch.dtype, torch.device))
+_VALUES = frozenset((bool, int, float, complex, str, bytes, range, type(None), CodeType, torch.dtype, torch.device))
 _TENSORS = (Tensor, np.ndarray)
 _KINDS_OF_VALUES = (Enum, str, np.generic)
 _BOOLS = (torch.bool, np.dtype(bool))
@@ -97,6 +97,8 @@ def _content(x: Any) -> dict[Any, Any] | list[Any]:
         return [x.__func__]
     if isinstance(x, property):
         return [x.fget]
+    if isinstance(x, slice):
+        return [x.start, x.stop, x.step]
     if isinstance(x, CellType):
         return [] if x == CellType() else [x.cell_contents]
     if isinstance(x, MethodType):

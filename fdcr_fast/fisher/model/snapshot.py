@@ -13,6 +13,7 @@ from torch import Tensor
 from fdcr_fast.fisher.model.inventory import Inventory
 
 _REGISTRIES = ("_parameters", "_buffers")
+_LONGEST = 1000
 
 
 class Snapshot:
@@ -25,15 +26,14 @@ class Snapshot:
 
     @classmethod
     def of_attributes(cls, inventory: Inventory) -> Snapshot:
-        """A snapshot of the modules' attributes, the lists, sets and dictionaries in them, and tensors in these."""
+        """A snapshot of the modules' attributes, of lists, sets and dictionaries in them, and of tensors in these."""
         attributes = [vars(module) for module in inventory.modules.values()]
-        inside = (
-            x
-            for each in attributes
-            for name, x in each.items()
-            if isinstance(x, dict | list | set | deque) and name not in _REGISTRIES
-        )
-        return cls([*attributes, *inside], _own(inventory))
+        inside: dict[int, Any] = {}
+        for each in attributes:
+            for name, x in each.items():
+                if name not in _REGISTRIES:
+                    _add_containers(x, inside)
+        return cls([*attributes, *inside.values()], _own(inventory))
 
     @classmethod
     def of_registries(cls, inventory: Inventory) -> Snapshot:
@@ -48,6 +48,17 @@ class Snapshot:
         if any(self._empty):
             for container in self._empty:
                 container.clear()
+
+
+def _add_containers(x: Any, found: dict[int, Any]) -> None:
+    """Adds a list, set or dictionary and those in it, by their ids; long ones hold data."""
+    if not isinstance(x, dict | list | set | deque | tuple) or id(x) in found:
+        return
+    if not isinstance(x, tuple):
+        found[id(x)] = x
+    if len(x) <= _LONGEST:
+        for entry in x.values() if isinstance(x, dict) else x:
+            _add_containers(entry, found)
 
 
 def _own(inventory: Inventory) -> set[int]:

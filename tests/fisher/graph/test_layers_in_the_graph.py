@@ -1,5 +1,6 @@
 """Layers whose outputs are changed in place, that are called in odd ways, or that are not called as they look."""
 
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -569,3 +570,48 @@ def test_gradient_layouts_that_pytorch_gets_wrong():
     expected = fisher_one_by_one(exact, x, y)
     for batch_size in (1, 3, None):
         torch.testing.assert_close(diagonal_fisher(model, (x, y), batch_size=batch_size), expected)
+
+
+class Turned(torch.autograd.Function):
+    """Written in Python, and hides nothing."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.flip(1)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.flip(1)
+
+
+class HidesAgain(nn.Module):
+    """A second use of a layer, behind a checkpoint of what no parameter was before."""
+
+    def __init__(self, turned):
+        super().__init__()
+        self.turned, self.layer, self.last = turned, nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x, hides):
+        x = x.detach().requires_grad_()
+        hidden = self.layer(x)
+        if hides.any():
+            hidden = hidden + checkpoint(self.layer, x * 2, use_reentrant=True)
+        hidden = hidden.tanh()
+        return self.last(Turned.apply(hidden) if self.turned else hidden)
+
+
+@pytest.mark.parametrize("check", ["off", "first", "all"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_second_use_that_the_graph_does_not_show(turned, check):
+    model, x, y = HidesAgain(turned).double(), torch.randn(8, 4).double(), torch.randint(3, (8,))
+    hides = torch.arange(8) > 3
+    batches = [((x[:4], hides[:4]), y[:4]), ((x[4:], hides[4:]), y[4:])]
+    expected = 0
+    for i in range(8):
+        model.zero_grad()
+        F.cross_entropy(model(x[i : i + 1], hides[i : i + 1]), y[i : i + 1]).backward()
+        expected = expected + torch.cat([p.grad.flatten() for p in model.parameters()]).square() / 8
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(diagonal_fisher(model, batches, check=check), expected)

@@ -367,3 +367,33 @@ def test_errors_leave_everything_as_it_was():
     assert torch.equal(x, given)
     assert not any(module._forward_hooks for module in model.modules())
     assert ParamLayout.from_module(model).numel == sum(p.numel() for p in model.parameters())
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.log = {"outputs": [], "counts": {"n": {"k": 0}}}
+        self.pair = ([], {"calls": 0})
+
+    def forward(self, x):
+        output = self.layer(x) + self.log["counts"]["n"]["k"]
+        self.log["outputs"].append(output)
+        self.log["counts"]["n"]["k"] += 1
+        self.pair[0].append(1)
+        self.pair[1]["calls"] += 1
+        return output.sin()
+
+
+def test_containers_in_containers():
+    model, x, y = Nested().double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    expected = 0
+    for i in range(6):
+        output = model.layer(x[i : i + 1]).sin()
+        grads = torch.autograd.grad(F.cross_entropy(output, y[i : i + 1]), list(model.parameters()))
+        expected = expected + torch.cat([g.flatten() for g in grads]).square() / 6
+    for batch_size in (None, 2):
+        torch.testing.assert_close(diagonal_fisher(model, (x, y), batch_size=batch_size), expected)
+        assert model.log == {"outputs": [], "counts": {"n": {"k": 0}}}
+        assert model.pair == ([], {"calls": 0})
+    copy.deepcopy(model)

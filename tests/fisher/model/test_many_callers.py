@@ -212,3 +212,26 @@ def test_stacked_clients_with_arrays_and_an_iterator_of_names():
     expected = diagonal_fisher_stacked(model, states, clients, params=["0.bias", "2.weight"])
     arrays = {name: x.numpy() for name, x in states.items()}
     assert torch.equal(diagonal_fisher_stacked(model, arrays, clients, params=iter(["0.bias", "2.weight"])), expected)
+
+
+def test_models_in_threads_that_share_a_part():
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh()).double()
+    models = [nn.Sequential(part, nn.Linear(8, classes)).double() for classes in (3, 5)]
+    x = torch.randn(12, 4).double()
+    jobs = []
+    for model, classes in zip(models, (3, 5), strict=True):
+        y = torch.randint(classes, (12,))
+        state = {name: value * 2 for name, value in model.state_dict().items()}
+        jobs.append((model, (x, y), state, diagonal_fisher(model, (x, y), state=state)))
+    before = [value.clone() for model in models for value in model.state_dict().values()]
+
+    def repeated(job):
+        model, data, state, expected = job
+        return all(torch.equal(diagonal_fisher(model, data, state=state, check="off"), expected) for _ in range(40))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(repeated, jobs))
+    after = [value for model in models for value in model.state_dict().values()]
+    assert all(map(torch.equal, after, before))
+    assert all(type(parameter) is nn.Parameter for parameter in part.parameters())
