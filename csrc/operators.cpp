@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "huge_pages.h"
 #include "tensors.h"
 #include "torch_pool.h"
 
@@ -216,7 +217,10 @@ Tensor squared_norm(const Tensor& updates, int64_t params) {
 Tensor new_params(const Tensor& global) {
   STD_TORCH_CHECK(global.dim() == 1, "expected global_params [P]");
   const bool wide = global.scalar_type() == ScalarType::Double;
-  return torch::stable::new_empty(global, {global.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor params =
+      torch::stable::new_empty(global, {global.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
+  ask_for_huge_pages(params.mutable_data_ptr(), global.size(0) * (wide ? 8 : 4));
+  return params;
 }
 
 NewParams new_params_to(const Tensor& global, const Tensor& result) {
@@ -353,7 +357,7 @@ Tensor central_mean(const Tensor& global, const Tensor& updates, const Tensor& r
 Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
             const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
             const Tensor& read, const std::vector<std::string>& transforms, const std::vector<Tensor>& ranges,
-            const Tensor& total, int64_t params, bool float64) {
+            const Tensor& total, int64_t params, bool single) {
   GramProblem p;
   p.updates = client_matrix(updates, params, "updates");
   p.params = params;
@@ -384,8 +388,8 @@ Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
     views.push_back({transform, selected.back().data(), static_cast<int64_t>(selected.back().size())});
   }
   p.views = views.data();
-  p.float64 = float64 || Element::kFloat64 == p.updates.source.element ||
-              (fishers.has_value() && Element::kFloat64 == p.fishers.source.element);
+  p.single = single && p.updates.source.element != Element::kFloat64 &&
+             !(fishers.has_value() && p.fishers.source.element == Element::kFloat64);
 
   // The kernel sums one triangle of the clients that are read.
   const int64_t n = p.row_count;

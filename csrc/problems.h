@@ -163,7 +163,7 @@ struct GramProblem {
   int64_t row_count = 0;
   const GramView* views = nullptr;
   int64_t view_count = 0;
-  bool float64 = false;  // computes in float64, else in float32 over short runs of columns
+  bool single = false;  // products in float, summed in it over short runs of columns, instead of double
 };
 
 // A convolution of stride one with zero padding, then pooling and ReLU. A linear layer is the convolution

@@ -7,8 +7,9 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 
-from fdcr_fast import _moved
+from fdcr_fast import FedAvg, Selection, _moved
 
 
 @pytest.mark.parametrize("old", sorted(_moved._PLACES))
@@ -52,3 +53,10 @@ def test_the_warning_shows_the_line_that_imports() -> None:
         [sys.executable, "-W", "always::DeprecationWarning", "-c", code], capture_output=True, text=True, check=True
     )
     assert "<string>:1: DeprecationWarning: fdcr_fast.server.cluster is now" in result.stderr
+
+
+def test_scores_by_their_former_name() -> None:
+    scores = torch.tensor([1.0, 5.0, 2.0], dtype=torch.float64)
+    assert Selection(torch.tensor([True, False, True]), scores).discrepancy is scores
+    result = FedAvg().aggregate(torch.zeros(4), torch.ones(3, 4), None, [1, 2, 3])
+    assert result.discrepancy is result.scores

@@ -20,8 +20,8 @@ MAP = ROOT.parent / "docs" / "architecture.md"
 # By package, in the order in which they import from each other. ``__init__`` are the names that the package exports.
 ROOMS = {
     "fdcr_fast": (
-        "_version", "_moved", "warning", "_native", "layout", "ops", "fisher", "round", "store", "distributed", "rules",
-        "state_dicts", "__init__", "sim", "integrations", "cli", "__main__",
+        "_version", "_moved", "warning", "_native", "memory", "layout", "ops", "fisher", "round", "store",
+        "distributed", "rules", "state_dicts", "__init__", "sim", "integrations", "cli", "__main__",
     ),
     "fdcr_fast.sim": (
         "costs", "names", "seeding", "datasets", "training", "attacks", "notation", "server_data", "servers", "config",

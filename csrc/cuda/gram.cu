@@ -211,9 +211,9 @@ void gram(const GramProblem& p, int64_t clients, const GramCall& call, const Str
         const bool same = a.transform == GramTransform::kUpdate || p.fishers.source.element == element;
         if (same && element == Element::kFloat64 && aligned(p, a, 2))
           launch_products<Vectors<double>, double>(a, splits, stream);
-        else if (same && element == Element::kFloat32 && !p.float64 && aligned(p, a, 4))
+        else if (same && element == Element::kFloat32 && p.single && aligned(p, a, 4))
           launch_products<Vectors<float>, float>(a, splits, stream);
-        else if (p.float64)
+        else if (!p.single)
           launch_products<Singles, double>(a, splits, stream);
         else
           launch_products<Singles, float>(a, splits, stream);

@@ -247,7 +247,7 @@ std::tuple<Tensor, Tensor> discrepancy_and_mean(const Tensor& global, const Tens
 Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
             const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
             const Tensor& read, const std::vector<std::string>& transforms, const std::vector<Tensor>& ranges,
-            const Tensor& total, int64_t params, bool float64) {
+            const Tensor& total, int64_t params, bool single) {
   const Device device(updates);
   GramProblem p;
   p.updates = client_matrix(updates, params, "updates");
@@ -263,8 +263,8 @@ Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
     p.fisher_min = doubles(kept[0]);
     p.fisher_max = doubles(kept[1]);
   }
-  p.float64 = float64 || p.updates.source.element == Element::kFloat64 ||
-              (fishers.has_value() && p.fishers.source.element == Element::kFloat64);
+  p.single = single && p.updates.source.element != Element::kFloat64 &&
+             !(fishers.has_value() && p.fishers.source.element == Element::kFloat64);
   check_place(total, "total");
   STD_TORCH_CHECK(total.scalar_type() == ScalarType::Double && total.dim() == 3 && total.size(0) == V &&
                       total.size(1) == K && total.size(2) == K,

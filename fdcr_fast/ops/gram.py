@@ -31,7 +31,7 @@ def _check_gram(
     ranges: Sequence[Tensor],
     total: Tensor,
     num_params: int,
-    float64: bool,
+    single: bool,
 ) -> None:
     check_clients(num_params, updates, fishers, fisher_min, fisher_max)
     clients = updates.shape[1]
@@ -71,7 +71,7 @@ def _fake_gram(
     fake=_fake_gram,
     gpu_kernels=("cuda", "triton"),
     schema="(Tensor updates, Tensor? fishers, Tensor? fisher_min, Tensor? fisher_max, Tensor read, str[] transforms, "
-    "Tensor[] ranges, Tensor total, int num_params, bool float64) -> Tensor",
+    "Tensor[] ranges, Tensor total, int num_params, bool single) -> Tensor",
 )
 def gram(
     updates: Tensor,
@@ -83,7 +83,7 @@ def gram(
     ranges: Sequence[Tensor],
     total: Tensor,
     num_params: int,
-    float64: bool,
+    single: bool,
 ) -> Tensor:
     """Inner products of all pairs of transformed clients, for several views of them in one pass.
 
@@ -94,12 +94,13 @@ def gram(
     - ``"reweighted_update"``: ``I_k[v] * updates_k[v]``, ``I_k = (F_k - min F_k) / (max F_k - min F_k)``
     - ``"fourth_root_fisher"``: ``F_k[v]^(1/4)``
 
-    Computed in float64 if ``float64`` is set or any data are float64. Else entries and products are float32, summed in
-    float32 over at most 128 parameters and from there in float64; a client's entries are divided by a power of two
-    there, if their products could leave the range of float32; :func:`fdcr_fast.grams` states the error. NaN, infinity,
-    the root of a negative Fisher entry, and the importance of a constant Fisher make the row and column of that client
-    non-finite, and no others. ``total`` threaded through successive spans of a multiple of ``max(1, STRETCH // L)``
-    tiles gives the same bits as one call for all of them, except by kernels on GPUs.
+    With ``single`` entries and products are float32 where no data are float64, summed in float32 over at most 128
+    parameters and from there in float64; a client's entries are divided by a power of two there, if their products
+    could leave the range of float32; :func:`fdcr_fast.grams` states the error. Otherwise everything is float64.
+
+    NaN, infinity, the root of a negative Fisher entry, and the importance of a constant Fisher make the row and column
+    of that client non-finite, and no others. ``total`` threaded through successive spans of a multiple of
+    ``max(1, STRETCH // L)`` tiles gives the same bits as one call for all of them, except by kernels on GPUs.
 
     Args:
         updates: Tiled client matrix ``[T, K, L]``.
@@ -113,7 +114,7 @@ def gram(
             and disjoint.
         total: ``[M, K, K]`` float64, symmetric.
         num_params: ``P``.
-        float64: Whether to compute in float64 throughout.
+        single: Whether products may be formed in float32, which is faster.
 
     Returns:
         ``[M, K, K]``, float64, symmetric.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import ops
+from fdcr_fast.memory import empty
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.tiles import ClientTiles, MatrixTiles, Span
 from fdcr_fast.round.vectors import arrays
@@ -68,7 +69,7 @@ def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Any:
     smallest, largest = distance.min(), distance.max()
     rounded = 2 * xp.sqrt(mean_square) + smallest + shares @ distance
     least = smallest >= _LEAST_RMS * clients.num_params**0.5
-    apart = largest - smallest > _SAME * largest
+    apart = smallest < (1 - _SAME) * largest
     return least & apart & (rounded <= _CANCELLATION * smallest)
 
 
@@ -159,25 +160,33 @@ def sampled_norms(clients: ClientUpdates) -> Tensor:
 
 
 def _sample(tiles: ClientTiles) -> Iterator[Span]:
-    """About one in 64 parameters, and at least 4096 if there are so many, in up to 16 windows."""
-    P, windows = tiles.num_params, tiles.windows
-    wanted = max(_FEWEST_SAMPLED, P // 64)
+    """About one in 64 parameters, and at least 4096 if there are so many, in windows that are spread over all."""
+    P, L, windows = tiles.num_params, min(tiles.tile, tiles.num_params), tiles.windows
+    wanted, whole = max(_FEWEST_SAMPLED, P // 64), P // L
     if not isinstance(tiles, MatrixTiles):
-        count = min(windows, -(-P // tiles.tile))
+        count = min(windows, -(-P // L))
         for i in range(count):
-            first = i * (P // count) // tiles.tile * tiles.tile
-            yield tiles.window(first, min(tiles.tile, P - first, wanted // count))
-    elif tiles.tile * windows <= wanted:  # short tiles: every so many-th
-        whole = max(1, P // tiles.tile)
-        step = max(1, whole * tiles.tile // wanted)
-        chosen = slice(0, whole, step)
-        fishers = None if tiles.fishers is None else tiles.fishers[chosen]
-        updates = tiles.updates[chosen]
-        yield Span(0, min(P, updates.shape[0] * tiles.tile), updates, fishers)
+            first = i * (P // count) // L * L
+            yield tiles.window(first, min(L, P - first, wanted // count))
+    elif L * windows <= wanted:  # short tiles: every so many-th
+        yield _windows(tiles, slice(0, whole, max(1, whole * L // wanted)), 1, L)
     else:
-        for first in range(0, P, max(1, P // windows)):
-            column = first % tiles.tile
-            yield tiles.window(first, min(wanted // windows, tiles.tile - column, P - first))
+        chosen = range(0, whole, -(-whole // windows))
+        each = windows // len(chosen)
+        for tile in chosen:
+            yield _windows(tiles, slice(tile, tile + 1), each, min(L // each, wanted // (len(chosen) * each)))
+
+
+def _windows(tiles: MatrixTiles, chosen: slice, each: int, size: int) -> Span:
+    """Views of equally distant windows of ``size`` parameters, so many in each of the chosen tiles."""
+    apart = min(tiles.tile, tiles.num_params) // each
+
+    def seen(matrix: Tensor) -> Tensor:
+        in_tiles: Tensor = matrix[chosen, :, : each * apart].unflatten(2, (each, apart))
+        return in_tiles[..., :size].transpose(1, 2).flatten(0, 1)
+
+    updates = seen(tiles.updates)
+    return Span(0, len(updates) * size, updates, None if tiles.fishers is None else seen(tiles.fishers))
 
 
 def _by_span(global_params: Tensor, clients: ClientUpdates, read: Callable[[Tensor, Span], Tensor]) -> Tensor:
@@ -203,7 +212,7 @@ class _NewParams:
             self._new = new
             return
         if self._new is None:
-            self._new = torch.empty_like(self._old, memory_format=torch.contiguous_format)
+            self._new = empty(self._old.shape, self._old.dtype, self._old.device)
         self._new[span.first : span.first + span.num_params] = new
 
     @property

@@ -67,10 +67,14 @@ def warn_of_states(global_params: Tensor, clients: ClientUpdates) -> None:
     count = min(tiles.tile, tiles.num_params, _LOOKED_AT)
     if tiles.device.type != "cpu" or not clients.clients or count < _FEWEST_LOOKED_AT:
         return
-    own, updates = global_params[:count], clients.of_valid(tiles.window(0, count).updates[0])
-    w, delta = own.double().numpy(), updates.double().numpy()  # no square of these overflows
-    near = 4 * np.square(delta - w).sum(1) < np.square(w).sum()
-    if 2 * int(near.sum()) > len(near):
+    w = global_params[:count].double().numpy()
+    size = np.square(w).sum()
+    # Updates that are near are at least half as long, also by all of their parameters.
+    if 2 * np.count_nonzero(clients.squared_norm.numpy() > size / 4) <= clients.num_valid:
+        return
+    delta = clients.of_valid(tiles.window(0, count).updates[0]).double().numpy()  # no square of these overflows
+    near = 4 * np.square(delta - w).sum(1) < size
+    if 2 * np.count_nonzero(near) > len(near):
         warnings.warn(
             "most updates are close to the global parameters: are they states w_k instead of updates w_k - w? "
             "(StateStore.put_state and aggregate_state_dicts take states)",

@@ -25,7 +25,8 @@ class AggregationResult:
     Attributes:
         params: ``[P]``, dtype and device of the global parameters; with a shard, those of the shard.
         weights: Weight of each client in the mean, float64 ``[K]``; 0 for those dropped or rejected.
-        discrepancy: ``V_k``, float64 ``[K]``; NaN for rejected clients and under rules that compute none.
+        scores: What the rule judges the clients by, as its class says, such as the discrepancy ``V_k`` of
+            :class:`fdcr_fast.FDCR`; float64 ``[K]``, NaN for rejected clients and under rules that compute none.
         kept: bool ``[K]``, who was aggregated.
         labels: Cluster of each client by ascending mean discrepancy, int64 ``[K]``; -1 for rejected clients.
         clients: ``K`` client ids.
@@ -35,12 +36,17 @@ class AggregationResult:
 
     params: Tensor
     weights: Tensor
-    discrepancy: Tensor
+    scores: Tensor
     kept: Tensor
     labels: Tensor
     clients: tuple[Hashable, ...]
     rejected: dict[Hashable, str]
     explanation: Mapping[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def discrepancy(self) -> Tensor:
+        """The ``scores``, by the name that they have in FDCR."""
+        return self.scores
 
     @property
     def kept_clients(self) -> list[Hashable]:
@@ -75,17 +81,22 @@ class Selection:
 
     Attributes:
         kept: bool ``[K]``.
-        discrepancy: ``V_k [K]``, or None where the rule has no such score.
+        scores: What the rule judges the clients by, float64 ``[K]``; None where it computes no such numbers.
         labels: int64 ``[K]``, or None for 0 where kept and 1 where dropped.
         weights: Weight of each client in the mean, float64 ``[K]``; None for shares of the samples.
         explanation: What else there is to say about each client, by client id.
     """
 
     kept: Tensor
-    discrepancy: Tensor | None = None
+    scores: Tensor | None = None
     labels: Tensor | None = None
     weights: Tensor | None = None
     explanation: Mapping[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def discrepancy(self) -> Tensor | None:
+        """The ``scores``, by their former name."""
+        return self.scores
 
 
 # What a rule decides, the weights of the clients, and the new parameters.
@@ -94,7 +105,7 @@ Outcome: TypeAlias = tuple[Selection, Tensor, Tensor]
 
 def result_of(clients: ClientUpdates, selection: Selection, weights: Tensor, params: Tensor) -> AggregationResult:
     """What is told about every client, of which those that were rejected have no score and no cluster."""
-    kept, labels, scores = selection.kept, selection.labels, selection.discrepancy
+    kept, labels, scores = selection.kept, selection.labels, selection.scores
     if labels is None:
         labels = (~kept).long()
     if scores is None:
@@ -105,7 +116,7 @@ def result_of(clients: ClientUpdates, selection: Selection, weights: Tensor, par
     return AggregationResult(
         params=params,
         weights=weights,
-        discrepancy=scores,
+        scores=scores,
         kept=kept,
         labels=labels,
         clients=clients.clients,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import ops
+from fdcr_fast.memory import empty
 from fdcr_fast.round.tiles import Span
 from fdcr_fast.store.rows import FISHER, NO_STATISTICS, UPDATE, Accepted, Statistics, StoreShape, Vectors
 from fdcr_fast.store.store_tiles import StoreTiles, whole_stretches
@@ -99,7 +100,7 @@ class BorrowedTiles(StoreTiles):
         same_base = [list(run) for _, run in itertools.groupby(range(len(rows)), lambda k: id(rows[k].base))]
         self._runs = [(slice(run[0], run[-1] + 1), rows[run[0]].base) for run in same_base]
         self._step = whole_stretches(shape, _SPAN_BYTES // (max(len(rows), 1) * shape.piece_bytes))
-        self._buffer = torch.empty(self._step, len(rows), shape.matrices, shape.tile, dtype=shape.dtype, device=device)
+        self._buffer = empty((self._step, len(rows), shape.matrices, shape.tile), shape.dtype, device)
 
     def spans(self) -> Iterator[Span]:
         """The whole round; a span lies in the buffer that the next one is read into."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import ops
+from fdcr_fast.memory import available_memory, empty, giga
 from fdcr_fast.round.tiles import ClientTiles, MatrixTiles
-from fdcr_fast.store.memory import available_memory, giga
 from fdcr_fast.store.rows import FISHER, NO_STATISTICS, UPDATE, Accepted, Statistics, StoreShape, Vectors
 from fdcr_fast.store.shared_memory import SharedTensor
 
@@ -33,8 +33,10 @@ class MemoryRows:
         if shared:
             self._shared = SharedTensor(size, shape.dtype)
             self.data = self._shared.tensor
+        elif pinned:
+            self.data = torch.empty(size, dtype=shape.dtype, device=device, pin_memory=True)
         else:
-            self.data = torch.empty(size, dtype=shape.dtype, device=device, pin_memory=pinned)
+            self.data = empty(size, shape.dtype, device)
 
     def __getstate__(self) -> tuple[StoreShape, SharedTensor]:
         if self._shared is None:

@@ -107,7 +107,7 @@ def aggregate(group, problem, rule, source, path=None):
             problem.w[own], problem.updates[:, own], problem.fishers[:, own], problem.n, shard=shard
         )
     assert torch.equal(shard.gather(result.params)[own], result.params)
-    decided = result.weights, result.discrepancy, result.kept, result.labels, result.rejected, result.explanation
+    decided = result.weights, result.scores, result.kept, result.labels, result.rejected, result.explanation
     return shard.gather(result.params), *decided
 
 
@@ -141,11 +141,11 @@ def test_every_rule_gives_the_same_bits_on_any_number_of_ranks(ranks, name, sour
     assert torch.equal(kept, whole.kept)
     assert torch.equal(labels, whole.labels)
     torch.testing.assert_close(weights, whole.weights, rtol=1e-12, atol=0)
-    torch.testing.assert_close(discrepancy, whole.discrepancy, rtol=1e-9, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(discrepancy, whole.scores, rtol=1e-9, atol=1e-12, equal_nan=True)
     torch.testing.assert_close(params, whole.params, rtol=0, atol=2.4e-7)
     if name.startswith("fdcr"):
         assert torch.equal(params, whole.params)
-        assert torch.equal(discrepancy, whole.discrepancy)
+        assert torch.equal(discrepancy, whole.scores)
 
 
 def with_few_sums(group, problem, rule, room):
@@ -175,7 +175,7 @@ def test_files_and_other_dtypes(ranks, dtype, tmp_path):
     whole = FDCR().aggregate(problem.w, problem.store())
     for size in (1, 3):
         for result in ranks.call(size, aggregate, problem, FDCR(), "store", tmp_path / "round"):
-            assert same(result[:3], (whole.params, whole.weights, whole.discrepancy))
+            assert same(result[:3], (whole.params, whole.weights, whole.scores))
 
 
 @pytest.mark.parametrize("num_params", [3, 1000])
@@ -185,7 +185,7 @@ def test_models_with_fewer_blocks_than_ranks(ranks, num_params):
     for params, _, discrepancy, kept, *_ in ranks.call(3, aggregate, problem, FDCR(), "store"):
         assert torch.equal(kept, whole.kept)
         assert torch.equal(params, whole.params)
-        torch.testing.assert_close(discrepancy, whole.discrepancy, rtol=1e-13, atol=0)
+        torch.testing.assert_close(discrepancy, whole.scores, rtol=1e-13, atol=0)
 
 
 def example(group):
@@ -218,7 +218,7 @@ def bad_round(group, problem, rule, order, on_invalid="reject"):
         if last:
             store.put(part, part.cumsum(0), 5, "only the last shard")
     result = rule.aggregate(problem.w[own], store, on_invalid=on_invalid, shard=shard)
-    return shard.gather(result.params), result.discrepancy, result.clients, result.rejected
+    return shard.gather(result.params), result.scores, result.clients, result.rejected
 
 
 @pytest.mark.parametrize("rule", [FDCR(), FedAvg(clip="median"), FLAME(norm_bound=100)], ids=repr)

@@ -81,8 +81,8 @@ def samples():
             (torch.randn(10, dtype=torch.float16), updates.double(), alpha > 0, 2, True),
         ],
         "gram": [
-            (updates, fishers, low, high, alpha > 0, ["update", "fourth_root_fisher"], ranges, sums, 10, False),
-            (updates.double(), None, None, None, alpha > 0, ["update"], ranges[:1], sums[:1], 10, True),
+            (updates, fishers, low, high, alpha > 0, ["update", "fourth_root_fisher"], ranges, sums, 10, True),
+            (updates.double(), None, None, None, alpha > 0, ["update"], ranges[:1], sums[:1], 10, False),
         ],
     }
 

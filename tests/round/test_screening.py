@@ -57,7 +57,7 @@ def test_a_bad_client_is_rejected_and_the_others_aggregated(case, stored):
     rows = [row for row, client in enumerate(result.clients) if client != 2]
     torch.testing.assert_close(result.params, expected.params)
     torch.testing.assert_close(result.weights[rows], expected.weights)
-    torch.testing.assert_close(result.discrepancy[rows], expected.discrepancy)
+    torch.testing.assert_close(result.scores[rows], expected.discrepancy)
     assert torch.equal(result.kept[rows], expected.kept)
     assert torch.equal(result.labels[rows], expected.labels)
     if 2 in result.clients:
@@ -65,7 +65,7 @@ def test_a_bad_client_is_rejected_and_the_others_aggregated(case, stored):
         assert not result.kept[row]
         assert result.weights[row] == 0
         assert result.labels[row] == -1
-        assert result.discrepancy[row].isnan()
+        assert result.scores[row].isnan()
 
 
 def test_fishers_are_not_judged_by_rules_that_do_not_take_them():
@@ -97,7 +97,7 @@ def test_nobody_left(K):
         assert result.kept.tolist() == [False] * rows
         assert result.weights.tolist() == [0.0] * rows
         assert result.labels.tolist() == [-1] * rows
-        assert len(result.discrepancy) == rows
+        assert len(result.scores) == rows
 
 
 def test_one_absurd_update_is_rejected_unless_the_bare_rule_is_asked_for():

@@ -52,7 +52,7 @@ def same(result, other, exactly=True):
     else:
         torch.testing.assert_close(other.weights, result.weights, rtol=1e-11, atol=0)
         torch.testing.assert_close(other.params, result.params, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(other.discrepancy, result.discrepancy, rtol=1e-8, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(other.scores, result.discrepancy, rtol=1e-8, atol=1e-12, equal_nan=True)
 
 
 @everyone
@@ -74,7 +74,7 @@ def test_stores_and_tensors_give_the_same_bits_with_any_number_of_threads(name, 
             compiled = _native.module is not None  # PyTorch's own matrix products depend on the number of threads
             same(expected, again, exactly=compiled)
             if compiled:
-                assert torch.equal(again.discrepancy.nan_to_num(), expected.discrepancy.nan_to_num())
+                assert torch.equal(again.scores.nan_to_num(), expected.discrepancy.nan_to_num())
     finally:
         torch.set_num_threads(before)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fdcr_fast import FDCR, UpdateStore, ops
 from fdcr_fast.round import readings
-from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.tiles import MatrixTiles
 from tests.support.fdcr_rounds import P, attacked
 
 
@@ -129,14 +129,24 @@ def test_two_clients_of_one_size_have_the_same_score_in_large_rounds_too():
     assert FDCR(cluster="kmeans").aggregate(w, updates, fishers, [5, 5]).kept.all()
 
 
-def test_samples_are_spread_over_the_parameters():
-    for updates in (torch.ones(100, 2, 16), torch.ones(1, 2, 40_000), torch.ones(3, 2, 5000), torch.ones(1, 2, 7)):
-        size = updates.shape[0] * updates.shape[2]
-        tiles = ClientUpdates.from_matrices(updates.transpose(0, 1).reshape(2, size), None, [1, 1]).tiles
-        tiles = type(tiles)(updates, None, size)
-        seen = list(readings._sample(tiles))
-        assert 0 < sum(span.num_params for span in seen) <= size
-        assert all(span.updates.shape[0] * span.updates.shape[2] >= span.num_params for span in seen)
+@pytest.mark.parametrize(
+    ("T", "L", "P"),
+    [(100, 16, 1600), (700, 16, 11_190), (1, 40_000, 40_000), (1, 7, 7), (3, 5000, 15_000), (40, 5000, 199_000)],
+)
+def test_samples_are_spread_over_the_parameters(T, L, P):
+    numbers = torch.arange(T * L, dtype=torch.float64).view(T, 1, L).repeat(1, 2, 1)
+    spans = list(readings._sample(MatrixTiles(numbers, numbers + 0.5, P)))
+    seen = []
+    for span in spans:
+        assert torch.equal(span.fishers, span.updates + 0.5)
+        assert (span.updates.shape[0] - 1) * span.updates.shape[2] < span.num_params
+        assert span.updates.untyped_storage().data_ptr() == numbers.untyped_storage().data_ptr()
+        seen += span.updates[:, 1].flatten()[: span.num_params].tolist()
+    assert len(seen) == len(set(seen))
+    assert max(seen) < P
+    assert min(P, 4096) / 2 <= len(seen) < 2 * max(4096, P // 64)
+    for part in range(4):
+        assert any(part * P / 4 <= number < (part + 1) * P / 4 for number in seen)
 
 
 def same_result(a, b):

@@ -26,7 +26,7 @@ def test_multi_krum_and_krum(problem, f, m):
         return
     result = problem.apply(MultiKrum(num_byzantine=f, num_selected=m))
     expected, members = oracles.multi_krum(problem.D, f, K - f if m is None else m)
-    np.testing.assert_allclose(result.discrepancy, oracles.krum_scores(problem.D, f), rtol=1e-9)
+    np.testing.assert_allclose(result.scores, oracles.krum_scores(problem.D, f), rtol=1e-9)
     assert kept(result) == members
     assert_step(problem, result, expected)
     one = problem.apply(Krum(num_byzantine=f))
@@ -54,7 +54,7 @@ def test_geometric_median(problem):
     D, z = problem.D, result.weights.numpy() @ problem.D
     assert_step(problem, result, z)
     assert abs(result.weights.sum() - 1) < 1e-12
-    np.testing.assert_allclose(result.discrepancy, np.linalg.norm(D - z, axis=1), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(result.scores, np.linalg.norm(D - z, axis=1), rtol=1e-6, atol=1e-7)
 
     def cost(z):
         return np.array(problem.n) / sum(problem.n) @ np.linalg.norm(D - z, axis=1)
@@ -89,7 +89,7 @@ def test_dnc(problem, f, fraction):
     f = min(f, (len(problem.n) - 1) // 2)
     result = problem.apply(DnC(num_byzantine=f, filter_fraction=fraction, sample=len(problem.w)))
     scores, members = oracles.dnc(problem.D, int(fraction * f))
-    np.testing.assert_allclose(result.discrepancy, scores, rtol=1e-6, atol=1e-9 * scores.max())
+    np.testing.assert_allclose(result.scores, scores, rtol=1e-6, atol=1e-9 * scores.max())
     assert kept(result) == members
     assert_step(problem, result, problem.D[sorted(members)].mean(0))
 
@@ -99,13 +99,13 @@ def test_dnc_looks_at_samples_of_the_parameters():
     given_.updates[:3] += 1
     result = given_.apply(DnC(num_byzantine=3, sample=20, iterations=3))
     assert kept(result) == set(range(3, 12))
-    assert (result.discrepancy.numpy() < oracles.dnc(given_.D, 3)[0] / 50).all()
+    assert (result.scores.numpy() < oracles.dnc(given_.D, 3)[0] / 50).all()
     again = given_.apply(DnC(num_byzantine=3, sample=20, iterations=3))
-    assert torch.equal(again.discrepancy, result.discrepancy)
+    assert torch.equal(again.scores, result.discrepancy)
     other = given_.apply(DnC(num_byzantine=3, sample=20, iterations=3, seed=1))
-    assert not torch.equal(other.discrepancy, result.discrepancy)
+    assert not torch.equal(other.scores, result.discrepancy)
     given_.w += 1  # another round
-    assert not torch.equal(given_.apply(DnC(num_byzantine=3, sample=20)).discrepancy, result.discrepancy)
+    assert not torch.equal(given_.apply(DnC(num_byzantine=3, sample=20)).scores, result.discrepancy)
 
 
 def hdbscan(distance):
@@ -146,7 +146,7 @@ def test_flame_without_noise(problem):
     clipped = problem.D * np.minimum(1, np.median(norms) / norms)[:, None]
     assert_step(problem, result, clipped[sorted(kept(result))].mean(0))
     others = max(1, len(distance) - 1)
-    np.testing.assert_allclose(result.discrepancy, distance.sum(1) / others, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(result.scores, distance.sum(1) / others, rtol=1e-6, atol=1e-12)
 
 
 @given(given_=drawn_problems(clients=(5, 14), params=(3, 40)))
@@ -156,7 +156,7 @@ def test_multi_metrics(given_):
     ordered = np.sort(expected)
     assume(ordered[K // 2] - ordered[K // 2 - 1] > 1e-4 * ordered[-1])  # else rounding chooses
     result = given_.apply(MultiMetrics(keep_share=0.5))
-    np.testing.assert_allclose(result.discrepancy, expected, rtol=1e-5)
+    np.testing.assert_allclose(result.scores, expected, rtol=1e-5)
     members = sorted(kept(result))  # which of two equal ones rounding decides
     np.testing.assert_allclose(np.sort(expected[members]), np.sort(expected)[: K // 2], rtol=1e-9)
     n = np.array(given_.n)[members]

@@ -198,7 +198,7 @@ def check(result: Any, w: torch.Tensor, names: set[Any]) -> None:
     assert result.weights.isfinite().all()
     assert (result.weights[~result.kept] == 0).all()
     assert not result.kept.any() or math.isclose(result.weights.sum().item(), 1)
-    assert not result.discrepancy[~rejected].isinf().any()
+    assert not result.scores[~rejected].isinf().any()
 
 
 def fuzz(updates: int, seed: int) -> Counter[str]:

@@ -89,7 +89,7 @@ def test_memory_and_file_are_the_same(tmp_path, P, K, spare, tile, dtype, with_f
     for result in results[1:]:
         assert result.clients == results[0].clients
         assert torch.equal(result.params, results[0].params)
-        assert torch.equal(result.discrepancy.nan_to_num(), results[0].discrepancy.nan_to_num())
+        assert torch.equal(result.scores.nan_to_num(), results[0].discrepancy.nan_to_num())
 
 
 @pytest.mark.parametrize("span_bytes", [1, 1 << 14, 1 << 30])

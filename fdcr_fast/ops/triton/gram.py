@@ -169,12 +169,12 @@ def gram(
     ranges: Sequence[Tensor],
     total: Tensor,
     num_params: int,
-    float64: bool,
+    single: bool,
 ) -> Tensor:
     """Inner products of transformed clients."""
-    if float64 or torch.float64 in (updates.dtype, updates.dtype if fishers is None else fishers.dtype):
+    if not single or torch.float64 in (updates.dtype, updates.dtype if fishers is None else fishers.dtype):
         return ops.gram.reference(
-            updates, fishers, fisher_min, fisher_max, read, transforms, ranges, total, num_params, float64
+            updates, fishers, fisher_min, fisher_max, read, transforms, ranges, total, num_params, single
         )
     check_ranges(ranges, num_params)
     tiles, clients, length = updates.shape

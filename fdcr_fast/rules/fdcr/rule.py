@@ -219,5 +219,5 @@ class _OneReading:
 
 def _fetched(selection: Selection, *others: Any) -> list[Any]:
     """The selection with its vectors on the CPU, and others, by one copy."""
-    kept, discrepancy, labels, *rest = fetch([selection.kept, selection.discrepancy, selection.labels, *others])
-    return [Selection(kept, discrepancy, labels), *rest]
+    kept, scores, labels, *rest = fetch([selection.kept, selection.scores, selection.labels, *others])
+    return [Selection(kept, scores, labels), *rest]

@@ -233,7 +233,7 @@ def _grams(clients: _Clients, transforms: Sequence[str], ranges: Sequence[Tensor
             [_within(bounds, clients.shard, span) for bounds in ranges],
             total,
             span.num_params,
-            precision == "float64",
+            precision == "float32",
         )
 
     zeros = torch.zeros(len(transforms), K, K, dtype=torch.float64, device=clients.tiles.device)

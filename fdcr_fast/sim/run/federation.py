@@ -151,7 +151,7 @@ class Federation:
 
     def _client_records(self, round: int, drawn: Participants, result: AggregationResult) -> list[ClientRecord]:
         position = {client: index for index, client in enumerate(result.clients)}
-        kept, weights, scores = result.kept.tolist(), result.weights.tolist(), result.discrepancy.tolist()
+        kept, weights, scores = result.kept.tolist(), result.weights.tolist(), result.scores.tolist()
         records = []
         for client in drawn.clients:
             index = position.get(client)

@@ -56,7 +56,7 @@ def accuracy_figure(runs: Mapping[str, Sequence[RoundRecord]]) -> Figure:
 
 
 def clients_figure(result: SimulationResult) -> Figure:
-    """Discrepancy ``V_k`` and weight of every client over the rounds, by kind (the paper's figure 2)."""
+    """Score and weight of every client over the rounds, by kind: of FDCR the paper's figure 2, with ``V_k``."""
     rounds = np.arange(1, len(result.rounds) + 1)
     figure, panels = _new(2, 10, 4)
     for axes, name in zip(panels, ("discrepancy", "weight"), strict=True):
@@ -79,17 +79,17 @@ def clients_figure(result: SimulationResult) -> Figure:
             mean = np.divide(total, count, where=count > 0, out=np.full(len(rounds), np.nan))
             axes.plot(rounds, mean, "o-", color=colour, markersize=3.5, label=f"{kind}, mean of {len(members)}")
         rounds_axis(axes, len(rounds))
-    discrepancy, weight = panels
-    discrepancy.set_ylabel("discrepancy $V_k$")
+    score, weight = panels
+    score.set_ylabel("discrepancy $V_k$" if result.config.server == "fdcr" else "score of the rule")
     weight.set_ylabel("weight in the new model")
     weight.set_ylim(bottom=0)
     weight.legend(loc="best")
-    if discrepancy.lines:
-        discrepancy.set_yscale("log")
+    if score.lines:
+        score.set_yscale("log")
     else:
-        message = f"server {result.config.server} computes no discrepancy"
-        discrepancy.text(0.5, 0.5, message, ha="center", transform=discrepancy.transAxes)
-        discrepancy.set_yticks([])
+        message = f"server {result.config.server} computes no scores"
+        score.text(0.5, 0.5, message, ha="center", transform=score.transAxes)
+        score.set_yticks([])
     return figure
 
 

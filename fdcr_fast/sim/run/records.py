@@ -80,7 +80,8 @@ class ClientRecord(BaseModel):
 
     Attributes:
         sent: Whether it sent an upload.
-        discrepancy: ``V_k``; None if the rule computes none or the client was rejected.
+        discrepancy: Score of the client by the rule, ``V_k`` of FDCR; None if the rule computes none or the client was
+            rejected.
         weight: Weight of its update in the new global model.
         reason: Why it sent nothing or was rejected, else empty. A client can be valid and yet not kept.
     """

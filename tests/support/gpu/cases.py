@@ -58,7 +58,7 @@ def gram(transform: str, K: int, P: int) -> Any:
     def arguments(make: Make) -> tuple[Any, ...]:
         ranges = [torch.tensor([[0, P]])]
         read = torch.ones(K, dtype=torch.bool)
-        return *round_of(make, K, P), read, [transform], ranges, make(1, K, K, dtype=F64) * 0, P, False
+        return *round_of(make, K, P), read, [transform], ranges, make(1, K, K, dtype=F64) * 0, P, True
 
     return arguments
 

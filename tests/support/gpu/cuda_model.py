@@ -107,10 +107,10 @@ def _conv(multiprocessors: int, grad: Tensor, input: Tensor, kernel: Any, *geome
 
 def _gram(
     multiprocessors: int, updates: Tensor, fishers: Tensor | None, low: Any, high: Any, read: Any, transforms: Any,
-    ranges: Any, total: Any, num_params: int, float64: bool,
+    ranges: Any, total: Any, num_params: int, single: bool,
 ) -> Traffic:  # fmt: skip
     clients = updates.shape[1]
-    wide = float64 or updates.element_size() == 8
+    wide = not single or updates.element_size() == 8
     depth, edge = 16 if wide else 32, blocks(clients, TILE)
     pairs = edge * (edge + 1) // 2
     splits = max(1, min(blocks(2 * multiprocessors, pairs), blocks(num_params, 32)))
