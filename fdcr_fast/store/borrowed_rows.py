@@ -13,12 +13,11 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.memory import empty
 from fdcr_fast.round.tiles import Span
-from fdcr_fast.store.rows import FISHER, NO_STATISTICS, UPDATE, Accepted, Statistics, StoreShape, Vectors
+from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, Statistics, StoreShape, Vectors
 from fdcr_fast.store.store_tiles import StoreTiles, whole_stretches
 from fdcr_fast.store.upload import SplitVector
 
 _SPAN_BYTES = 1 << 23  # of the buffer: many parameters at once, and still in cache when they are read
-_PART = 1 << 18  # numbers of a client that are looked at together when it comes
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,18 @@ class BorrowedRows:
     def fill(self, row: int, vectors: Vectors, base: Tensor | None = None) -> tuple[Statistics, int]:
         """Keep a client's vectors as a row that is nobody's yet; statistics of the Fisher, and no checksum."""
         split = {matrix: SplitVector(pieces) for matrix, pieces in vectors.items()}
-        statistics = dict.fromkeys(vectors.keys() - {UPDATE}, NO_STATISTICS)
-        scratch = torch.empty(1, min(_PART, self.shape.num_params), dtype=self.shape.dtype, device=self.device)
-        for start in range(0, self.shape.num_params, _PART):
-            stop = min(start + _PART, self.shape.num_params)
-            for matrix, before in statistics.items():
-                part = split[matrix].between(start, stop)
-                statistics[matrix] = ops.fill_row(part, scratch[:, : stop - start], before)
+        statistics = {matrix: self._range(pieces) for matrix, pieces in vectors.items() if matrix != UPDATE}
         self._rows[row] = BorrowedRow(split, base)
         return statistics, 0
+
+    def _range(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Smallest and largest number of a vector, behind a norm that nobody has asked for.
+
+        Rounding changes no order: it is enough to round these two.
+        """
+        ranges = [ops.importance_range(piece[None, None], len(piece)) for piece in pieces if len(piece)]
+        low, high = (torch.cat(ends).to(self.shape.dtype).double() for ends in zip(*ranges, strict=True))
+        return torch.stack([torch.full_like(low[0], torch.nan), low.min(), high.max()]).cpu()
 
     def commit(self, accepted: Accepted) -> None:
         """The clients hold what they sent: there is nothing to write down."""
