@@ -1,12 +1,14 @@
 """FDCR reads the clients once where its guess of who is kept holds, and the result never depends on the guess."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdcr_fast import FDCR, UpdateStore, ops
+from fdcr_fast import FDCR, FedAvg, Selection, UpdateStore, ops
 from fdcr_fast.round import readings
 from fdcr_fast.round.tiles import MatrixTiles
 from tests.support.fdcr_rounds import P, attacked
@@ -175,6 +177,49 @@ def test_norms_of_matrices_take_no_reading_of_their_own(reads, norm_readings):
     FDCR(cluster="kmeans").aggregate(w, updates, fishers, n)
     assert reads == [("scores_and_mean", True)]
     assert P not in norm_readings
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_bound": 50.0}, {"max_weight_share": 0.06}])
+@pytest.mark.parametrize("size", [10, P])
+def test_the_mean_and_norms_of_matrices_take_one_reading(reads, norm_readings, options, size):
+    w, updates, _, n = attacked()
+    w, updates = w[:size], updates[:, :size].contiguous()
+    store = UpdateStore(size, len(updates), with_fishers=False)
+    for update, count in zip(updates, n, strict=True):
+        store.put(update, None, count)
+    expected = FedAvg(**options).aggregate(w, store)
+    reads.clear()
+    result = FedAvg(**options).aggregate(w, updates, None, n)
+    assert [kind for kind, _ in reads] == ["scores_and_mean"]
+    assert size not in norm_readings
+    same_result(result, expected)
+    assert torch.equal(result.weights, expected.weights)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, 3e38])
+@pytest.mark.parametrize("size", [10, P])
+def test_whoever_is_found_in_the_reading_for_the_mean_is_rejected(value, size):
+    w, updates, _, n = attacked()
+    w, updates = w[:size], updates[:, :size].clone()
+    updates[5, 7] = value
+    result = FedAvg(norm_bound=100.0).aggregate(w, updates, None, n)
+    assert list(result.rejected) == [5]
+    others = [k for k in range(len(updates)) if k != 5]
+    expected = FedAvg().aggregate(w, updates[others], None, [n[k] for k in others])
+    torch.testing.assert_close(result.params, expected.params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropsTheLongest(FedAvg):
+    def select(self, clients):
+        return Selection(clients.squared_norm < clients.squared_norm.max())
+
+
+def test_a_rule_that_extends_the_mean_may_look_at_norms():
+    w, updates, _, n = attacked()
+    result = DropsTheLongest().aggregate(w, updates, None, n)
+    assert result.kept.tolist() == [k != updates.norm(dim=1).argmax() for k in range(len(updates))]
+    assert FedAvg(clip="median").aggregate(w, updates, None, n).weights.sum() < 1
 
 
 @pytest.mark.parametrize("guess", [0.0, 1e-40, 1e40, float("nan"), float("inf")])

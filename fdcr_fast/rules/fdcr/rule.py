@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor
@@ -15,11 +15,11 @@ from fdcr_fast.round.vectors import arrays, fetch, sent, tensors
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS, check_density, check_partition
 from fdcr_fast.rules.fdcr.discrepancy import SCORES
+from fdcr_fast.rules.foreseen import Read, all_pass, foreseen, foreseen_outcome
 from fdcr_fast.rules.result import Outcome, Selection
 from fdcr_fast.rules.server_options import ServerOptions
 
 _ROUNDING = 1e-9  # scores that differ by less, such as those of two clients of equal size, are the same score
-_NORM_MARGIN = 1e-4  # norms from float32 products are right to much less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +103,14 @@ class FDCR(AggregationRule):
 
     def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
         """The norms of a round that nobody has read come from the one reading, if nobody seems to be rejected."""
-        foreseen = _OneReading(self, global_params).foreseen(clients) if clients.unread else None
-        return super()._measured(global_params, clients) if foreseen is None else foreseen
+        known = _OneReading(self, global_params).foreseen(clients) if clients.unread else None
+        return super()._measured(global_params, clients) if known is None else known
 
     def _outcome(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
-        if isinstance(clients, _Foreseen) and clients.rows is None:
-            return clients.outcome
-        return _OneReading(self, global_params).of(clients, readings.fits_single(clients))[0]
+        outcome = foreseen_outcome(clients)
+        if outcome is None:
+            outcome, _ = _OneReading(self, global_params).of(clients, readings.fits_single(clients))
+        return outcome
 
     def decide(self, distance: Tensor, clients: ClientUpdates) -> Selection:
         """What follows from the ``S_k`` and the round, both on the CPU or not; nothing waits for them."""
@@ -127,13 +128,6 @@ class FDCR(AggregationRule):
         return Selection(kept, V, labels)
 
 
-@dataclass(frozen=True)
-class _Foreseen(ClientUpdates):
-    """A round that was read before it was screened, with the outcome for the case that nobody is rejected."""
-
-    outcome: Outcome = field(kw_only=True)
-
-
 class _OneReading:
     """Scores and the mean over those who will probably be kept from one reading, and the mean again if need be.
 
@@ -145,7 +139,7 @@ class _OneReading:
     def __init__(self, rule: FDCR, global_params: Tensor) -> None:
         self.rule, self.global_params = rule, global_params
 
-    def foreseen(self, clients: ClientUpdates) -> _Foreseen | None:
+    def foreseen(self, clients: ClientUpdates) -> ClientUpdates | None:
         """A round that nobody has read, if nobody seems to be rejected; it is yet to be screened.
 
         On a device a guess would have to be waited for: there everybody is taken to pass.
@@ -156,15 +150,11 @@ class _OneReading:
         if clients.tiles.device.type == "cpu":
             guess = clients.with_norms(readings.sampled_norms(clients))
             single = readings.fits_single(guess)
-            if not self._all_pass(guess):
+            if not all_pass(self.rule, guess):
                 return None
-        outcome, statistics = self.of(clients, single)
-        known = clients.with_statistics(*statistics)
-        if not self._all_pass(known) or readings.fits_single(known) != single:
-            return None
-        return _Foreseen(**{part.name: getattr(known, part.name) for part in fields(known)}, outcome=outcome)
+        return foreseen(self.rule, clients, single, lambda: self.of(clients, single))
 
-    def of(self, clients: ClientUpdates, single: bool) -> tuple[Outcome, list[Tensor | None]]:
+    def of(self, clients: ClientUpdates, single: bool) -> Read:
         """The outcome, and the statistics of the round with the squared norms of this reading.
 
         These are as right as its products, which are in float32 if ``single``.
@@ -209,12 +199,6 @@ class _OneReading:
             return None
         guess = readings.sampled_scores(clients, alpha, reweight=self.rule.importance, single=single)
         return self.rule.decide(guess.distance, clients).kept
-
-    def _all_pass(self, clients: ClientUpdates) -> bool:
-        """Whether nobody is rejected, nor would be if norms were a little different."""
-        bound = self.rule.norm_bound
-        bound = None if bound is None else max(bound * (1 - _NORM_MARGIN), 1.0)
-        return clients.screened(importance=self.rule.needs_fishers, norm_bound=bound).rows is None
 
 
 def _fetched(selection: Selection, *others: Any) -> list[Any]:

@@ -1,0 +1,57 @@
+"""Rounds whose outcome was computed in the reading that their norms were taken in, as if nobody were rejected.
+
+That is nearly always so. Screening comes after it and is the same; where it rejects somebody, the round is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import TypeAlias
+
+from torch import Tensor
+
+from fdcr_fast.round import readings
+from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.result import Outcome
+
+_NORM_MARGIN = 1e-4  # norms from float32 products are right to much less
+
+# The outcome of a round, and its squared norms and the ranges of its Fishers, on the CPU.
+Read: TypeAlias = tuple[Outcome, list[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class _Foreseen(ClientUpdates):
+    """A round that was read before it was screened, with the outcome for the case that nobody is rejected."""
+
+    outcome: Outcome = field(kw_only=True)
+
+
+def foreseen(rule: AggregationRule, clients: ClientUpdates, single: bool, read: Callable[[], Read]) -> _Foreseen | None:
+    """A round that nobody had read, after one reading; None if somebody is rejected, or if norms forbid ``single``.
+
+    Args:
+        rule: Rule by whose bounds clients are rejected.
+        clients: The round, yet to be screened.
+        single: Whether products are formed in float32.
+        read: The reading.
+    """
+    outcome, statistics = read()
+    known = clients.with_statistics(*statistics)
+    if not all_pass(rule, known) or readings.fits_single(known) != single:
+        return None
+    return _Foreseen(**{part.name: getattr(known, part.name) for part in fields(known)}, outcome=outcome)
+
+
+def foreseen_outcome(clients: ClientUpdates) -> Outcome | None:
+    """The outcome, if it was foreseen for these clients."""
+    return clients.outcome if isinstance(clients, _Foreseen) and clients.rows is None else None
+
+
+def all_pass(rule: AggregationRule, clients: ClientUpdates) -> bool:
+    """Whether nobody is rejected, nor would be if norms were a little different."""
+    bound = rule.norm_bound
+    bound = None if bound is None else max(bound * (1 - _NORM_MARGIN), 1.0)
+    return clients.screened(importance=rule.needs_fishers, norm_bound=bound).rows is None
