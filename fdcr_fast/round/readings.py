@@ -52,20 +52,21 @@ def fits_single(clients: ClientUpdates) -> bool:
     """Whether products of this round stay far from the limits of float32; small rounds are computed in float64."""
     if not may_fit_single(clients):
         return False
-    largest = math.sqrt(clients.of_valid(clients.squared_norm).numpy().max())
+    rows = slice(None) if clients.rows is None else clients.rows.numpy()
+    largest = math.sqrt(clients.squared_norm.numpy()[rows].max())
     if not _LEAST_RMS * clients.num_params**0.5 <= largest <= _MOST_NORM:
         return False
     if clients.fisher_min is None or clients.fisher_max is None:
         return True
-    low, high = clients.of_valid(clients.fisher_min).numpy(), clients.of_valid(clients.fisher_max).numpy()
+    low, high = clients.fisher_min.numpy()[rows], clients.fisher_max.numpy()[rows]
     return bool((high - low).min() >= 1 / _RANGE and high.max() <= _RANGE)
 
 
 def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Any:
     """Whether scores from float32 products are right to about 1e-6 of themselves, and tell the clients apart."""
-    squares, shares = clients.of_valid(scores.distance), clients.of_valid(alpha)
-    xp, squares, shares, mean_square = arrays(squares, shares, scores.mean_square)
-    distance = xp.sqrt(squares)
+    xp, squares, shares, mean_square = arrays(scores.distance, alpha, scores.mean_square)
+    rows = slice(None) if clients.rows is None else arrays(clients.rows)[1]
+    distance, shares = xp.sqrt(squares[rows]), shares[rows]
     smallest, largest = distance.min(), distance.max()
     rounded = 2 * xp.sqrt(mean_square) + smallest + shares @ distance
     least = smallest >= _LEAST_RMS * clients.num_params**0.5

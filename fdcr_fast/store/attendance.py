@@ -6,8 +6,7 @@ import dataclasses
 import heapq
 import itertools
 import threading
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -62,12 +61,10 @@ class Attendance:
         """Whether the round has ended, so that the next contribution begins another one."""
         return self._aggregated is not None
 
-    @contextmanager
-    def settled(self) -> Iterator[None]:
-        """The lock, held while nobody is arriving."""
-        with self.lock:
-            self.lock.wait_for(lambda: not self._arriving)
-            yield
+    def settle(self) -> None:
+        """Wait, with the lock held, until nobody is arriving; the lock is given up meanwhile."""
+        while self._arriving:
+            self.lock.wait()
 
     def enter(self, client: Hashable | None, row: int | None, replace: bool) -> Arrival | None:
         """Let a client arrive, who must then be accepted or leave; None where it was rejected.
@@ -156,12 +153,14 @@ class Attendance:
 
     def in_order(self) -> list[Accepted]:
         """The accepted clients by row, the last ones in the gaps that others have left, when nobody is arriving."""
-        with self.settled():
+        with self.lock:
+            self.settle()
             return self._packed()
 
     def client_updates(self) -> ClientUpdates:
         """The round so far, as rules see it, when nobody is arriving."""
-        with self.settled():
+        with self.lock:
+            self.settle()
             clients = self._packed()
             tiles = self._rows.tiles(list(map(_ROW, clients)))
             rejected = dict(self.rejected)
@@ -187,13 +186,15 @@ class Attendance:
 
     def clear(self) -> None:
         """Forget everybody, when nobody is arriving."""
-        with self.settled():
+        with self.lock:
+            self.settle()
             self._next_round({})
 
     def _packed(self) -> list[Accepted]:
-        by_row = {client.row: client for client in self.accepted.values()}
-        last = sorted(by_row)
-        clients = [by_row[k] if k in by_row else by_row[last.pop()] for k in range(len(by_row))]
+        clients = sorted(self.accepted.values(), key=_ROW)
+        if clients and clients[-1].row >= len(clients):  # the last ones go into the gaps
+            by_row, last = {client.row: client for client in clients}, clients
+            clients = [by_row[k] if k in by_row else last.pop() for k in range(len(by_row))]
         rows = list(map(_ROW, clients))
         packed = self._rows.pack(rows)
         if packed != rows:
@@ -206,9 +207,9 @@ class Attendance:
         """Forget the last round if it has ended."""
         if not self.ended:
             return
-        with self.settled():
-            if self._aggregated is not None:  # else another client has begun the next round meanwhile
-                self._next_round({client: c for client, c in self.accepted.items() if client not in self._aggregated})
+        self.settle()
+        if self._aggregated is not None:  # else another client has begun the next round meanwhile
+            self._next_round({client: c for client, c in self.accepted.items() if client not in self._aggregated})
 
     def _next_round(self, late: dict[Hashable, Accepted]) -> None:
         """Forget all but those who were too late for the last round."""

@@ -283,7 +283,8 @@ class UpdateStore:
 
     def close(self) -> None:
         """Let go of the file, which others can then write; a store in memory needs no closing."""
-        with self._attendance.settled():
+        with self._attendance.lock:
+            self._attendance.settle()
             self._rows.close()
 
     def reject(self, client_id: Hashable, reason: str) -> None:
