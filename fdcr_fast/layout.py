@@ -7,13 +7,15 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from fdcr_fast.memory import empty
 
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -164,7 +166,9 @@ class ParamLayout:
         tensors = self.tensors(source)
         if not tensors:
             return torch.empty(0, dtype=dtype)
-        return torch.cat([tensor.reshape(-1).to(dtype or tensor.dtype) for tensor in tensors])
+        dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        vector = empty([self.numel], dtype, tensors[0].device)
+        return torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors], out=vector)
 
     def tensors(
         self, source: nn.Module | Mapping[str, Tensor | NDArray[Any]] | Sequence[Tensor | NDArray[Any]]

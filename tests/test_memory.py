@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdcr_fast.memory import empty
+from fdcr_fast.memory import empty, pages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize("size", [(0,), (3, 0, 2), (5,), (1024, 4), (7, 3, 50_001)])
+@pytest.mark.parametrize("size", [(0,), (3, 0, 2), (5,), (1024, 4), (7, 3, 50_001), (3, 1 << 20)])
 def test_an_empty_tensor_is_one_that_can_be_written(size: tuple[int, ...], dtype: torch.dtype) -> None:
     tensors = [empty(size, dtype) for _ in range(2)]
     for number, tensor in enumerate(tensors):
@@ -22,7 +22,12 @@ def test_an_empty_tensor_is_one_that_can_be_written(size: tuple[int, ...], dtype
         assert tensor.is_contiguous()
         tensor.fill_(number)
     assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
-    assert tensors[0].nbytes < mmap.PAGESIZE or tensors[0].data_ptr() % mmap.PAGESIZE == 0
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, 4097, 3 << 20])
+def test_pages_begin_with_one(nbytes: int) -> None:
+    assert len(pages(nbytes)) == nbytes
+    assert pages(nbytes).data_ptr() % mmap.PAGESIZE == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what pages memory has")

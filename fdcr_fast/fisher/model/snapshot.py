@@ -13,6 +13,7 @@ from torch import Tensor
 from fdcr_fast.fisher.model.inventory import Inventory
 
 _REGISTRIES = ("_parameters", "_buffers")
+_CONTAINERS = (dict, list, set, deque, tuple)
 _LONGEST = 1000
 
 
@@ -31,7 +32,7 @@ class Snapshot:
         inside: dict[int, Any] = {}
         for each in attributes:
             for name, x in each.items():
-                if name not in _REGISTRIES:
+                if isinstance(x, _CONTAINERS) and name not in _REGISTRIES:
                     _add_containers(x, inside)
         return cls([*attributes, *inside.values()], _own(inventory))
 
@@ -52,13 +53,12 @@ class Snapshot:
 
 def _add_containers(x: Any, found: dict[int, Any]) -> None:
     """Adds a list, set or dictionary and those in it, by their ids; long ones hold data."""
-    if not isinstance(x, dict | list | set | deque | tuple) or id(x) in found:
-        return
     if not isinstance(x, tuple):
         found[id(x)] = x
     if len(x) <= _LONGEST:
         for entry in x.values() if isinstance(x, dict) else x:
-            _add_containers(entry, found)
+            if isinstance(entry, _CONTAINERS) and id(entry) not in found:
+                _add_containers(entry, found)
 
 
 def _own(inventory: Inventory) -> set[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdcr_fast.memory import empty
+from fdcr_fast.memory import pages
 from fdcr_fast.round.tiles import Span
 from fdcr_fast.store.file import format as form
 from fdcr_fast.store.rows import StoreShape
@@ -26,7 +26,7 @@ class Pieces:
     """A buffer of pieces, each one client's part of a tile, as numbers and as bytes."""
 
     def __init__(self, count: int, shape: StoreShape) -> None:
-        memory = empty([max(count, 1) * shape.piece_bytes], torch.uint8)  # reads past the page cache go to whole pages
+        memory = pages(max(count, 1) * shape.piece_bytes)  # reads past the page cache go to whole pages
         self.numbers = memory.view(shape.dtype).view(-1, shape.matrices, shape.tile)
         self.bytes = memory.numpy().reshape(-1, shape.piece_bytes)
 
