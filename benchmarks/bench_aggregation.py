@@ -5,24 +5,23 @@ python -m pytest benchmarks/bench_aggregation.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, Times, interleave
-from fdcr_fast import FDCR, FedAvg, UpdateStore
+from benchmarks.plain_rules import fdcr, relative_error
+from benchmarks.rounds import FDCR_RULE as RULE
+from benchmarks.rounds import fits, require_memory, stacked, stored, sum_of
+from fdcr_fast import FedAvg, UpdateStore
 from fdcr_fast.rules.fdcr.clustering import kmeans
 
 PARAMS = 1_000_000
 CLIENTS = (10, 100, 1000)
-
-# Two-means on attackers that stand apart: the same clients are kept whatever the rounding of V.
-RULE = FDCR(cluster="kmeans")
+VECTOR = 4 * PARAMS  # bytes
 
 REPORT = Report(
     "aggregation",
@@ -66,17 +65,6 @@ def average(w: Tensor, n: Tensor, blocks: Blocks) -> Tensor:
     return w + torch.cat([n / n.sum() @ updates.double() for updates, _ in blocks()])
 
 
-def uploads(K: int) -> tuple[Tensor, Tensor, Iterator[tuple[Tensor, Tensor]]]:
-    """Global parameters, sample counts, and the update and Fisher of each client."""
-    torch.manual_seed(0)
-    w, direction = 0.05 * torch.randn(PARAMS), torch.randn(PARAMS)
-    n = torch.randint(50, 150, (K,)).double()
-    pairs = (
-        (0.01 * torch.randn(PARAMS) + (0.1 * direction if k % 10 == 0 else 0), torch.rand(PARAMS)) for k in range(K)
-    )
-    return w, n, pairs
-
-
 def published(w: Tensor, updates: list[Tensor], fishers: list[Tensor], n: Tensor) -> tuple[Tensor, Tensor]:
     """Vector by vector, as one writes it down from the paper."""
     alpha = (n / n.sum()).tolist()
@@ -91,35 +79,6 @@ def published(w: Tensor, updates: list[Tensor], fishers: list[Tensor], n: Tensor
     for k in kept:
         new += alpha[k] / total * (w + 2 * torch.sigmoid(importance[k]) * updates[k])
     return new, V
-
-
-def stacked(w: Tensor, updates: Tensor, fishers: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """All clients at once, products with vectors where there are any."""
-    alpha = (n / n.sum()).float()
-    low, high = (f.unsqueeze(1) for f in fishers.aminmax(dim=1))
-    importance = (fishers - low) / (high - low)
-    u_k = importance * updates
-    V = (alpha @ u_k - u_k).square_().mean(1)
-    labels = kmeans(V)
-    kept = torch.where(labels < labels.max(), n, 0)
-    return w + (kept / kept.sum()).float() @ importance.sigmoid_().mul_(2).mul_(updates), V
-
-
-def relative_error(value: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> float:
-    return ((value.double() - expected).norm() / (expected - origin).norm()).item()
-
-
-def available_bytes() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-
-
-def fits(K: int, copies: float) -> bool:
-    """Whether so many copies of the updates fit into memory."""
-    return copies * K * PARAMS * 4 < 0.9 * available_bytes()
 
 
 def blocks_of(store: UpdateStore) -> Iterator[tuple[Tensor, Tensor]]:
@@ -149,33 +108,16 @@ def row(name: str, K: int, times: dict[str, Times], ours: str, raw: str, error: 
     print("\n" + ", ".join(f"{k} {v}" for k, v in cells.items()))
 
 
-def filled(
-    K: int, dtype: torch.dtype = torch.float32, *, with_fishers: bool = True
-) -> tuple[Tensor, Tensor, UpdateStore]:
-    w, n, pairs = uploads(K)
-    store = UpdateStore(PARAMS, K, dtype, with_fishers=with_fishers)
-    for samples, (update, fisher) in zip(n.tolist(), pairs, strict=True):
-        store.put(update, fisher if with_fishers else None, samples)
-    return w, n, store
-
-
-def sum_of(store: UpdateStore) -> Callable[[], Tensor]:
-    """Reads the very bytes, as float32 whatever they are: NaN costs a sum no time."""
-    everything = torch.as_strided(store.updates, (store.nbytes // store.dtype.itemsize,), (1,), 0)
-    return everything.view(torch.float32).sum
-
-
 @pytest.mark.parametrize("K", CLIENTS)
 def test_store(K, seconds):
-    if not fits(K, 2.2):
-        pytest.skip("not enough memory for the store")
-    w, n, store = filled(K)
+    require_memory(2.2 * K * VECTOR)
+    w, n, store = stored(K, PARAMS)
     expected, V = truth(w, n, partial(blocks_of, store))
     result = RULE.aggregate(w, store)
     error = max(relative_error(result.params, expected, w), relative_error(result.discrepancy, V))
     assert error < 1e-5
     contenders = {"raw": sum_of(store), "FDCR": lambda: RULE.aggregate(w, store)}
-    if fits(K, 4.4):  # its vectors, and as much again for what it computes from them
+    if fits(4.4 * K * VECTOR):  # its vectors, and as much again for what it computes from them
         updates, fishers = zip(*((c.update, c.fisher) for c in store), strict=True)
         contenders["published"] = partial(published, w, updates, fishers, n)
     row("FDCR, store", K, interleave(contenders, seconds), "FDCR", "raw", error)
@@ -183,12 +125,12 @@ def test_store(K, seconds):
 
 @pytest.mark.parametrize("K", [10, 100])
 def test_bfloat16_store(K, seconds):
-    w, n, store = filled(K, torch.bfloat16)
+    w, n, store = stored(K, PARAMS, torch.bfloat16)
     expected, V = truth(w, n, partial(blocks_of, store))
     result = RULE.aggregate(w, store)
     error = max(relative_error(result.params, expected, w), relative_error(result.discrepancy, V))
     assert error < 1e-5
-    *_, wide = filled(K)
+    *_, wide = stored(K, PARAMS)
     times = interleave(
         {
             "raw": sum_of(store),
@@ -202,9 +144,8 @@ def test_bfloat16_store(K, seconds):
 
 @pytest.mark.parametrize("K", CLIENTS)
 def test_average(K, seconds):
-    if not fits(K, 1.2):
-        pytest.skip("not enough memory for the store")
-    w, n, store = filled(K, with_fishers=False)
+    require_memory(1.2 * K * VECTOR)
+    w, n, store = stored(K, PARAMS, with_fishers=False)
     error = relative_error(FedAvg().aggregate(w, store).params, average(w, n, partial(blocks_of, store)), w)
     assert error < 1e-6
     times = interleave({"raw": sum_of(store), "FedAvg": lambda: FedAvg().aggregate(w, store)}, seconds)
@@ -213,18 +154,14 @@ def test_average(K, seconds):
 
 @pytest.mark.parametrize("K", CLIENTS)
 def test_tensors(K, seconds):
-    if not fits(K, 2):
-        pytest.skip("not enough memory for updates and Fishers")
-    w, n, pairs = uploads(K)
-    updates, fishers = torch.empty(2, K, PARAMS)
-    for k, (update, fisher) in enumerate(pairs):
-        updates[k], fishers[k] = update, fisher
+    require_memory(2 * K * VECTOR)
+    w, n, updates, fishers = stacked(K, PARAMS)
     expected, V = truth(w, n, lambda: zip(updates.split(10_000, 1), fishers.split(10_000, 1), strict=True))
     contenders: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
-    if fits(K, 2.2):
+    if fits(2.2 * K * VECTOR):
         contenders["published"] = partial(published, w, list(updates), list(fishers), n)
-    if fits(K, 4.2):
-        contenders["stacked"] = partial(stacked, w, updates, fishers, n)
+    if fits(4.2 * K * VECTOR):
+        contenders["stacked"] = partial(fdcr, w, updates, fishers, n, kmeans)
     for contender in contenders.values():
         params, scores = contender()
         assert relative_error(params, expected, w) < 1e-3

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,8 +37,16 @@ class Times:
     def spread_over(self, other: Times) -> tuple[float, float]:
         """Quartiles of the ratios within the rounds: how much the ratio itself varied."""
         ratios = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return low, high
+        return _quartiles(ratios)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        return _quartiles(self.seconds)
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 def interleave(contenders: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Times]:
@@ -93,11 +101,35 @@ class Report:
 
     A run replaces the rows that it measured and keeps the others, unless they are from another machine:
     every row is a comparison within one process, so rows need not be measured together.
+
+    Args:
+        closing: From the figures of all rows to what is said below the table; by default nothing.
     """
 
-    def __init__(self, name: str, title: str, command: str, notes: str) -> None:
-        self._file = RESULTS / f"{name}.json"
+    folder: ClassVar[Path] = RESULTS
+
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        command: str,
+        notes: str,
+        closing: Callable[[Mapping[str, Any]], str] = lambda rows: "",
+    ) -> None:
+        self._name = name
         self._head = (title, command, notes)
+        self._closing = closing
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / f"{self._name}.json"
+
+    def closing(self) -> str:
+        """What is said below the table; nothing where there is no table."""
+        if not self._file.exists():
+            return ""
+        rows = json.loads(self._file.read_text())["rows"]
+        return self._closing({key: row["figures"] for key, row in rows.items()})
 
     def add(self, key: str, cells: Mapping[str, str], figures: Mapping[str, Any]) -> None:
         """One row: its formatted cells, and the figures behind them."""
@@ -107,7 +139,9 @@ class Report:
         rows[key] = {"date": date.today().isoformat(), "cells": dict(cells), "figures": dict(figures)}
         self._file.parent.mkdir(exist_ok=True)
         self._file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-        self._file.with_suffix(".md").write_text(self._markdown(machine, rows))
+        closing = self.closing()
+        text = self._markdown(machine, rows) + (f"\n{closing}\n" if closing else "")
+        self._file.with_suffix(".md").write_text(text)
 
     def _markdown(self, machine: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
         title, command, notes = self._head
