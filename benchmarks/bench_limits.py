@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench_rules import ATTACKERS, RULES
 from benchmarks.harness import RESULTS, Machine, Report, Times, interleave
 from benchmarks.machine import Load, caches, watched
 from benchmarks.phases import phases, shares
 from benchmarks.plain_rules import PLAIN_RULES, RANDOM, relative_error
 from benchmarks.rounds import FDCR_RULE, require_memory, stacked, stored, sum_of
+from benchmarks.rules import ATTACKERS, RULES
 from benchmarks.targets import Target, summary, verdict
 from fdcr_fast import FLAME, AggregationRule, CoalitionFDCR, FedAvg, MultiKrum, UpdateStore, _native
 

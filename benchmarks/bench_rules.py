@@ -5,7 +5,6 @@ python -m pytest benchmarks/bench_rules.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -14,56 +13,11 @@ from torch import Tensor
 
 import fdcr_fast
 from benchmarks.harness import Report, interleave
-from fdcr_fast import (
-    CRFL,
-    FDCR,
-    FLAME,
-    RLR,
-    AggregationRule,
-    Bulyan,
-    CoalitionFDCR,
-    CoordinateMedian,
-    DnC,
-    FedAvg,
-    Finetuning,
-    FLTrust,
-    FoolsGold,
-    GeometricMedian,
-    Krum,
-    ModelQuality,
-    MultiKrum,
-    MultiMetrics,
-    Sageflow,
-    TrimmedMean,
-    UpdateStore,
-)
+from benchmarks.rules import ATTACKERS, RULES
+from fdcr_fast import AggregationRule, UpdateStore
 
 # (K, P): a toy, the paper's CNN, ResNet-18, and rounds of many clients
 SHAPES = [(10, 5_000), (10, 431_080), (20, 11_000_000), (100, 1_000_000), (1000, 100_000)]
-ATTACKERS = 0.2
-
-# From the number of attackers; what a server with data adds to the round takes no time here.
-RULES: dict[str, Callable[[int], AggregationRule]] = {
-    "FedAvg": lambda f: FedAvg(),
-    "FedAvg, clipped": lambda f: FedAvg(clip="median"),
-    "FDCR": lambda f: FDCR(),
-    "CoalitionFDCR": lambda f: CoalitionFDCR(),
-    "CoordinateMedian": lambda f: CoordinateMedian(),
-    "TrimmedMean": lambda f: TrimmedMean(num_byzantine=f),
-    "Krum": lambda f: Krum(num_byzantine=f),
-    "MultiKrum": lambda f: MultiKrum(num_byzantine=f),
-    "Bulyan": lambda f: Bulyan(num_byzantine=f // 2),
-    "GeometricMedian": lambda f: GeometricMedian(),
-    "RLR": lambda f: RLR(threshold=f + 1),
-    "FoolsGold": lambda f: FoolsGold(),
-    "DnC": lambda f: DnC(num_byzantine=f),
-    "FLAME": lambda f: FLAME(),
-    "CRFL": lambda f: CRFL(),
-    "MultiMetrics": lambda f: MultiMetrics(),
-    "FLTrust": lambda f: FLTrust(server_update=torch.ones_like),
-    "Finetuning": lambda f: Finetuning(refine=lambda params: params),
-    "Sageflow": lambda f: Sageflow(evaluate=lambda params: ModelQuality(0.5, 1.0)),
-}
 
 REPORT = Report(
     "rules",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from unittest import SkipTest
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -59,6 +59,6 @@ def fits(nbytes: float) -> bool:
 
 
 def require_memory(nbytes: float) -> None:
-    """Skip the test unless so much fits into the memory that is left."""
+    """Skip the test that calls it unless so much fits into the memory that is left."""
     if not fits(nbytes):
-        pytest.skip(f"it takes {giga(int(nbytes))} of memory, and {giga(available_memory() or 0)} are left")
+        raise SkipTest(f"it takes {giga(int(nbytes))} of memory, and {giga(available_memory() or 0)} are left")
