@@ -6,6 +6,7 @@ python -m pytest benchmarks/bench_limits.py --refuse-busy    # fails instead of 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from fdcr_fast import FLAME, AggregationRule, CoalitionFDCR, FedAvg, MultiKrum, 
 
 MILLION, RESNET18 = 1_000_000, 11_000_000  # parameters
 NUMBER = 4  # bytes of a float32
+COLUMNS = ("", "K", "P", "ms", "measured", "of", "target", "verdict", "phases", "busy", "rounds")
 CALLS = 20  # of a rule, timed together where one takes less than a millisecond
 
 FDCR_STORE = {
@@ -60,13 +62,13 @@ REPORT = Report(
     "python -m pytest benchmarks/bench_limits.py",
     f"""\
 Caches: {caches()}. Float32, one client in ten an attacker; FDCR with two-means, but beside PyTorch all rules with their
-default options. *measured*: speed of a whole ``aggregate`` as a share of the yardstick's, or its time as a
-multiple, by medians of interleaved repeats in one process, with the quartiles of the ratios within repeats. Yardsticks:
-a *raw read* is ``torch.sum``, a plain SIMD sum, over as many bytes as the rule needs; *mv* is ``torch.mv(D.t(), w)``;
-*PyTorch* the shortest code that does the same without any check (``benchmarks/plain_rules.py``); the *Gram's limit* the
-larger of reading the updates and the share of one triangle, ``(K + 1) / 2K``, of the time of ``x @ x.T``. *phases*: of
-a round by itself, those of a hundredth or more. *busy*: cores that others kept busy, or half the distance of the
-quartiles of the yardstick's times, where either is large.""",
+default options. *measured*: speed of a whole ``aggregate`` as a share of the yardstick's, or its time as a multiple:
+median and quartiles of the ratios within interleaved repeats in one process. Yardsticks: a *raw read* is ``torch.sum``,
+a plain SIMD sum, over as many bytes as the rule needs; *mv* is ``torch.mv(D.t(), w)``; *PyTorch* the shortest code that
+does the same without any check (``benchmarks/plain_rules.py``); the *Gram's limit* the larger of reading the updates
+and the share of one triangle, ``(K + 1) / 2K``, of the time of ``x @ x.T``. *phases*: of a round by itself, those of a
+hundredth or more. *busy*: cores that others kept busy, or half the distance of the quartiles of the yardstick's times,
+where either is large.""",
     summary,
 )
 
@@ -129,14 +131,20 @@ class Bench:
         yardstick: Times,
     ) -> None:
         K, P = size
-        low, high = yardstick.quartiles
-        busy = load.verdict((high - low) / yardstick.median)
+        busy = load.verdict(yardstick.spread)
         rounds = str(len(yardstick.seconds))
-        cells = {"": name, "K": str(K), "P": f"{P:,}", **cells, "busy": busy, "rounds": rounds}
-        self.say(", ".join(f"{column} {cell}".strip() for column, cell in cells.items() if cell))
+        row = dict.fromkeys(COLUMNS, "") | {
+            "": name,
+            "K": str(K),
+            "P": f"{P:,}",
+            **cells,
+            "busy": busy,
+            "rounds": rounds,
+        }
+        self.say(", ".join(f"{column} {cell}".strip() for column, cell in row.items() if cell))
         if busy and self.refuse_busy:
             pytest.fail(f"not recorded, the machine is busy: {busy}")
-        REPORT.add(f"{name}, K = {K}, P = {P:,}", cells, {**figures, "busy": busy})
+        REPORT.add(f"{name}, K = {K}, P = {P:,}", row, {**figures, "busy": busy})
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +157,11 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
     if options.quick and options.results == RESULTS:  # which are of real sizes
         Report.folder = tmp_path_factory.mktemp("results")
+    if options.refuse_busy:
+        with watched() as load:
+            time.sleep(1)
+        if busy := load.verdict(spread=0.0):
+            pytest.exit(f"the machine is busy: {busy}", returncode=1)
     yield Bench(0.05 if options.quick else options.seconds, options.quick, options.refuse_busy, say)
     say(REPORT.closing())
 
@@ -218,7 +231,8 @@ def test_fdcr_from_the_store(bench, size):
     found = bench.compared(contenders)
     bench.row("FDCR, store", size, found, "ours", "raw read", target, ours)
     for level in others:  # the default is the fastest but for noise
-        bench.row(f"FDCR, store, {native.simd_level()}", size, found, "ours", level, Target(1.05, "multiple"))
+        name = f"FDCR, store, {native.simd_level()} beside {level}"
+        bench.row(name, size, found, "ours", level, Target(1.05, "multiple"))
 
 
 @pytest.mark.parametrize("size", FDCR_TENSORS)

@@ -36,17 +36,22 @@ class Times:
 
     def spread_over(self, other: Times) -> tuple[float, float]:
         """Quartiles of the ratios within the rounds: how much the ratio itself varied."""
-        ratios = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
-        return _quartiles(ratios)
+        return self.ratios(other).quartiles
+
+    def ratios(self, other: Times) -> Times:
+        """The ratios within the rounds, in the place of seconds."""
+        return Times(tuple(a / b for a, b in zip(self.seconds, other.seconds, strict=True)))
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        return _quartiles(self.seconds)
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
 
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles over the median."""
+        low, high = self.quartiles
+        return (high - low) / self.median
 
 
 def interleave(contenders: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Times]:

@@ -25,14 +25,14 @@ class Target:
         return f"{'>=' if self.kind == 'share' else '<='} {self.bound:g}{' ms' if self.kind == 'ms' else ''}"
 
     def measured(self, ours: Times, yardstick: Times) -> tuple[float, float, float]:
-        """What is bounded: by the medians, and the quartiles of it within the rounds."""
+        """Median and quartiles, within the rounds, of what is bounded."""
         if self.kind == "share":
-            low, high = yardstick.spread_over(ours)
-            return yardstick.over(ours), low, high
-        if self.kind == "multiple":
-            return ours.over(yardstick), *ours.spread_over(yardstick)
-        low, high = ours.quartiles
-        return 1e3 * ours.median, 1e3 * low, 1e3 * high
+            values = yardstick.ratios(ours)
+        elif self.kind == "multiple":
+            values = ours.ratios(yardstick)
+        else:
+            values = Times(tuple(1e3 * seconds for seconds in ours.seconds))
+        return values.median, *values.quartiles
 
     def excess(self, value: float) -> float:
         """Our time over the longest that would reach the target."""
