@@ -21,7 +21,7 @@ from benchmarks.harness import RESULTS, Machine, Report, Times, interleave
 from benchmarks.machine import Load, caches, watched
 from benchmarks.phases import phases, shares
 from benchmarks.plain_rules import PLAIN_RULES, RANDOM, relative_error
-from benchmarks.rounds import FDCR_RULE, require_memory, stacked, stored, sum_of
+from benchmarks.rounds import FDCR_RULE, filled, require_memory, stacked, stored, sum_of
 from benchmarks.rules import ATTACKERS, RULES
 from benchmarks.targets import Target, summary, verdict
 from fdcr_fast import FLAME, AggregationRule, CoalitionFDCR, FedAvg, MultiKrum, UpdateStore, _native
@@ -107,7 +107,7 @@ class Bench:
         """Judges one contender by another, or by itself; with its phases if it is given to be run for them."""
         own, other = comparison.times[ours], comparison.times[yardstick]
         value, low, high = target.measured(own, other)
-        parts = {} if run is None else phases(run, repeats=5)
+        parts = {} if run is None else phases(run, repeats=3)
         excess = target.excess(value)
         cells = {
             "ms": f"{1e3 * own.median:,.2f}",
@@ -317,10 +317,7 @@ def whole(request: pytest.FixtureRequest, bench: Bench) -> Whole:
     K, P = bench.size(*request.param)
     require_memory(12 * NUMBER * K * P)  # what sorting in PyTorch takes
     w, n, updates, fishers = stacked(K, P)
-    store = UpdateStore(P, K)
-    for update, fisher, count in zip(updates, fishers, n.tolist(), strict=True):
-        store.put(update, fisher, count)
-    return Whole((K, P), (w, n, updates, fishers), store)
+    return Whole((K, P), (w, n, updates, fishers), filled(UpdateStore(P, K), n, updates, fishers))
 
 
 def test_every_rule_has_plain_code():
@@ -335,23 +332,21 @@ def test_whole_rounds(bench, whole, name):
     params = rule.aggregate(w, updates, fishers, n).params.double()
     if name not in RANDOM:
         assert relative_error(plain(w, updates, fishers, n, f), params, w) < 1e-3
-    found = bench.compared(
-        {
-            "PyTorch": lambda: plain(w, updates, fishers, n, f),
-            "tensors": lambda: rule.aggregate(w, updates, fishers, n),
-            "store": lambda: rule.aggregate(w, whole.store),
-        },
-        share=0.1,
-    )
-    for ours in ("tensors", "store"):
-        bench.row(f"{name}, {ours}, default options", whole.size, found, ours, "PyTorch", Target(0.7, "multiple"))
+    runs = {
+        "tensors": lambda: rule.aggregate(w, updates, fishers, n),
+        "store": lambda: rule.aggregate(w, whole.store),
+    }
+    found = bench.compared({"PyTorch": lambda: plain(w, updates, fishers, n, f), **runs}, share=0.1)
+    for ours in runs:
+        target = Target(0.7, "multiple")
+        bench.row(f"{name}, {ours}, default options", whole.size, found, ours, "PyTorch", target, runs[ours])
 
 
 def test_pairwise_rules(bench):
     K, P = size = bench.size(100, MILLION)
     require_memory(5 * NUMBER * K * P)
     w, n, updates, fishers = stacked(K, P)
-    *_, store = stored(K, P)
+    store = filled(UpdateStore(P, K), n, updates, fishers)
     contenders: dict[str, Callable[[], Any]] = {
         "read": updates.sum,
         "mm": lambda: updates @ updates.t(),
@@ -377,7 +372,7 @@ def repeatedly(run: Callable[[], Any]) -> None:
 def test_small_federations(bench):
     K, P = size = 10, 5_000
     w, n, updates, fishers = stacked(K, P)
-    *_, store = stored(K, P)
+    store = filled(UpdateStore(P, K), n, updates, fishers)
     runs: dict[str, Callable[[], Any]] = {}
     for name, (rule, _) in SMALL.items():
         runs[f"{name}, tensors"] = partial(rule.aggregate, w, updates, fishers, n)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 import fdcr_fast
 from benchmarks.gpu_versions import Versions
 from benchmarks.plain_rules import relative_error
-from benchmarks.rounds import stacked
+from benchmarks.rounds import filled, stacked
 from benchmarks.rules import ATTACKERS, RULES
 from benchmarks.supervised import report, results
 from fdcr_fast import UpdateStore
@@ -145,10 +145,7 @@ def rule_results(name: str, way: str, device: str, K: int = 20, P: int = 1_000_0
         run = partial(make().aggregate, there, updates.to(device), fishers.to(device), n)
     else:
         place = {"device": device} if way == "store" else {"compute_device": device}
-        store = UpdateStore(P, K, **place)
-        for update, fisher, count in zip(updates, fishers, n.tolist(), strict=True):
-            store.put(update, fisher, count)
-        run = partial(make().aggregate, there, store)
+        run = partial(make().aggregate, there, filled(UpdateStore(P, K, **place), n, updates, fishers))
     result = run()
     if not torch.equal(result.kept, expected.kept):
         raise RuntimeError(f"keeps {result.kept_clients}, and on the CPU {expected.kept_clients}")

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fdcr_fast import FDCR, FedAvg, UpdateStore, ops
+import fdcr_fast
+from fdcr_fast import FDCR, UpdateStore, ops
 from fdcr_fast.round import columns, readings
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules import base
@@ -19,6 +20,9 @@ from fdcr_fast.rules.coalition import rule as coalition_rule
 from fdcr_fast.rules.coalition import views as coalition_views
 from fdcr_fast.rules.pairwise import flame
 from fdcr_fast.rules.pairwise import gram as pairwise_gram
+
+RULE_CLASSES = {x for x in vars(fdcr_fast).values() if isinstance(x, type) and issubclass(x, AggregationRule)}
+RULE_METHODS = {"decide": "judge", "weigh": "weights", "combine": "combine"}
 
 # A phase is what these take, without what they call of other phases.
 POINTS: tuple[tuple[str, Any, str], ...] = (
@@ -36,9 +40,9 @@ POINTS: tuple[tuple[str, Any, str], ...] = (
     ("column sums", coalition_views, "column_sums"),
     ("search", coalition_rule, "find_coalition"),
     ("noise", flame, "with_noise"),
+    ("central mean", readings, "central_mean"),
     ("decide", FDCR, "decide"),
-    ("decide", AggregationRule, "weights"),
-    ("decide", FedAvg, "weights"),
+    *((phase, rule, name) for phase, name in RULE_METHODS.items() for rule in RULE_CLASSES if name in vars(rule)),
     ("result", base, "warn_of_states"),
     ("result", UpdateStore, "end_round"),
     ("result", base, "result_of"),

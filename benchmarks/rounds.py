@@ -43,6 +43,13 @@ def stacked(K: int, P: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return w, n, updates, fishers
 
 
+def filled(store: UpdateStore, n: Tensor, updates: Tensor, fishers: Tensor) -> UpdateStore:
+    """The store with the clients of tensors."""
+    for update, fisher, samples in zip(updates, fishers, n.tolist(), strict=True):
+        store.put(update, fisher, samples)
+    return store
+
+
 def sum_of(store: UpdateStore, numbers: int | None = None) -> Callable[[], Tensor]:
     """Reads all bytes of the store, or those of its first numbers, as float32 whatever they are.
 

@@ -79,7 +79,7 @@ def test_phases_add_up_and_leave_the_library_as_it_was(rule):
         walls.append(time.perf_counter() - start)
 
     found = phases.phases(run, 1)
-    assert {"take in", "screen", "result", "decide", phases.REST} <= found.keys()
+    assert {"take in", "screen", "result", "weigh", phases.REST} <= found.keys()
     assert ("guess" in found) == isinstance(rule, FDCR)
     assert min(found.values()) >= 0
     assert sum(found.values()) >= walls[0] * (1 - 1e-6)
