@@ -213,6 +213,42 @@ Tensor squared_norm(const Tensor& updates, int64_t params) {
   return result;
 }
 
+Tensor moments(const Tensor& values, const std::optional<Tensor>& factors, const Tensor& read,
+               const Tensor& ranges, const Tensor& total, int64_t params, bool squares) {
+  MomentsProblem p;
+  p.values = client_matrix(values, params, "values");
+  p.params = params;
+  p.squares = squares;
+  if (factors.has_value()) {
+    STD_TORCH_CHECK(factors->is_cpu() && factors->scalar_type() == ScalarType::Double &&
+                        factors->dim() == 1 && factors->size(0) == params && factors->stride(0) == 1,
+                    "factors must be contiguous float64 [", params, "] on the CPU");
+    p.factors = static_cast<const double*>(factors->const_data_ptr());
+  }
+  const int64_t K = values.size(1);
+  STD_TORCH_CHECK(total.is_cpu() && total.scalar_type() == ScalarType::Double && total.dim() == 2 &&
+                      total.size(0) == 2 && total.size(1) == K,
+                  "total must be float64 [2, ", K, "] on the CPU");
+  const std::vector<int64_t> rows = chosen_rows(read, K);
+  p.rows = rows.data();
+  p.row_count = static_cast<int64_t>(rows.size());
+  const std::vector<ParamRange> selected = parameter_ranges(ranges, params);
+  p.ranges = selected.data();
+  p.range_count = static_cast<int64_t>(selected.size());
+  const double* before = static_cast<const double*>(total.const_data_ptr());
+  const auto at = [&](int64_t m, int64_t k) { return before[m * total.stride(0) + k * total.stride(1)]; };
+  std::vector<double> sums(2 * rows.size());
+  for (int64_t i = 0; i < 2 * p.row_count; ++i)
+    sums[static_cast<size_t>(i)] = at(i / p.row_count, rows[static_cast<size_t>(i % p.row_count)]);
+  if (p.row_count > 0) kernels().moments(p, sums.data(), torch_pool);
+  Tensor result = torch::stable::new_empty(total, {2, K});
+  double* to = doubles(result);
+  for (int64_t i = 0; i < 2 * K; ++i) to[i] = std::numeric_limits<double>::quiet_NaN();
+  for (int64_t i = 0; i < 2 * p.row_count; ++i)
+    to[i / p.row_count * K + rows[static_cast<size_t>(i % p.row_count)]] = sums[static_cast<size_t>(i)];
+  return result;
+}
+
 // Where the kernels write new parameters: in float64 or float32, rounded to the narrower types afterwards.
 Tensor new_params(const Tensor& global) {
   STD_TORCH_CHECK(global.dim() == 1, "expected global_params [P]");
@@ -421,6 +457,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
   library.impl("fill_rows", TORCH_BOX(&fill_rows));
   library.impl("importance_range", TORCH_BOX(&importance_range));
   library.impl("squared_norm", TORCH_BOX(&squared_norm));
+  library.impl("moments", TORCH_BOX(&moments));
   library.impl("discrepancy", TORCH_BOX(&discrepancy));
   library.impl("rescaled_mean", TORCH_BOX(&rescaled_mean));
   library.impl("discrepancy_and_mean", TORCH_BOX(&discrepancy_and_mean));

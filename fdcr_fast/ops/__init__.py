@@ -14,7 +14,7 @@ from typing import Any
 
 from fdcr_fast.ops.aggregation import discrepancy, discrepancy_and_mean, rescaled_mean
 from fdcr_fast.ops.central import central_mean
-from fdcr_fast.ops.client_statistics import importance_range, squared_norm
+from fdcr_fast.ops.client_statistics import importance_range, moments, squared_norm
 from fdcr_fast.ops.gram import gram
 from fdcr_fast.ops.rows import fill_row, fill_rows
 from fdcr_fast.ops.squared_grads import (
@@ -34,6 +34,7 @@ __all__ = [
     "fill_rows",
     "gram",
     "importance_range",
+    "moments",
     "rescaled_mean",
     "squared_norm",
     "sum_squared_grads_conv",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.ops.operator import operator
-from fdcr_fast.ops.tiles import check_clients, column_blocks
+from fdcr_fast.ops.ranges import check_bounds, check_ranges, selected
+from fdcr_fast.ops.tiles import check_clients, check_numbers, check_read, column_blocks
 
 
 def _check_range(fishers: Tensor, num_params: int) -> None:
@@ -61,3 +62,74 @@ def squared_norm(updates: Tensor, num_params: int) -> Tensor:
     for block, _ in column_blocks(updates, num_params):
         total += block.double().square().sum(1)
     return total
+
+
+def _check_moments(
+    values: Tensor,
+    factors: Tensor | None,
+    read: Tensor,
+    ranges: Tensor,
+    total: Tensor,
+    num_params: int,
+    squares: bool,
+) -> None:
+    check_clients(num_params, values)
+    clients = values.shape[1]
+    if factors is not None:
+        check_numbers("factors", factors, num_params)
+        torch._check(factors.is_contiguous(), lambda: "factors must be contiguous")
+    check_read(read, clients)
+    check_bounds(ranges)
+    torch._check(
+        total.dtype == torch.float64 and total.shape == (2, clients),
+        lambda: f"total must be float64 [2, {clients}], got {total.dtype} {tuple(total.shape)}",
+    )
+
+
+def _fake_moments(values: object, factors: object, read: object, ranges: object, total: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(total, memory_format=torch.contiguous_format)
+
+
+@operator(check=_check_moments, fake=_fake_moments)
+def moments(
+    values: Tensor,
+    factors: Tensor | None,
+    read: Tensor,
+    ranges: Tensor,
+    total: Tensor,
+    num_params: int,
+    squares: bool,
+) -> Tensor:
+    """Sums over some parameters of weighted entries of every client, and of their squares, in float64.
+
+    ``total[0, k] + sum_v x_kv`` and ``total[1, k] + sum_v x_kv^2``, with ``x_kv = factors_v values_kv``, or with
+    ``squares`` ``x_kv = factors_v values_kv^2``.
+
+    Args:
+        values: Tiled client matrix ``[T, K, L]``.
+        factors: ``[P]`` float64, contiguous; None for ones.
+        read: bool ``[K]``, on the CPU. The sums of the other clients, which are not read, are NaN.
+        ranges: int64 ``[R, 2]`` on the CPU: ranges ``[start, stop)`` of the ``P`` parameters, ascending and disjoint.
+        total: ``[2, K]`` float64.
+        num_params: ``P``.
+        squares: Whether entries are squared.
+
+    Returns:
+        ``[2, K]``, float64.
+    """
+    check_ranges([ranges], num_params)
+    read = read.to(values.device)
+    result = total.clone(memory_format=torch.contiguous_format)
+    result[:, ~read] = torch.nan
+    first = 0
+    for block, _ in column_blocks(values, num_params):
+        stop = first + block.shape[1]
+        columns = selected(ranges, first, stop).to(values.device)
+        x = block[read][:, columns].double()
+        if squares:
+            x = x.square()
+        if factors is not None:
+            x = x * factors[first:stop][columns]
+        result[:, read] += torch.stack([x.sum(1), x.square().sum(1)])
+        first = stop
+    return result

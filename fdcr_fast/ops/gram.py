@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.ops.operator import operator
+from fdcr_fast.ops.ranges import check_bounds, check_ranges, selected
 from fdcr_fast.ops.tiles import check_clients, check_read, column_blocks
 
 # Transformed rows from updates, Fishers, and the Fishers' smallest and largest entries.
@@ -43,8 +43,7 @@ def _check_gram(
         torch._check(transform == "update" or fishers is not None, partial(str, message))
     torch._check(len(ranges) == len(transforms), lambda: f"expected ranges for each of {len(transforms)} transforms")
     for given in ranges:
-        message = f"ranges must be int64 [R, 2], got {given.dtype} {tuple(given.shape)}"
-        torch._check(given.dtype == torch.int64 and given.dim() == 2 and given.shape[1] == 2, partial(str, message))
+        check_bounds(given)
     expected = (len(transforms), clients, clients)
     torch._check(
         total.dtype == torch.float64 and total.shape == expected,
@@ -128,7 +127,7 @@ def gram(
     for block, tile in column_blocks(updates, num_params):
         stop = first + block.shape[1]
         for view, transform in enumerate(transforms):
-            columns = _selected(ranges[view], first, stop).to(updates.device)
+            columns = selected(ranges[view], first, stop).to(updates.device)
             delta = block[read][:, columns].double()
             if fishers is None or fisher_min is None or fisher_max is None:
                 x = delta
@@ -143,20 +142,3 @@ def gram(
             result[view, both] += (products + products.tril(-1).t()).flatten()
         first = stop
     return result
-
-
-def check_ranges(ranges: Sequence[Tensor], num_params: int) -> None:
-    """Refuse ranges that are not ascending, disjoint parts of the parameters."""
-    for pairs in ranges:
-        bounds = [0, *pairs.flatten().tolist(), num_params]
-        message = f"ranges must be ascending, disjoint parts of {num_params} parameters, got {pairs.tolist()}"
-        torch._check(all(a <= b for a, b in itertools.pairwise(bounds)), partial(str, message))
-
-
-def _selected(ranges: Tensor, first: int, stop: int) -> Tensor:
-    """Which parameters of ``[first, stop)`` the ranges hold, counted from ``first``."""
-    params = torch.arange(first, stop)
-    if len(ranges) == 0:
-        return params[:0]
-    last_begun = torch.searchsorted(ranges[:, 0].contiguous(), params, right=True) - 1
-    return ((last_begun >= 0) & (params < ranges[last_begun, 1])).nonzero().squeeze(1)

@@ -64,6 +64,10 @@ def samples():
         ],
         "importance_range": [(fishers, 10)],
         "squared_norm": [(updates, 10)],
+        "moments": [
+            (updates, torch.randn(10, dtype=torch.float64), alpha > 0, ranges[0], sums[0, :2], 10, True),
+            (updates, None, alpha > 0, ranges[1], sums[0, :2], 10, False),
+        ],
         "discrepancy": [
             (updates, fishers, low, high, alpha, totals, 10, False),
             (updates, None, None, None, alpha, totals, 10, True),

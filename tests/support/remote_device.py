@@ -72,7 +72,7 @@ OF_VALUES = {
     aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.nonzero, aten.masked_select, aten._unique2,
     aten.bincount, aten.unique_dim, aten.unique_consecutive, aten.repeat_interleave, aten._linalg_eigh,
 }  # fmt: skip
-BESIDE_CPU = {"gram", "central_mean", "fill_row"}  # operators that take some of their arguments on the CPU
+BESIDE_CPU = {"gram", "central_mean", "fill_row", "moments"}  # operators that take some of their arguments on the CPU
 
 
 class Remote(torch.Tensor):

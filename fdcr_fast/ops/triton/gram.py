@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fdcr_fast import ops
-from fdcr_fast.ops.gram import check_ranges
+from fdcr_fast.ops.ranges import check_ranges
 from fdcr_fast.ops.triton.elements import product, span, tiled
 from fdcr_fast.ops.triton.launch import Target, blocks, launch, power_of_two, splits, target
 
