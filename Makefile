@@ -1,7 +1,8 @@
 # make demo   sets everything up and shows FDCR defending (or failing to defend) a small federation
 # make test   sets everything up and runs the tests
 # make test-integrations   the same for Flower, NVFlare and ByzFL
-# Both need only Python >= 3.10 with venv; a C++17 compiler makes the kernels fast.
+# make docs   builds the documentation in build/site, with its two notebooks executed
+# All need only Python >= 3.10 with venv; a C++17 compiler makes the kernels fast.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ OUT ?= runs/demo
 # The tests compile the CUDA kernels themselves, and nothing here has a GPU to run them on: FORCE_CUDA=1 builds them.
 export FORCE_CUDA ?= 0
 
-.PHONY: demo test test-integrations sanitize bench lint format clean
+.PHONY: demo test test-integrations docs sanitize bench lint format clean
 
 demo: $(VENV)/installed
 	rm -rf $(OUT)
@@ -22,6 +23,10 @@ test: $(VENV)/installed
 # what that one has, and torch is not installed again.
 test-integrations: $(VENV)/frameworks/installed
 	$(VENV)/frameworks/bin/python -m pytest tests/integrations
+
+# Warnings are errors, a link that leads nowhere and a cell that fails among them.
+docs: $(VENV)/documented
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/site
 
 # The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer; leaves that build in place. Left out: the
 # reference, 2^31 elements, of which one is in memory, and what is said to PyTorch about operators.
@@ -60,6 +65,10 @@ $(VENV)/frameworks/installed: $(VENV)/installed
 	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE_PACKAGES)')')" \
 		> "$$($(VENV)/frameworks/bin/python -c '$(SITE_PACKAGES)')/first_environment.pth"
 	$(VENV)/frameworks/bin/python -m pip install --quiet "fdcr_fast[flower,nvflare,byzfl]"
+	touch $@
+
+$(VENV)/documented: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet "fdcr_fast[docs]"
 	touch $@
 
 # torch first, and no build isolation: the extension is built against the torch that it will run with.

@@ -40,15 +40,13 @@ def diagonal_fisher(
     check: str = "first",
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    r"""Diagonal Fisher information (paper eq. 5), squared per sample before the mean.
+    """Diagonal Fisher information (paper eq. 5), squared per sample before the mean.
 
-    .. math:: F = \frac{1}{N} \sum_{n=1}^N \left( \nabla_w \, \ell(f_w(x_n), y_n) \right)^2
-
-    with :math:`\ell = -\log p(y | x)` for the default loss, exact for any model that treats the samples of a batch
-    independently of each other. Linear, convolution, embedding, norm and recurrent layers go through the library's own
-    kernels, which need no memory for per-sample gradients, and so do parameters outside of layers that enter the
-    computation as terms or factors; whatever else there is goes through ``vmap(grad)`` in chunks, or one sample at a
-    time. The autograd graph of each batch decides which way is taken (docs/fisher.md).
+    ``F = 1/N sum_n (grad_w l(f_w(x_n), y_n))^2`` with ``l = -log p(y | x)`` for the default loss, exact for any model
+    that treats the samples of a batch independently of each other. Linear, convolution, embedding, norm and recurrent
+    layers go through the library's own kernels, which need no memory for per-sample gradients, and so do parameters
+    outside of layers that enter the computation as terms or factors; whatever else there is goes through ``vmap(grad)``
+    in chunks, or one sample at a time. The autograd graph of each batch decides which way is taken (docs/fisher.md).
 
     Model and data are afterwards what they were before, whatever forward passes write to: parameters, buffers,
     attributes, inputs, ``.grad``, ``requires_grad``, modes, hooks. Every pass begins with what the model has now.

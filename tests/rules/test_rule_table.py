@@ -1,4 +1,4 @@
-"""The table of rules, the exports of ``fdcr_fast`` and the README's list of rules name the same rules."""
+"""The table of rules, the exports of ``fdcr_fast`` and docs/rules.md name the same rules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fdcr_fast import AggregationRule, FedAvg, MultiKrum
 from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.rules.table import RULES, rule_named
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "rules.md"
 EXPORTED = {
     name
     for name in fdcr_fast.__all__
@@ -32,9 +32,9 @@ def test_one_name_of_a_rule_stands_for_no_option() -> None:
         assert set(row.options) <= set(row.option_names)
 
 
-@pytest.mark.skipif(not README.exists(), reason="not a checkout")
-def test_the_readme_lists_the_table() -> None:
-    table = README.read_text().partition("| rule | `--server` |")[2].partition("\n\n")[0]
+@pytest.mark.skipif(not PAGE.exists(), reason="not a checkout")
+def test_the_documentation_lists_the_table() -> None:
+    table = PAGE.read_text().partition("| rule | `--server` |")[2].partition("\n\n")[0]
     cells = [line.split("|")[1:3] for line in table.splitlines()[2:] if "told who is malicious" not in line]
     classes, names = ([text for pair in cells for text in re.findall(r"`(.*?)`", pair[i])] for i in (0, 1))
     assert sorted(names) == sorted(RULES)

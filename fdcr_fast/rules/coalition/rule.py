@@ -47,7 +47,7 @@ class CoalitionShare:
 
 @dataclass(frozen=True, kw_only=True)
 class CoalitionFDCR(AggregationRule):
-    r"""Drop the minority of clients that resemble each other most, as attackers who plant one backdoor do.
+    """Drop the minority of clients that resemble each other most, as attackers who plant one backdoor do.
 
     With ``D_k`` the update of client ``k``, ``F_k`` its diagonal Fisher and ``Pbar = mean_k F_k / sum F_k``, the
     importance of each parameter to all clients, each round gives
@@ -58,14 +58,11 @@ class CoalitionFDCR(AggregationRule):
 
     both standardised over the round's clients, averaged over the rounds that clients and pairs took part in (one that
     lies ``t`` rounds back counts ``decay^t``), and standardised again, ``c`` times 0.3. The set ``S`` of clients that
-    maximises
-
-    .. math:: J(S) = \sqrt{|S||R|} \left[ A_{SS} - 2 A_{SR} + A_{RR} + c_S - c_R \right],
-
-    ``R`` the others, is dropped, see :func:`fdcr_fast.rules.coalition.search.find_coalition`, and the others are
-    averaged by sample count, without rescaling. Nothing depends on the scale of any update or Fisher, and a client's
-    own Fisher counts only by its share in ``Pbar``. It takes an honest majority: ``|S| <= floor((K - 1) / 2)``, and
-    with fewer than 3 clients nobody is dropped. Without the gate somebody is always dropped, attack or not.
+    maximises ``J(S) = sqrt(|S| |R|) (A_SS - 2 A_SR + A_RR + c_S - c_R)``, ``R`` the others, is dropped, see
+    :func:`fdcr_fast.rules.coalition.search.find_coalition`, and the others are averaged by sample count, without
+    rescaling. Nothing depends on the scale of any update or Fisher, and a client's own Fisher counts only by its share
+    in ``Pbar``. It takes an honest majority: ``|S| <= floor((K - 1) / 2)``, and with fewer than 3 clients nobody is
+    dropped. Without the gate somebody is always dropped, attack or not.
 
     The rule remembers earlier rounds in ``state``, which every call of ``aggregate`` updates and :meth:`reset` clears:
     a rule is one experiment's. Where it was found and what it does not reach: docs/research-coalition.md.
