@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.errors import PycodeError
+from sphinx.pycode import ModuleAnalyzer
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +38,8 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["flwr", "nvflare", "byzfl"]
 autodoc_preserve_defaults = True
+for framework in autodoc_mock_imports:  # else their sources are looked for, and for that they are imported
+    ModuleAnalyzer.cache["module", framework] = PycodeError("mocked")
 maximum_signature_line_length = 90
 napoleon_use_ivar = True
 autodoc_pydantic_model_member_order = "bysource"
