@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, overload
@@ -85,6 +85,18 @@ class AggregationRule:
         on = clients.on_device()
         weights = sent(weights, on.tiles.device)
         return readings.mean(global_params, on, weights, rescale=self.rescale, single=single)
+
+    def set_scores(self, clients: Sequence[Any]) -> Callable[[Tensor], Tensor] | None:
+        """How the rule judges sets of clients after a round, for those who study it; here None: it judges no sets.
+
+        Args:
+            clients: Ids of the round's valid clients, ``K`` of them.
+
+        Returns:
+            A function from membership, bool ``[R, K]``, to scores, float64 ``[R]``: the larger, the more it looks as if
+            the set were the attackers.
+        """
+        return None
 
     def shares(self, clients: ClientUpdates, chosen: Tensor) -> Tensor:
         """``n_k / sum n`` over the chosen clients, none above ``max_weight_share``, 0 for the others (eq. 11)."""

@@ -39,12 +39,16 @@ from fdcr_fast.sim.notation import (
     OneOf,
     absolute,
     check_dataset,
+    check_malicious,
+    check_participants,
     check_rounds,
+    check_trigger,
     parse_auto,
     parse_malicious,
     parse_mapping,
     parse_none,
     parse_participants,
+    parse_rules,
     parse_spans,
     parse_trigger,
 )
@@ -75,7 +79,9 @@ class SimulationConfig(BaseModel):
     max_test_samples: PositiveInt | None = Field(default=None, description="Use at most so many test images.")
 
     clients: PositiveInt = Field(default=10, description="Number of clients.")
-    participants: Annotated[PositiveInt | float | None, BeforeValidator(parse_participants)] = Field(
+    participants: Annotated[
+        PositiveInt | float | None, BeforeValidator(parse_participants), AfterValidator(check_participants)
+    ] = Field(
         default=None,
         description="Clients drawn for each round: a number (100), a share below 1 (0.1), or all, the default.",
     )
@@ -96,7 +102,9 @@ class SimulationConfig(BaseModel):
         default=None, description="dirichlet-mix: how many images each client draws, whatever others have drawn."
     )
 
-    malicious: Annotated[float | tuple[NonNegativeInt, ...], BeforeValidator(parse_malicious)] = Field(
+    malicious: Annotated[
+        float | tuple[NonNegativeInt, ...], BeforeValidator(parse_malicious), AfterValidator(check_malicious)
+    ] = Field(
         default=0.3,
         description="Share of malicious clients, drawn by the seed (0.3), or client indices with a comma "
         "(0,3,7 or, for client 2 alone, 2,).",
@@ -112,7 +120,7 @@ class SimulationConfig(BaseModel):
     target: NonNegativeInt = Field(default=2, description="Class that the backdoor calls for.")
     source: NonNegativeInt = Field(default=0, description="label-flip: class that becomes the target class.")
     poison_share: float = Field(default=0.5, ge=0, le=1, description="Share of a malicious client's images poisoned.")
-    trigger: Annotated[Pixels, BeforeValidator(parse_trigger)] = Field(
+    trigger: Annotated[Pixels, BeforeValidator(parse_trigger), AfterValidator(check_trigger)] = Field(
         default=PAPER_TRIGGER, description="badnets, dba: the trigger's pixels: paper, or row:column,row:column,..."
     )
     trigger_value: float = Field(
@@ -184,6 +192,12 @@ class SimulationConfig(BaseModel):
         "they go before the other settings.",
     )
 
+    watch: Annotated[dict[str, dict[str, Any]], BeforeValidator(parse_rules)] = Field(
+        default={},
+        description="Rules that look on without deciding anything, with their options, such as fdcr or "
+        "{coalition-fdcr: {decay: 1.0}}: scores.csv and ranks.csv tell how they judge the attackers.",
+    )
+
     num_byzantine: NonNegativeInt | None = Field(
         default=None,
         description="Clients assumed to be Byzantine by trimmed-mean, krum, multi-krum, bulyan, dnc and rlr; by "
@@ -227,8 +241,8 @@ class SimulationConfig(BaseModel):
     )
 
     def __hash__(self) -> int:
-        fields = {**dict(self), "server_options": frozenset(self.server_options)}  # the names; values may have no hash
-        return hash(tuple(fields.values()))
+        names = {name: frozenset(getattr(self, name)) for name in ("server_options", "watch")}  # values have no hash
+        return hash(tuple({**dict(self), **names}.values()))
 
     @model_validator(mode="before")
     @classmethod
@@ -243,32 +257,6 @@ class SimulationConfig(BaseModel):
             torch.device(value)  # may be that of another machine, whose results are read here
         except RuntimeError as error:
             raise ValueError(f"no such device: {str(error).partition(chr(10))[0]}") from None
-        return value
-
-    @field_validator("participants")
-    @classmethod
-    def _check_participants(cls, value: int | float | None) -> int | float | None:
-        if isinstance(value, float) and not 0 < value < 1:
-            raise ValueError("a share must be above 0 and below 1; all clients are 'all', one client is 1")
-        return value
-
-    @field_validator("malicious")
-    @classmethod
-    def _check_malicious(cls, value: float | tuple[int, ...]) -> float | tuple[int, ...]:
-        if isinstance(value, tuple):
-            if len(set(value)) != len(value):
-                raise ValueError("the list names a client twice")
-        elif not 0 <= value < 1:
-            raise ValueError(
-                "a share must be at least 0 and below 1; client indices have a comma, '2,' is client 2 alone"
-            )
-        return value
-
-    @field_validator("trigger")
-    @classmethod
-    def _check_trigger(cls, value: Pixels) -> Pixels:
-        if not value or min(min(pixel) for pixel in value) < 0:
-            raise ValueError("expected at least one pixel, rows and columns counted from 0")
         return value
 
     @model_validator(mode="after")
@@ -314,19 +302,24 @@ class SimulationConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_server(self) -> SimulationConfig:
-        needs_data = rule_class(self.server).needs_server_data
+        self._check_rule("server", self.server, self.server_options)
+        check_keys("rule to watch", self.watch, RULES)
+        for name, options in self.watch.items():
+            self._check_rule("watch", name, options)
+        return self
+
+    def _check_rule(self, setting: str, name: str, options: Mapping[str, Any]) -> None:
+        needs_data = rule_class(name).needs_server_data
         if needs_data and not self.server_samples:
-            raise ValueError(f"server: {self.server} needs data of the server: set server_samples")
-        assumed_byzantine(self.server, self.cohort(), self.num_byzantine)
-        uninformed = self.server in RULES
-        known = RULES[self.server].option_names if uninformed else ()
-        check_keys(f"option of {self.server}", self.server_options, known)
+            raise ValueError(f"{setting}: {name} needs data of the server: set server_samples")
+        assumed_byzantine(name, self.cohort(), self.num_byzantine)
+        uninformed = name in RULES
+        check_keys(f"option of {name}", options, RULES[name].option_names if uninformed else ())
         if uninformed and not needs_data:
             try:
-                self.rule()
+                self._rule(name, options, None, None)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"server: {error}") from error
-        return self
+                raise ValueError(f"{setting}: {error}") from error
 
     def rule(self, groups: ParamGroups | None = None, data: ServerData | None = None) -> AggregationRule:
         """The server's rule, unless it is one that is told who is malicious.
@@ -339,15 +332,24 @@ class SimulationConfig(BaseModel):
             TypeError: an option is of a type that it cannot have.
             ValueError: an option has a value that it cannot have, or the rule needs data of the server.
         """
+        return self._rule(self.server, self.server_options, groups, data)
+
+    def watched(self, groups: ParamGroups | None = None, data: ServerData | None = None) -> dict[str, AggregationRule]:
+        """The rules that look on, by name, as servers of the same settings would have them; see :meth:`rule`."""
+        return {name: self._rule(name, options, groups, data) for name, options in self.watch.items()}
+
+    def _rule(
+        self, name: str, options: Mapping[str, Any], groups: ParamGroups | None, data: ServerData | None
+    ) -> AggregationRule:
         known = ServerOptions(
             learning_rate=self.lr,
             groups=groups,
-            num_byzantine=assumed_byzantine(self.server, self.cohort(), self.num_byzantine),
+            num_byzantine=assumed_byzantine(name, self.cohort(), self.num_byzantine),
             noise_seed=derive_seed(self.seed, "server noise"),
             data=data,
         )
-        own = {name: getattr(self, name) for name in OWN_SETTINGS.get(self.server, ())}
-        return RULES[self.server].make(known, own | self.server_options)
+        own = {setting: getattr(self, setting) for setting in OWN_SETTINGS.get(name, ())}
+        return RULES[name].make(known, {**own, **options})
 
     @property
     def with_workers(self) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 from pydantic import AfterValidator, ValidationError
 
-from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
+from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER, Pixels
 from fdcr_fast.sim.attacks.schedule import parse_rounds
 from fdcr_fast.sim.datasets.readers import DATASETS
 from fdcr_fast.sim.names import did_you_mean
@@ -46,6 +47,15 @@ def parse_mapping(value: object) -> object:
         raise ValueError("expected a mapping such as {eps: 0.3, min_samples: 3}") from None
 
 
+def parse_rules(value: object) -> object:
+    """Names of rules, in a list or with commas, or a mapping from names to options, which may be left empty."""
+    if isinstance(value, str):
+        value = parse_mapping(value) if "{" in value else list(filter(None, map(str.strip, value.split(","))))
+    if isinstance(value, list | tuple):
+        value = dict.fromkeys(value)
+    return {name: options or {} for name, options in value.items()} if isinstance(value, Mapping) else value
+
+
 def parse_spans(value: object) -> object:
     """Spans of rounds as text, which numbers and lists of YAML are made."""
     if isinstance(value, list | tuple):
@@ -71,11 +81,28 @@ def parse_malicious(value: object) -> object:
     return value
 
 
+def check_malicious(value: float | tuple[int, ...]) -> float | tuple[int, ...]:
+    """A share of the clients, or different clients."""
+    if isinstance(value, tuple):
+        if len(set(value)) != len(value):
+            raise ValueError("the list names a client twice")
+    elif not 0 <= value < 1:
+        raise ValueError("a share must be at least 0 and below 1; client indices have a comma, '2,' is client 2 alone")
+    return value
+
+
 def parse_participants(value: object) -> object:
     """``"all"``, ``"0.1"`` (a share) or ``"100"`` (a number): whatever has a decimal point is a share."""
     if value == "all":
         return None
     return float(value) if isinstance(value, str) and "." in value else value
+
+
+def check_participants(value: int | float | None) -> int | float | None:
+    """All clients, a number of them or a share."""
+    if isinstance(value, float) and not 0 < value < 1:
+        raise ValueError("a share must be above 0 and below 1; all clients are 'all', one client is 1")
+    return value
 
 
 def parse_trigger(value: object) -> object:
@@ -87,6 +114,13 @@ def parse_trigger(value: object) -> object:
         if any(len(pixel) != 2 for pixel in pixels):
             raise ValueError("expected 'paper' or pixels as row:column,row:column")
         return pixels
+    return value
+
+
+def check_trigger(value: Pixels) -> Pixels:
+    """At least one pixel."""
+    if not value or min(min(pixel) for pixel in value) < 0:
+        raise ValueError("expected at least one pixel, rows and columns counted from 0")
     return value
 
 

@@ -109,6 +109,11 @@ def test_defaults_are_the_papers_setting() -> None:
         ({"momentum": 1}, "momentum"),
         ({"rounds": 2.5}, "rounds"),
         ({"poison_share": 1.1}, "poison_share"),
+        ({"watch": "fdrc"}, "unknown rule to watch 'fdrc'; did you mean 'fdcr'"),
+        ({"watch": "oracle"}, "unknown rule to watch 'oracle'"),
+        ({"watch": "{fdcr: {esp: 1}}"}, "unknown option of fdcr 'esp'; did you mean 'eps'"),
+        ({"watch": "{fdcr: {eps: x}}"}, "watch: eps of FDCR must be a real number"),
+        ({"watch": "fltrust"}, "watch: fltrust needs data of the server"),
         ({"trigger": "1:2:3"}, "row:column"),
         ({"trigger": "1:x"}, "integer"),
         ({"trigger": []}, "at least one pixel"),
@@ -168,6 +173,7 @@ def test_yaml_round_trip() -> None:
         attacker_factor="auto",
         attacker_norm=2,
         server_options="{eps: 0.3}",
+        watch="{coalition-fdcr: {decay: 0.5}, flame}",
     )
     assert config.attack_file is not None
     assert config.attack_file.is_absolute()
@@ -176,6 +182,8 @@ def test_yaml_round_trip() -> None:
     assert config.trigger == ((0, 1), (2, 3))
     assert (config.cluster, config.norm_bound, config.partition) == (None, None, 1)
     assert config.server_options == {"eps": 0.3}
+    assert config.watch == {"coalition-fdcr": {"decay": 0.5}, "flame": {}}
+    assert SimulationConfig(watch="coalition-fdcr, flame").watch == {"coalition-fdcr": {}, "flame": {}}
     assert SimulationConfig.from_yaml(config.to_yaml()) == config
     assert SimulationConfig.from_yaml(SimulationConfig().to_yaml()) == SimulationConfig()
 
@@ -186,6 +194,9 @@ def test_configurations_are_values_that_can_be_looked_up() -> None:
     assert one == same
     assert hash(one) == hash(same)
     assert len({one, same, *others, SimulationConfig(), SimulationConfig(seed=1)}) == 4
+    watched = [SimulationConfig(watch=given) for given in ("fdcr", ["fdcr"], {"fdcr": {"eps": 2}}, "krum")]
+    assert hash(watched[0]) == hash(watched[1])
+    assert len({*watched, SimulationConfig()}) == 4
 
 
 def test_overrides_win_over_yaml() -> None:

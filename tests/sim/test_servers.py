@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -79,13 +80,20 @@ def test_servers_know_nothing_of_the_attack() -> None:
     assert not set(RULES) & set(INFORMED_BASELINES)
 
 
+def watched_of(config: SimulationConfig) -> AggregationRule:
+    return config.watched(GROUPS, FakeData())[config.server]
+
+
+@pytest.mark.parametrize("make", [rule_of, watched_of])
 @pytest.mark.parametrize("server", RULES)
-def test_permuting_the_truth_changes_no_decision(server: str) -> None:
-    """Nor anything that a rule remembers for the next round."""
+def test_permuting_the_truth_changes_no_decision(
+    server: str, make: Callable[[SimulationConfig], AggregationRule]
+) -> None:
+    """Nor anything that a rule remembers for the next round, whether it decides or looks on."""
     w, store = uploads()
     outcomes, memories = [], []
     for malicious in ((0, 1), (4, 5), (), tuple(range(6))):
-        rule = rule_of(tiny_config(clients=6, server=server, malicious=malicious, server_samples=5))
+        rule = make(tiny_config(clients=6, server=server, watch=server, malicious=malicious, server_samples=5))
         first = rule.aggregate(w, store)
         outcomes.append((first, rule.aggregate(first.params, store)))
         memories.append(rule.memory())
@@ -93,6 +101,7 @@ def test_permuting_the_truth_changes_no_decision(server: str) -> None:
         for expected, result in zip(outcomes[0], rounds, strict=True):
             for name in ("params", "weights", "kept", "labels"):
                 assert torch.equal(getattr(expected, name), getattr(result, name)), name
+            assert torch.equal(expected.scores.nan_to_num(), result.scores.nan_to_num())
             assert expected.explanation == result.explanation
     assert len(set(memories)) == 1
 
@@ -130,6 +139,17 @@ def test_options_reach_the_rule() -> None:
     assert rule_of(SimulationConfig(server="rlr")) == RLR(threshold=4)
     seed = derive_seed(5, "server noise")
     assert rule_of(SimulationConfig(server="dnc", seed=5)) == DnC(num_byzantine=3, seed=seed)
+
+
+def test_rules_that_look_on_are_made_as_servers_are() -> None:
+    config = SimulationConfig(lr=0.1, discrepancy="l2", watch="{fdcr: {cluster: kmeans}, krum, coalition-fdcr}")
+    assert config.watched(GROUPS) == {
+        "fdcr": FDCR(learning_rate=0.1, discrepancy="l2", cluster="kmeans"),
+        "krum": Krum(num_byzantine=3),
+        "coalition-fdcr": CoalitionFDCR(groups=GROUPS),
+    }
+    parameters = inspect.signature(SimulationConfig.watched).parameters
+    assert list(parameters) == ["self", "groups", "data"], "nothing tells them who is malicious"
 
 
 @pytest.mark.parametrize(("clients", "expected"), [(1, 0), (3, 0), (10, 3), (20, 6), (100, 30)])

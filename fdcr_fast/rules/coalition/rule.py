@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.coalition.search import Views, find_coalition
+from fdcr_fast.rules.coalition.search import Views, find_coalition, margins, set_scores
 from fdcr_fast.rules.coalition.state import CoalitionState
 from fdcr_fast.rules.coalition.views import round_views, standard_scores, standardised
 from fdcr_fast.rules.param_groups import ParamGroups
@@ -62,7 +63,8 @@ class CoalitionFDCR(AggregationRule):
     :func:`fdcr_fast.rules.coalition.search.find_coalition`, and the others are averaged by sample count, without
     rescaling. Nothing depends on the scale of any update or Fisher, and a client's own Fisher counts only by its share
     in ``Pbar``. It takes an honest majority: ``|S| <= floor((K - 1) / 2)``, and with fewer than 3 clients nobody is
-    dropped. Without the gate somebody is always dropped, attack or not.
+    dropped. Without the gate somebody is always dropped, attack or not. ``scores`` holds by how much the best set with
+    a client beats the best one without it in ``J``, see :func:`fdcr_fast.rules.coalition.search.margins`.
 
     The rule remembers earlier rounds in ``state``, which every call of ``aggregate`` updates and :meth:`reset` clears:
     a rule is one experiment's. Where it was found and what it does not reach: docs/research-coalition.md.
@@ -117,12 +119,16 @@ class CoalitionFDCR(AggregationRule):
         groups = ParamGroups.whole(clients.num_params) if self.groups is None else self.groups
         self.state.check_model(clients.num_params)
         seen = round_views(clients, groups, self.regularisation)
-        means = self.state.remember(ids, seen, decay=self.decay, max_clients=self.max_clients)
-        views = Views(standardised(means.similarity), _CONCENTRATION_WEIGHT * standard_scores(means.concentration))
+        views = _standard(self.state.remember(ids, seen, decay=self.decay, max_clients=self.max_clients))
         members, score = find_coalition(views)
         dropped = members if self._stands_out(views, score) else torch.zeros_like(members)
         kept = clients.valid & ~of_all(clients, dropped)
-        return Selection(kept, explanation=_explanation(ids, views, members, dropped))
+        scores = of_all(clients, margins(members, views))
+        return Selection(kept, scores, explanation=_explanation(ids, views, members, dropped))
+
+    def set_scores(self, clients: Sequence[Any]) -> Callable[[Tensor], Tensor] | None:
+        """``J`` of sets of a round's clients, as it was searched; None for fewer than 3."""
+        return None if len(clients) < 3 else partial(set_scores, views=_standard(self.state.means(clients)))
 
     def reset(self) -> None:
         """Forget earlier rounds."""
@@ -145,6 +151,11 @@ class CoalitionFDCR(AggregationRule):
             order = torch.randperm(len(views), generator=generator)
             chance[i] = find_coalition(replace(views, concentration=views.concentration[order]))[1]
         return bool(score - chance.mean() >= _GATE_DEVIATIONS * chance.std(correction=0))
+
+
+def _standard(means: Views) -> Views:
+    """What ``J`` takes of the means over the rounds."""
+    return Views(standardised(means.similarity), _CONCENTRATION_WEIGHT * standard_scores(means.concentration))
 
 
 def _explanation(clients: list[Any], views: Views, members: Tensor, dropped: Tensor) -> dict[Hashable, CoalitionShare]:

@@ -138,11 +138,38 @@ def find_coalition(views: Views) -> tuple[Tensor, float]:
     if K < 3:
         raise ValueError(f"a minority takes at least 3 clients, got {K}")
     if K <= _EXACT:
-        sets = _Sets(_minorities(K), views)
+        sets = _Sets(minorities(K), views)
         score, best = sets.scores().max(0)
         return sets.members[best], score.item()
     candidates = [_improved(members, views) for members in _grown(views)]
     return max(candidates, key=lambda found: found[1])
+
+
+def set_scores(members: Tensor, views: Views) -> Tensor:
+    """``J`` of sets, float64 ``[R]``, from membership, bool ``[R, K]``."""
+    return _Sets(members, views).scores()
+
+
+def margins(members: Tensor, views: Views) -> Tensor:
+    """By how much the best set with each client beats the best one without it, in ``J``; float64 ``[K]``.
+
+    Positive for the clients of the coalition, and the smaller the less a decision about the client was worth. Up to
+    14 clients the sets are all minorities; beyond, those that differ from the coalition in this client alone, of which
+    the empty one has ``J = 0`` and one that is no minority any more may be better than the coalition.
+
+    Args:
+        members: The coalition, bool ``[K]``; see :func:`find_coalition`.
+        views: Views of ``K >= 3`` clients.
+    """
+    K = len(views)
+    if K <= _EXACT:
+        sets = _Sets(minorities(K), views)
+        scores = sets.scores()[:, None]
+        having = torch.where(sets.members, scores, -torch.inf).amax(0)
+        return having - torch.where(sets.members, -torch.inf, scores).amax(0)
+    coalition = _Sets(members[None], views)
+    score = coalition.scores()
+    return torch.where(members, score - coalition.changed(-1)[0], coalition.changed(+1)[0] - score)
 
 
 def _largest(K: int) -> int:
@@ -150,8 +177,11 @@ def _largest(K: int) -> int:
 
 
 @lru_cache(maxsize=_EXACT)
-def _minorities(K: int) -> Tensor:
-    """Membership in every set that may be the coalition, bool ``[R, K]``, not to be written to."""
+def minorities(K: int) -> Tensor:
+    """Membership in every set that may be the coalition, bool ``[R, K]``, not to be written to.
+
+    There are about ``2^(K - 1)`` of them.
+    """
     sets = itertools.chain.from_iterable(itertools.combinations(range(K), s) for s in range(1, _largest(K) + 1))
     chosen = list(sets)
     members = torch.zeros(len(chosen), K, dtype=torch.bool)

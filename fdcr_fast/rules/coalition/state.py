@@ -84,6 +84,17 @@ class CoalitionState:
         self.concentration[rows] += views.concentration
         self.together[block] += 1
         self.seen[rows] = self.rounds
+        return self.means(clients)
+
+    def means(self, clients: Sequence[ClientId]) -> Views:
+        """The means over all rounds so far of clients who took part in the last one.
+
+        Raises:
+            KeyError: one is not remembered.
+        """
+        known = self._known()
+        rows = torch.tensor([known[client] for client in clients], dtype=torch.int64)
+        block = (rows[:, None], rows)
         met = self.together[block]
         return Views(self.similarity[block] / met, self.concentration[rows] / met.diagonal())
 
@@ -156,16 +167,19 @@ class CoalitionState:
             longest = self.seen[away].argsort(stable=True)[:excess].tolist()
             self.forget(self.clients[away[i]] for i in longest)
 
+    def _known(self) -> dict[ClientId, int]:
+        return {client: row for row, client in enumerate(self.clients)}
+
     def _rows(self, clients: Sequence[ClientId]) -> Tensor:
         """Rows of the clients, new ones appended."""
         for client in clients:
             if type(client) not in (str, int):
                 raise ValueError(f"the ids of clients to remember are strings or integers, got {client!r}")
-        known = {client: row for row, client in enumerate(self.clients)}
+        known = self._known()
         new = [client for client in clients if client not in known]
         if new:
             self.clients = [*self.clients, *new]
-            known = {client: row for row, client in enumerate(self.clients)}
+            known = self._known()
             grow = (0, len(new), 0, len(new))
             pad = torch.nn.functional.pad
             self.similarity, self.together = pad(self.similarity, grow), pad(self.together, grow)

@@ -75,7 +75,8 @@ def _similarity(clients: ClientUpdates, mean_fisher: Tensor) -> Tensor:
     valid = clients.valid
     cosines = _cosines(inner.cpu()[valid][:, valid]).nan_to_num(0.0)
     rows = cosines.mean(0)
-    return _cosines(cosines - rows - rows[:, None] + rows.mean(), _NO_DIRECTION)
+    # The means are added first, so that the matrix is symmetric to the bit: of a state one triangle is stored.
+    return _cosines(cosines - (rows + rows[:, None]) + rows.mean(), _NO_DIRECTION)
 
 
 def _cosines(gram: Tensor, least: float = 0.0) -> Tensor:

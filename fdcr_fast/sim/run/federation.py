@@ -26,6 +26,7 @@ from fdcr_fast.sim.run.metrics import Round, round_record
 from fdcr_fast.sim.run.records import ClientRecord, RoundRecord
 from fdcr_fast.sim.run.result import MOST_COMPARED, Progress, ProgressEvent
 from fdcr_fast.sim.run.similarity import importance_similarity
+from fdcr_fast.sim.run.watch import Watch
 from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import INFORMED_BASELINES
@@ -56,6 +57,7 @@ class Federation:
         clock: Read at the end of every round.
         similarity: Similarity of the importances of the last round's clients; None before it. See
             :class:`fdcr_fast.sim.SimulationResult`.
+        watch: The rules that look on, and what they said of the last round.
 
     Raises:
         FileNotFoundError: the data set's files are not there.
@@ -77,13 +79,18 @@ class Federation:
         self.classifier = classifier_of(self.build())
         self.initial_params = self.classifier.params()
         groups = ParamGroups.from_module(self.classifier.model)
-        self.rule = build_rule(config, self.attackers.clients, groups, self._server_data(task))
+        server_data = self._server_data(task)
+        self.rule = build_rule(config, self.attackers.clients, groups, server_data)
+        self.watch = Watch(config.watched(groups, server_data))
+        rules = [(config.server, self.rule), *self.watch.rules.items()]
         self.similarity: Tensor | None = None
         num_params = len(self.initial_params)
         self.processes: Processes = Alone() if group is None else Ranks(num_params, group)
-        if group is not None and not self.rule.sharded:
-            raise ValueError(f"server {config.server} needs all parameters in one process: it runs on no ranks")
-        self.population = Population(self.data, self.attackers, config.fishers == "always" or self.rule.needs_fishers)
+        for name, rule in rules:
+            if group is not None and not rule.sharded:
+                raise ValueError(f"server {name} needs all parameters in one process: it runs on no ranks")
+        with_fishers = config.fishers == "always" or any(rule.needs_fishers for _, rule in rules)
+        self.population = Population(self.data, self.attackers, with_fishers)
         self.store, self.executor = self.processes.start(config, self.population, self.build, num_params)
 
     def _server_data(self, task: Task) -> ServerData | None:
@@ -146,6 +153,7 @@ class Federation:
             compared = [record.client for record in clients[:MOST_COMPARED]]
             self.similarity = importance_similarity(self.processes.uploads(self.store), compared)
         attackers = self.attackers.active(number, drawn.epochs)
+        self.watch.look(number, params, self.processes, self.store, attackers)
         record = round_record(number, Round(evaluation, clients, attackers), self.clock.lap(), clock.seconds)
         return new, record, clients
 

@@ -85,7 +85,8 @@ def clients_figure(result: SimulationResult) -> Figure:
     weight.set_ylim(bottom=0)
     weight.legend(loc="best")
     if score.lines:
-        score.set_yscale("log")
+        positive = all(record.discrepancy is None or record.discrepancy > 0 for record in result.clients)
+        score.set_yscale("log" if positive else "linear")
     else:
         message = f"server {result.config.server} computes no scores"
         score.text(0.5, 0.5, message, ha="center", transform=score.transAxes)
@@ -117,6 +118,51 @@ def similarity_figure(result: SimulationResult) -> Figure:
     return figure
 
 
+def watched_rules(result: SimulationResult) -> list[str]:
+    """The rules that looked on, by name."""
+    return list(dict.fromkeys(record.rule for record in result.ranks))
+
+
+def ranks_panel(axes: Axes, result: SimulationResult, rule: str) -> None:
+    """How a rule that looked on ranked the attackers and their set over the rounds, and what became of the model.
+
+    On a scale that is logarithmic from 1 on: the set of the attackers among all minorities (black), and each attacker
+    among the clients (red); 0 is the most suspected. Shaded, the attack success rate; dashed, the share of the
+    attackers that the rule dropped, both in per cent.
+    """
+    ranks = [record for record in result.ranks if record.rule == rule]
+    by_attacker: dict[int, list[tuple[int, int]]] = {}
+    for record in result.scores:
+        if record.rule == rule and record.malicious and record.rank is not None:
+            by_attacker.setdefault(record.client, []).append((record.round, record.rank))
+    for points in list(by_attacker.values())[:MAX_LINES]:
+        axes.plot(*zip(*points, strict=True), "o-", color=MALICIOUS, linewidth=0.8, markersize=2.5, alpha=0.6)
+    sets = [(record.round, record.set_rank) for record in ranks if record.set_rank is not None]
+    if sets:
+        axes.plot(*zip(*sets, strict=True), "s-", color="black", markersize=3.5)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(-0.2, 1.3 * max([record.sets or 0 for record in ranks] + [result.config.cohort()]))
+    axes.set_ylabel("rank, 0 is most suspected")
+    share = axes.twinx()
+    steps = [record.round for record in result.rounds]
+    share.fill_between(steps, column(result.rounds, "attack_success_rate"), color="grey", alpha=0.25, linewidth=0)
+    dropped = [float("nan") if r.true_positive_rate is None else 100 * r.true_positive_rate for r in ranks]
+    share.plot([record.round for record in ranks], dropped, "--", color="tab:green", linewidth=1)
+    share.set_ylim(0, 103)
+    share.set_ylabel("ASR (shaded), TPR (dashed), %")
+    rounds_axis(axes, result.config.rounds)
+
+
+def ranks_figure(result: SimulationResult) -> Figure:
+    """How each of the rules that looked on ranked the attackers; see :func:`ranks_panel`."""
+    rules = watched_rules(result)
+    figure, panels = _new(len(rules), 5.5 * len(rules), 4)
+    for axes, rule in zip(panels, rules, strict=True):
+        ranks_panel(axes, result, rule)
+        axes.set_title(f"{rule} under {result.config.server}", fontsize=10)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG file.
 
@@ -129,8 +175,10 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def write_figures(result: SimulationResult, folder: Path) -> None:
-    """Write accuracy.png, clients.png and, where there are Fishers, similarity.png."""
+    """Write accuracy.png, clients.png, similarity.png where there are Fishers and ranks.png where rules looked on."""
     save_figure(accuracy_figure({result.config.server: result.rounds}), folder / "accuracy.png")
     save_figure(clients_figure(result), folder / "clients.png")
     if result.similarity is not None:
         save_figure(similarity_figure(result), folder / "similarity.png")
+    if result.ranks:
+        save_figure(ranks_figure(result), folder / "ranks.png")

@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, rounds.csv, clients.csv and a checkpoint after every round."""
+"""The folder of a run: config.yaml, rounds.csv, clients.csv and others, and a checkpoint after every round."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel
 
 from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.run.records import ClientRecord, RoundRecord, Summary
+from fdcr_fast.sim.run.records import ClientRecord, RankRecord, RoundRecord, ScoreRecord, Summary
 from fdcr_fast.sim.run.result import RunState
 
 Record = TypeVar("Record", bound=BaseModel)
+
+_WATCHED = "watched-"  # before the names of rules in a checkpoint
 
 
 @contextmanager
@@ -53,11 +55,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 def append_records(path: Path, records: Sequence[BaseModel]) -> int:
     """Add rows to a CSV file and return its new size; None is an empty cell.
 
-    The file keeps the columns that it began with, which may be fewer than there are now.
+    The file keeps the columns that it began with, which may be fewer than there are now. It begins with its first row.
 
     Raises:
         OSError: naming the file, such as where the disk is full; some of the rows may have been added.
     """
+    if not records:
+        return path.stat().st_size if path.exists() else 0
     with _named(path), path.open("a+", newline="") as file:
         file.seek(0)
         begun = csv.DictReader(file).fieldnames
@@ -81,6 +85,8 @@ def read_records(path: Path, record_type: type[Record]) -> list[Record]:
     """
     fields = record_type.model_fields
     required = {name for name, field in fields.items() if field.is_required()}
+    if not path.exists():  # no row was ever added
+        return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if not required <= set(reader.fieldnames or ()) <= set(fields):
@@ -100,6 +106,8 @@ class RunFolder:
         self.config_path = path / "config.yaml"
         self.rounds_path = path / "rounds.csv"
         self.clients_path = path / "clients.csv"
+        self.scores_path = path / "scores.csv"
+        self.ranks_path = path / "ranks.csv"
         self.checkpoint_path = path / "checkpoint.npz"
         self.summary_path = path / "summary.json"
 
@@ -127,14 +135,26 @@ class RunFolder:
             raise FileNotFoundError(f"{self.path} holds no run to resume: there is no config.yaml")
         return SimulationConfig.from_yaml(self.config_path.read_text())
 
-    def save(self, state: RunState, new_clients: Sequence[ClientRecord]) -> None:
+    @property
+    def _tables(self) -> tuple[Path, ...]:
+        """The files that only grow, in the order in which a checkpoint has their sizes."""
+        return self.rounds_path, self.clients_path, self.scores_path, self.ranks_path
+
+    def save(
+        self,
+        state: RunState,
+        new_clients: Sequence[ClientRecord],
+        new_scores: Sequence[ScoreRecord] = (),
+        new_ranks: Sequence[RankRecord] = (),
+    ) -> None:
         """Append the last round's records, then replace the checkpoint."""
-        sizes = [
-            append_records(self.rounds_path, state.rounds[-1:]),
-            append_records(self.clients_path, new_clients),
-        ]
+        new: tuple[Sequence[BaseModel], ...] = (state.rounds[-1:], new_clients, new_scores, new_ranks)
+        sizes = [append_records(path, records) for path, records in zip(self._tables, new, strict=True)]
         assert state.last_update is not None  # there was a round
         similarity = np.empty((0, 0)) if state.similarity is None else state.similarity.numpy()
+        watched: dict[str, Any] = {
+            f"{_WATCHED}{name}": np.frombuffer(memory, np.uint8) for name, memory in state.watched.items()
+        }
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -143,6 +163,7 @@ class RunFolder:
             csv_sizes=np.array(sizes, dtype=np.int64),
             similarity=similarity,
             memory=np.frombuffer(state.memory, np.uint8),
+            **watched,
         )
         write_atomically(self.checkpoint_path, buffer.getvalue())
 
@@ -152,9 +173,8 @@ class RunFolder:
         Raises:
             ValueError: the CSV files are shorter than when the checkpoint was made, or another version wrote them.
         """
-        files = (self.rounds_path, self.clients_path)
         if not self.checkpoint_path.exists():
-            for path in files:
+            for path in self._tables:
                 path.unlink(missing_ok=True)
             return None
         with np.load(self.checkpoint_path, allow_pickle=False) as arrays:
@@ -163,11 +183,17 @@ class RunFolder:
             )
             sizes = arrays["csv_sizes"].tolist()
             memory = arrays["memory"].tobytes()
-        for path, size in zip(files, sizes, strict=True):
+            names = [name for name in arrays.files if name.startswith(_WATCHED)]
+            watched = {name.removeprefix(_WATCHED): arrays[name].tobytes() for name in names}
+        sizes += [0] * (len(self._tables) - len(sizes))  # a checkpoint of before has two of them
+        for path, size in zip(self._tables, sizes, strict=True):
             found = path.stat().st_size if path.exists() else 0
             if found < size:
                 raise ValueError(f"{path} has {found} bytes, its checkpoint expects at least {size}: cannot resume")
-            os.truncate(path, size)
+            if size:
+                os.truncate(path, size)
+            else:
+                path.unlink(missing_ok=True)
         return RunState(
             params,
             read_records(self.rounds_path, RoundRecord),
@@ -175,6 +201,9 @@ class RunFolder:
             last_update,
             similarity if similarity.numel() else None,
             memory,
+            read_records(self.scores_path, ScoreRecord),
+            read_records(self.ranks_path, RankRecord),
+            watched,
         )
 
     def finish(self, summary: Summary) -> None:

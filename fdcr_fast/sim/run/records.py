@@ -17,6 +17,7 @@ def _undefined(value: object) -> object:
 
 
 OptionalFloat = Annotated[float | None, BeforeValidator(_undefined)]
+OptionalInt = Annotated[int | None, BeforeValidator(_undefined)]
 OptionalText = Annotated[str | None, BeforeValidator(_undefined)]
 
 
@@ -97,6 +98,68 @@ class ClientRecord(BaseModel):
     weight: float
     kept: bool
     reason: str
+
+
+class ScoreRecord(BaseModel):
+    """One row of scores.csv: how a rule that looks on judges one client that has sent something.
+
+    Attributes:
+        round: Counted from 1.
+        rule: Its name.
+        malicious: Whether the client attacked in this round.
+        score: What the rule judges it by, the larger the more suspected; None where it computes none, or has rejected
+            the client.
+        rank: How many clients of the round are suspected more, 0 for the first; None without a score.
+        kept: Whether the rule would have aggregated it.
+        relative_norm: The norm of its update over the median norm of the clients that were not rejected.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    round: int
+    rule: str
+    client: int
+    malicious: bool
+    score: OptionalFloat
+    rank: OptionalInt
+    kept: bool
+    relative_norm: OptionalFloat
+
+
+class RankRecord(BaseModel):
+    """One row of ranks.csv: how a rule that looks on judges the attackers of a round.
+
+    Attributes:
+        round: Counted from 1.
+        rule: Its name.
+        attackers: How many attacked and sent something.
+        true_positive_rate: Share of them that the rule would have dropped or rejected; None where nobody attacked.
+        false_positive_rate: Share of the others.
+        area_under_curve: How often the score of an attacker is above that of another client, equal ones counted half;
+            None without scores.
+        first_rank: The rank of the attacker that is suspected most.
+        last_rank: The rank of the one that is suspected least; one less than the attackers where all come first.
+        sets: How many sets of clients were compared, all minorities; None for a rule that judges no sets, and where
+            there are more than 14 clients.
+        set_rank: How many of them the rule suspects more than the set of the attackers; 0 where that comes first.
+        set_score: The score of the set of the attackers; None for a rule that judges no sets.
+        dropped_score: That of the set that the rule drops; None where it drops nobody.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    round: int
+    rule: str
+    attackers: int
+    true_positive_rate: OptionalFloat
+    false_positive_rate: OptionalFloat
+    area_under_curve: OptionalFloat
+    first_rank: OptionalInt
+    last_rank: OptionalInt
+    sets: OptionalInt
+    set_rank: OptionalInt
+    set_score: OptionalFloat
+    dropped_score: OptionalFloat
 
 
 class Summary(BaseModel):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.run.records import ClientRecord, RoundRecord, Summary
+from fdcr_fast.sim.run.records import ClientRecord, RankRecord, RoundRecord, ScoreRecord, Summary
 
 MOST_COMPARED = 200  # clients whose similarity is kept, which takes time and memory for all pairs
 
@@ -43,6 +43,8 @@ class SimulationResult:
         similarity: Cosine similarity of the importances of the last round's clients, in the order of their records and
             at most ``MOST_COMPARED`` of them, float64 ``[S, S]``; None where they compute no Fishers.
         summary: Means over the last five rounds.
+        scores: How the rules that look on judged each client, in every round.
+        ranks: How they judged the attackers.
     """
 
     config: SimulationConfig
@@ -51,6 +53,8 @@ class SimulationResult:
     clients: tuple[ClientRecord, ...]
     similarity: Tensor | None
     summary: Summary
+    scores: tuple[ScoreRecord, ...] = ()
+    ranks: tuple[RankRecord, ...] = ()
 
 
 @dataclass
@@ -64,6 +68,9 @@ class RunState:
         last_update: What the last round changed in the parameters, ``[P]``; None before the first.
         similarity: Similarity of the clients' importances, ``[S, S]``; after the last round only.
         memory: What the server remembers of its clients, empty for one that remembers nothing.
+        scores: What the rules that look on said of each client in every finished round.
+        ranks: What they said of the attackers.
+        watched: What each of these rules remembers, by name.
     """
 
     params: Tensor
@@ -72,7 +79,19 @@ class RunState:
     last_update: Tensor | None = None
     similarity: Tensor | None = None
     memory: bytes = b""
+    scores: list[ScoreRecord] = field(default_factory=list)
+    ranks: list[RankRecord] = field(default_factory=list)
+    watched: dict[str, bytes] = field(default_factory=dict)
 
     def result(self, config: SimulationConfig, summary: Summary) -> SimulationResult:
         """The outcome of a run that stands here at its end."""
-        return SimulationResult(config, self.params, tuple(self.rounds), tuple(self.clients), self.similarity, summary)
+        return SimulationResult(
+            config,
+            self.params,
+            tuple(self.rounds),
+            tuple(self.clients),
+            self.similarity,
+            summary,
+            tuple(self.scores),
+            tuple(self.ranks),
+        )

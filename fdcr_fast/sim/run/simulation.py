@@ -39,7 +39,8 @@ def simulate(
 
     Args:
         config: What to run.
-        out: New folder for config.yaml, rounds.csv, clients.csv, summary.json, figures and checkpoint.
+        out: New folder for config.yaml, rounds.csv, clients.csv, summary.json, figures and checkpoint, and for
+            scores.csv and ranks.csv where rules look on.
         progress: Called after every client and every round.
         group: Processes that all call this and run it together, the first of which measures and writes; None for this
             one alone. docs/distributed.md tells which bits do not depend on how many they are.
@@ -72,6 +73,7 @@ def resume(out: str | Path, progress: Progress | None = None, group: ProcessGrou
         state = folder.load() or RunState(federation.initial_params, [], [])
         if state.memory:
             federation.rule = federation.rule.with_memory(state.memory)
+        federation.watch.remember(state.watched)
         return _run(federation, state, folder, progress)
 
 
@@ -88,9 +90,12 @@ def _run(
         state.rounds.append(record)
         state.clients.extend(clients)
         state.memory = federation.rule.memory()
+        state.scores.extend(federation.watch.scores)
+        state.ranks.extend(federation.watch.ranks)
+        state.watched = federation.watch.memories()
         state.similarity = federation.similarity
         if folder is not None:
-            folder.save(state, clients)
+            folder.save(state, clients, federation.watch.scores, federation.watch.ranks)
         if progress is not None:
             progress(ProgressEvent(number, config.cohort(), record))
     result = state.result(config, summarize(state.rounds))

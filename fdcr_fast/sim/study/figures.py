@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -13,8 +14,16 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fdcr_fast.sim.run.figures import clients_figure, column, rounds_axis, save_figure, similarity_figure
-from fdcr_fast.sim.study.results import StudyResults
+from fdcr_fast.sim.run.figures import (
+    clients_figure,
+    column,
+    ranks_panel,
+    rounds_axis,
+    save_figure,
+    similarity_figure,
+    watched_rules,
+)
+from fdcr_fast.sim.study.results import FinishedRun, StudyResults
 
 COLUMNS = 3
 
@@ -110,5 +119,29 @@ def rounds_figure(results: StudyResults) -> Figure:
     return figure
 
 
-OF_THE_STUDY: dict[str, Callable[[StudyResults], Figure]] = {"summary": summary_figure, "rounds": rounds_figure}
+def ranks_figure(results: StudyResults) -> Figure:
+    """How the rules that looked on ranked the attackers: a line of panels per setting and seed, side by side the rows.
+
+    See :func:`fdcr_fast.sim.run.figures.ranks_panel`; of runs in which no rule looked on there is nothing.
+    """
+    lines: dict[tuple[str, int], list[tuple[FinishedRun, str]]] = {}
+    for done in results.finished:
+        for rule in watched_rules(done.result):
+            lines.setdefault((done.run.setting, done.run.config.seed), []).append((done, rule))
+    figure, panels = _grid(max(1, len(lines)), max(map(len, lines.values()), default=1), 5, 3)
+    for axes in itertools.chain.from_iterable(panels):
+        axes.set_visible(False)
+    for line, shown in zip(panels, lines.values(), strict=False):  # of nothing there is one panel, which is not shown
+        for axes, (done, rule) in zip(line, shown, strict=False):
+            axes.set_visible(True)
+            ranks_panel(axes, done.result, rule)
+            axes.set_title(f"{done.run.label}: {rule}", fontsize=10)
+    return figure
+
+
+OF_THE_STUDY: dict[str, Callable[[StudyResults], Figure]] = {
+    "summary": summary_figure,
+    "rounds": rounds_figure,
+    "ranks": ranks_figure,
+}
 OF_A_RUN: dict[str, Callable[..., Figure]] = {"clients": clients_figure, "similarity": similarity_figure}

@@ -16,6 +16,7 @@ from fdcr_fast.sim.run.folder import write_atomically
 from fdcr_fast.sim.run.metrics import FINAL_ROUNDS, MEASURES
 from fdcr_fast.sim.run.report import DEAD_MODELS, model_state, percent, problem_lines
 from fdcr_fast.sim.run.result import SimulationResult
+from fdcr_fast.sim.study import ranks
 from fdcr_fast.sim.study.folder import Origin, StudyRunFolder
 from fdcr_fast.sim.study.spec import Row, Run, Study
 
@@ -82,15 +83,26 @@ class StudyResults:
         """The finished runs whose global model had a problem in one of the last rounds."""
         return [done for done in self.finished if done.result.summary.problems]
 
+    @property
+    def watched(self) -> ranks.Runs:
+        """The finished runs in which rules looked on, with their results."""
+        return [(done.run, done.result) for done in self.finished if done.result.ranks]
+
     def seeds(self, setting: str, row: str) -> list[FinishedRun]:
         """The finished runs of one row in one setting."""
         return [done for done in self.finished if (done.run.setting, done.run.row) == (setting, row)]
 
     def write(self, out: Path, command: str) -> None:
-        """Write results.csv and results.md, which tells the command that made them."""
+        """Write results.csv and results.md, which tells the command that made them.
+
+        Where rules looked on, ranks.csv and scores.csv have what they said.
+        """
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "results.csv", self.to_csv().encode())
         write_atomically(out / "results.md", self.to_markdown(command).encode())
+        if self.watched:
+            for name in ranks.TABLES:
+                write_atomically(out / f"{name}.csv", ranks.records_csv(self.watched, name).encode())
 
     def to_csv(self) -> str:
         """One line per run that has finished or failed; shares in [0, 1], an empty cell where undefined.
@@ -133,6 +145,11 @@ class StudyResults:
         for index, setting in enumerate(self.study.settings):
             if setting.name in tried:
                 parts += [f"## {setting.name}" if setting.name else "", self._table(index, setting.name)]
+        if self.watched:
+            parts += ["## Rules that looked on", ranks.LEGEND]
+            for name in dict.fromkeys(run.setting for run, _ in self.watched):
+                of_setting = [(run, result) for run, result in self.watched if run.setting == name]
+                parts += [f"**{name}**" if name else "", ranks.ranks_table(of_setting)]
         untried = [setting.name for setting in self.study.settings if setting.name and setting.name not in tried]
         if untried:
             parts.append(f"Not run yet: {'; '.join(untried)}.")

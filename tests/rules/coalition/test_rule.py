@@ -112,6 +112,32 @@ def test_the_shares_add_up_to_the_score(K, coalition):
     assert math.sqrt(size * (K - size)) * brackets == pytest.approx(reference_score(A, 0.3 * z(c), dropped))
 
 
+def test_sets_are_judged_after_the_round_as_they_were_in_it():
+    rule, reference = CoalitionFDCR(groups=GROUPS), Reference()
+    assert rule.set_scores([0, 1]) is None
+    for seed in range(3):
+        D, F, n = uploads(8, seed, (2, 5, 6))
+        result = kept_by(rule, D, F, n, "tensors")
+        dropped = reference.dropped(D, F)
+        A, c = standard(reference.sums[0]), 0.3 * z(reference.sums[1])
+        order = [3, 7, 0, 1, 2, 6, 4, 5]  # whatever the order in which clients are named
+        sets = [[1], [0, 4, 6], list(range(3))]
+        members = torch.tensor([[k in members for k in range(8)] for members in sets])
+        expected = [reference_score(A, c, [order[k] for k in members]) for members in sets]
+        assert rule.set_scores(order)(members).tolist() == pytest.approx(expected)
+        assert (result.scores > 0).nonzero().flatten().tolist() == dropped
+
+
+def test_a_stored_state_judges_to_the_same_bits():
+    rule = CoalitionFDCR(groups=GROUPS)
+    for seed in range(3):
+        again = rule.with_memory(rule.memory())
+        D, F, n = uploads(9, seed)
+        results = [kept_by(each, D, F, n, "tensors") for each in (rule, again)]
+        assert torch.equal(results[0].scores, results[1].scores)
+        assert torch.equal(rule.state.similarity, rule.state.similarity.T)
+
+
 def test_scales_of_updates_and_fishers_do_not_matter():
     D, F, n = uploads(9, 3, (0, 5))
     scale = np.logspace(-3, 3, 9)[:, None]

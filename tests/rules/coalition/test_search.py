@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fdcr_fast.rules.coalition import search
-from fdcr_fast.rules.coalition.search import Views, find_coalition
+from fdcr_fast.rules.coalition.search import Views, find_coalition, margins, set_scores
 
 
 def symmetric(K):
@@ -45,10 +45,16 @@ def score(views, members):
     return math.sqrt(len(S) * len(R)) * bracket
 
 
+def score_of(views, clients):
+    return score(views, [k in clients for k in range(len(views))])
+
+
+def all_minorities(K):
+    return [S for size in range(1, (K - 1) // 2 + 1) for S in itertools.combinations(range(K), size)]
+
+
 def best_by_trying(views):
-    K = len(views)
-    sets = itertools.chain.from_iterable(itertools.combinations(range(K), s) for s in range(1, (K - 1) // 2 + 1))
-    return max(score(views, [k in members for k in range(K)]) for members in sets)
+    return max(score_of(views, S) for S in all_minorities(len(views)))
 
 
 @pytest.mark.parametrize("K", range(3, 10))
@@ -92,6 +98,43 @@ def test_the_order_of_clients_does_not_matter(monkeypatch, exact):
     views, order = planted_views(11, torch.tensor([2, 3, 7]), 1.0), torch.randperm(11)
     shuffled = Views(views.similarity[order][:, order], views.concentration[order])
     assert torch.equal(find_coalition(views)[0][order], find_coalition(shuffled)[0])
+
+
+def test_sets_have_the_score_of_the_formula():
+    torch.manual_seed(0)
+    views = random_views(20)
+    members = torch.rand(30, 20) < torch.linspace(0.1, 0.8, 30)[:, None]
+    assert 2 <= members.sum(1).min() < members.sum(1).max() <= 18
+    expected = [score(views, row) for row in members.tolist()]
+    assert set_scores(members, views).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("K", [3, 6, 9])
+def test_margins_are_between_the_best_sets_with_and_without_a_client(K):
+    torch.manual_seed(K)
+    views = random_views(K)
+    members, _ = find_coalition(views)
+    found = margins(members, views)
+    for k in range(K):
+        having = max(score_of(views, S) for S in all_minorities(K) if k in S)
+        lacking = max(score_of(views, S) for S in all_minorities(K) if k not in S)
+        assert found[k] == pytest.approx(having - lacking)
+    assert torch.equal(found > 0, members)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_margins_among_many_are_those_of_the_coalition_itself(size):
+    torch.manual_seed(0)
+    views = planted_views(30, torch.randperm(30)[:size], 90.0)
+    members, best = find_coalition(views)
+    S = set(members.nonzero().flatten().tolist())
+    assert len(S) == size
+    found = margins(members, views)
+    for k in range(30):
+        other = S ^ {k}
+        changed = score_of(views, other) if other else 0.0
+        assert found[k] == pytest.approx(best - changed if k in S else changed - best)
+    assert torch.equal(found > 0, members)
 
 
 def test_too_few_clients():

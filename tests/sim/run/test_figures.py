@@ -43,6 +43,6 @@ def test_figures_without_discrepancy_and_with_many_clients() -> None:
     crowd = simulate(tiny_config(server="fedavg", clients=50, min_samples=2, rounds=1, malicious=0))
     discrepancy, weight = clients_figure(crowd).axes
     assert not discrepancy.get_lines()
-    assert "no discrepancy" in discrepancy.texts[0].get_text()
+    assert "no scores" in discrepancy.texts[0].get_text()
     assert len(weight.get_lines()) == 41
     assert not similarity_figure(crowd).axes[0].texts

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     ],
 )
 def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path, server: str, attack: str) -> None:
-    config = tiny_config(rounds=4, threads=1, server=server, **ATTACKS[attack])
+    config = tiny_config(rounds=4, threads=1, server=server, watch=["coalition-fdcr", "fdcr"], **ATTACKS[attack])
     expected = simulate(config)
     kill_in(config, tmp_path, 3, 2)
     assert not (tmp_path / "summary.json").exists()
@@ -74,8 +75,19 @@ def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path, server: str, a
     assert torch.equal(resumed.similarity, expected.similarity)
     assert without_costs(resumed) == without_costs(expected)
     assert resumed.clients == expected.clients
+    assert resumed.scores == expected.scores
+    assert resumed.ranks == expected.ranks
     assert len((tmp_path / "rounds.csv").read_text().splitlines()) == 5
     assert (tmp_path / "summary.json").exists()
+
+
+def test_a_checkpoint_of_before_rules_looked_on_is_resumed(tmp_path: Path) -> None:
+    config = tiny_config(rounds=3, threads=1)
+    kill_in(config, tmp_path, 2, 2)
+    with np.load(tmp_path / "checkpoint.npz") as arrays:
+        kept = {name: arrays[name] for name in arrays.files}
+    np.savez(tmp_path / "checkpoint.npz", **{**kept, "csv_sizes": kept["csv_sizes"][:2]})
+    assert torch.equal(resume(tmp_path).params, simulate(config).params)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:

@@ -396,6 +396,41 @@ def test_tables_agree_on_what_the_paper_reports() -> None:
     assert rows["table3"]["neither"] == rows["table4"]["FedAvg"][:4]
 
 
+def test_what_rules_that_looked_on_said_of_all_runs(tmp_path: Path) -> None:
+    rows = [{"name": "own", "server": "coalition-fdcr"}, {"name": "oracle", "server": "oracle"}]
+    watching = study(
+        base={**TINY["base"], "rounds": 3, "watch": ["coalition-fdcr", "fdcr"]},
+        rows=[*rows, {"name": "blind", "server": "fedavg", "watch": []}],
+        seeds=[3],
+        figures=["ranks"],
+    )
+    execute(watching.runs(), tmp_path / "runs", 2)
+    results = StudyResults.read(watching, watching.runs(), tmp_path / "runs")
+    results.write(tmp_path, "command")
+    write_figures(results, tmp_path)
+    assert (tmp_path / "ranks.png").exists()
+    for name in ("ranks", "scores"):
+        lines = list(csv.DictReader((tmp_path / f"{name}.csv").open()))
+        expected = [
+            {"row": done.run.row, "seed": "3", **{key: "" if value is None else str(value) for key, value in record}}
+            for done in results.finished
+            for record in getattr(done.result, name)
+        ]
+        assert [{key: line[key] for key in expected[0]} for line in lines] == expected
+        assert {line["row"] for line in lines} == {"own", "oracle"}
+    table = [line.split(" | ") for line in (tmp_path / "results.md").read_text().splitlines() if " | 3 | " in line]
+    assert [line[0] for line in table] == ["| own", "| own", "| oracle", "| oracle"]
+    assert [line[2] for line in table] == ["coalition-fdcr", "fdcr"] * 2
+    for line, done in ((table[0], results.finished[0]), (table[2], results.finished[1])):
+        assert line[4] == "rank of 4"
+        said = [str(record.set_rank) for record in done.result.ranks if record.rule == "coalition-fdcr"]
+        assert [cell.rstrip(" |") for cell in line[5:]] == said
+    areas = [record.area_under_curve for record in results.finished[1].result.ranks if record.rule == "fdcr"]
+    assert [cell.rstrip(" |") for cell in table[3][4:]] == ["AUC", *(f"{area:.2f}" for area in areas)]
+    titles = [axes.get_title() for axes in OF_THE_STUDY["ranks"](results).axes if axes.get_title()]
+    assert titles == [f"{row}, seed 3: {rule}" for row in ("own", "oracle") for rule in ("coalition-fdcr", "fdcr")]
+
+
 def test_the_command_runs_a_study_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump({**TINY, "rows": [*TINY["rows"], {"name": "bad", "trigger": "9:0"}]}))
