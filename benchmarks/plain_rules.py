@@ -179,6 +179,19 @@ def fltrust(w: Tensor, D: Tensor, F: Tensor, n: Tensor, f: int) -> Tensor:
     return mean(w, D, trust / trust.sum() * own.norm() / norms)
 
 
+def alignins(w: Tensor, D: Tensor, F: Tensor, n: Tensor, f: int) -> Tensor:
+    norms = D.norm(dim=1)
+    direction = (D @ w / (norms * w.norm())).double()
+    largest, signs = D.abs().topk(int(0.3 * len(w))).indices, D.sign()
+    aligned = (signs.gather(1, largest) == signs.sum(0).sign()[largest]).double().mean(1)
+    kept = _usual(direction) & _usual(aligned)
+    return mean(w, D, kept / kept.sum() * (norms[kept].quantile(0.5) / norms).clamp(max=1))
+
+
+def _usual(x: Tensor) -> Tensor:
+    return (x - x.quantile(0.5)).abs() <= x.std(correction=0) * (1 + 1e-9)
+
+
 def sageflow(w: Tensor, D: Tensor, F: Tensor, n: Tensor, f: int) -> Tensor:
     qualities = [_quality(w + d) for d in D]
     kept = torch.tensor([k / q.loss if q.entropy <= 1 else 0 for k, q in zip(n.tolist(), qualities, strict=True)])
@@ -205,6 +218,7 @@ PLAIN_RULES: dict[str, PlainRule] = {
     "FoolsGold": foolsgold,
     "DnC": divide_and_conquer,
     "FLAME": flame,
+    "AlignIns": alignins,
     "CRFL": crfl,
     "MultiMetrics": multi_metrics,
     "FLTrust": fltrust,

@@ -10,6 +10,7 @@ from fdcr_fast.round.blocks import shard_range
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.coalition.rule import CoalitionFDCR, CoalitionShare
 from fdcr_fast.rules.coalition.state import CoalitionState
+from fdcr_fast.rules.coordinatewise.alignins import AlignIns, Alignment
 from fdcr_fast.rules.coordinatewise.median import CoordinateMedian
 from fdcr_fast.rules.coordinatewise.rlr import RLR
 from fdcr_fast.rules.coordinatewise.trimmed_mean import TrimmedMean
@@ -41,6 +42,8 @@ __all__ = [
     "RLR",
     "AggregationResult",
     "AggregationRule",
+    "AlignIns",
+    "Alignment",
     "BackendStatus",
     "Bulyan",
     "CoalitionFDCR",

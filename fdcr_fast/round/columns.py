@@ -99,10 +99,23 @@ def dot_products(clients: ClientUpdates, vector: Tensor) -> Tensor:
 
 def client_params(global_params: Tensor, clients: ClientUpdates) -> Iterator[Tensor]:
     """``w + delta_k [P]`` of one valid client after the other, in the dtype of the global parameters."""
-    valid = clients.valid.nonzero().flatten()
-    for batch in valid.split(max(1, _MODELS // clients.num_params)):  # rounds in files are read once for so many
-        some = clients.with_valid(torch.zeros_like(clients.valid).index_fill_(0, batch, True))
-        models = global_params.repeat(len(batch), 1)
+    for some in _batches(clients):
+        models = global_params.repeat(some.num_valid, 1)
         for params, updates in column_blocks(some):
             models[:, params] += updates.to(models.dtype)
         yield from models
+
+
+def whole_updates(clients: ClientUpdates, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The updates ``[m, P]`` of a few valid clients after the others, to be written to."""
+    for some in _batches(clients):
+        rows = torch.empty(some.num_valid, clients.num_params, dtype=dtype, device=clients.tiles.device)
+        for params, updates in column_blocks(some):
+            rows[:, params] = updates.to(dtype)
+        yield rows
+
+
+def _batches(clients: ClientUpdates) -> Iterator[ClientUpdates]:
+    """The round with a few of its valid clients after the others: one in a file is read once for so many."""
+    for batch in clients.valid.nonzero().flatten().split(max(1, _MODELS // clients.num_params)):
+        yield clients.with_valid(torch.zeros_like(clients.valid).index_fill_(0, batch, True))

@@ -9,6 +9,7 @@ from typing import Any
 
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.coalition.rule import CoalitionFDCR
+from fdcr_fast.rules.coordinatewise.alignins import AlignIns
 from fdcr_fast.rules.coordinatewise.median import CoordinateMedian
 from fdcr_fast.rules.coordinatewise.rlr import RLR
 from fdcr_fast.rules.coordinatewise.trimmed_mean import TrimmedMean
@@ -72,6 +73,7 @@ RULES = {
     "rlr": NamedRule(RLR),
     "dnc": NamedRule(DnC),
     "flame": NamedRule(FLAME),
+    "alignins": NamedRule(AlignIns),
     "crfl": NamedRule(CRFL),
     "multi-metrics": NamedRule(MultiMetrics),
     "fltrust": NamedRule(FLTrust),

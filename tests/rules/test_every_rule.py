@@ -15,6 +15,7 @@ from fdcr_fast import (
     FLAME,
     RLR,
     AggregationRule,
+    AlignIns,
     DnC,
     FedAvg,
     FoolsGold,
@@ -40,7 +41,7 @@ everyone = pytest.mark.parametrize("name", RULES)
 
 
 # Sums over parameters are formed tile by tile, so that what depends on them is rounded as the tiles are.
-ROUNDED = {"geometric median", "foolsgold", "flame", "fltrust"}
+ROUNDED = {"geometric median", "foolsgold", "flame", "fltrust", "alignins"}
 
 
 def same(result, other, exactly=True):
@@ -124,7 +125,7 @@ def test_clients_that_send_what_cannot_be_used_stop_nobody(name):
     assert result.params.isfinite().all()
     assert not result.kept[7:].any()
     assert (result.labels[7:] == -1).all()
-    if name in ("median", "geometric median", "foolsgold", "fltrust", "multi-metrics", "flame"):
+    if name in ("median", "geometric median", "foolsgold", "fltrust", "multi-metrics", "flame", "alignins"):
         torch.testing.assert_close(result.params, usable.apply(RULES[name]()).params)
     with pytest.raises(ValueError, match="client 7: the update is not finite"):
         given_.apply(RULES[name](), on_invalid="raise")
@@ -196,6 +197,9 @@ def test_what_one_client_counts_for_is_limited(name):
         (CRFL, {"noise": -1}),
         (FLAME, {"noise": math.inf}),
         (FLAME, {"norm_bound": 0.5}),
+        (AlignIns, {"top_share": 0}),
+        (AlignIns, {"direction_radius": 0}),
+        (AlignIns, {"sign_radius": math.inf}),
         (MultiMetrics, {"keep_share": 0}),
         (MultiMetrics, {"max_weight_share": 0}),
         (Sageflow, {"entropy_threshold": 0, "evaluate": quality}),

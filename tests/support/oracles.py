@@ -97,6 +97,25 @@ def model_cosine_distance(w, D):
     return np.array([[1 - a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for b in models] for a in models])
 
 
+def alignins(w, D, share, direction_radius, sign_radius):
+    """Cosines, shares of signs, scores, members and the step; for updates whose absolute values all differ."""
+    count = max(1, int(share * len(w) + 1e-9))
+    principal = np.sign(np.sign(D).sum(0))
+    cosine = np.array([d @ w / (np.linalg.norm(d) * np.linalg.norm(w)) for d in D])
+    signs = np.empty(len(D))
+    for k, d in enumerate(D):
+        largest = sorted(range(len(d)), key=lambda v: -abs(d[v]))[:count]
+        signs[k] = sum(np.sign(d[v]) == principal[v] for v in largest) / count
+    scores = np.zeros(len(D))
+    for values, radius in ((cosine, direction_radius), (signs, sign_radius)):
+        if values.std() > 1e-12:
+            scores = np.maximum(scores, np.abs(values - np.median(values)) / values.std() / radius)
+    members = np.flatnonzero(scores <= 1 + 1e-9)
+    norms = np.linalg.norm(D, axis=1)
+    clipped = [D[k] * min(1, np.median(norms[members]) / norms[k]) for k in members]
+    return cosine, signs, scores, set(members.tolist()), np.mean(clipped, axis=0) if clipped else 0 * w
+
+
 def multi_metrics(w, D):
     """Scores; for regular covariances."""
     models = w + D
