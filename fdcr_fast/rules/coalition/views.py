@@ -68,10 +68,10 @@ class _SharedFisher(TilesView):
 def _similarity(clients: ClientUpdates, mean_fisher: Tensor) -> Tensor:
     """``A [K', K']`` before standardising."""
     # sqrt(F) D with F = sqrt(Pbar), whose scale does not matter, is Pbar^(1/4) D.
-    dtype = torch.float64 if torch.float64 in clients.tiles.dtypes else torch.float32
-    metric = (mean_fisher / _mean_over_params(clients, mean_fisher)).sqrt().to(dtype)
+    precision = "float32" if readings.may_fit_single(clients) else "float64"
+    metric = (mean_fisher / _mean_over_params(clients, mean_fisher)).sqrt().to(getattr(torch, precision))
     shared = replace(clients, tiles=_SharedFisher(clients.tiles, metric))
-    (inner,) = grams(shared, views=[GramView("fisher_update")])
+    (inner,) = grams(shared, views=[GramView("fisher_update")], precision=precision)
     valid = clients.valid
     cosines = _cosines(inner.cpu()[valid][:, valid]).nan_to_num(0.0)
     rows = cosines.mean(0)
