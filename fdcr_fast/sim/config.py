@@ -170,7 +170,9 @@ class SimulationConfig(BaseModel):
     server: Annotated[str, OneOf(*RULES, *INFORMED_BASELINES)] = Field(
         default="fdcr", description="Aggregation rule; oracle is a baseline that is told who is malicious."
     )
-    discrepancy: Annotated[str, OneOf(*SCORES)] = Field(default="mse", description="FDCR: distance to the mean update.")
+    discrepancy: Annotated[str, OneOf(*SCORES)] = Field(
+        default="mse", description="FDCR: how far from the mean update."
+    )
     cluster: Annotated[Annotated[str, OneOf(*CLUSTERINGS)] | None, BeforeValidator(parse_none)] = Field(
         default="finch", description="FDCR: clustering of the discrepancies; none drops nobody."
     )

@@ -51,6 +51,9 @@ RULES = {
     "fdcr": FDCR,
     "fdcr-kmeans": partial(FDCR, cluster="kmeans", discrepancy="l2"),
     "fdcr-plain": partial(FDCR, importance=False, rescale=False),
+    "fdcr-head": partial(
+        FDCR, discrepancy="cosine", parameters="head", groups=ParamGroups((slice(P - 9000, P),), (slice(0, 9),))
+    ),
     "coalition": partial(
         CoalitionFDCR, groups=ParamGroups((slice(P - 9000, P),), (slice(10, 3000), slice(4000, P - 9000)))
     ),

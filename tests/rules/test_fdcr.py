@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdcr_fast import ops
+from fdcr_fast import ParamGroups, ops
 from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS
-from fdcr_fast.rules.fdcr.discrepancy import SCORES
+from fdcr_fast.rules.fdcr.discrepancy import OF_DIRECTIONS, SCORES
 from fdcr_fast.rules.fdcr.rule import FDCR
 from fdcr_fast.rules.fedavg import FedAvg
 from tests.support.fdcr_rounds import Round, assert_is, random_round, transcribed
@@ -95,7 +95,7 @@ def test_every_clustering_drops_an_outlying_group():
     problem.updates[:3] *= 20
     problem.n = [10] * 10
     for cluster in CLUSTERINGS:
-        for discrepancy in SCORES:
+        for discrepancy in sorted(SCORES.keys() - OF_DIRECTIONS):  # the group stands out by its lengths
             rule = FDCR(cluster=cluster, discrepancy=discrepancy, partition="last", importance=False)
             assert problem.aggregate(rule).kept.tolist() == [False] * 3 + [True] * 7
 
@@ -136,7 +136,7 @@ def test_sign_and_learning_rate_decide_nothing(seed, K, P, options):
     rated = problem.aggregate(FDCR(**{**options, "learning_rate": options["learning_rate"] / 8}))
     assert torch.equal(rated.kept, result.kept)
     assert torch.equal(rated.params, result.params)
-    factor = 64 if options["discrepancy"] == "mse" else 8
+    factor = {"mse": 64, "l2": 8, "cosine": 1}[options["discrepancy"]]
     torch.testing.assert_close(rated.discrepancy, factor * result.discrepancy)
 
 
@@ -236,3 +236,89 @@ def test_rules_are_values():
     assert "partition='last'" in repr(FDCR(partition="last"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         FDCR().rescale = False
+
+
+GROUPS = ParamGroups((slice(20, 27),), (slice(2, 9), slice(11, 14)))
+COMPARED = [
+    ("head", [*range(20, 27)]),
+    ("features", [*range(2, 9), *range(11, 14)]),
+    ([(25, 28), (0, 4)], [*range(4), *range(25, 28)]),
+    ((slice(24, None), slice(3)), [*range(3), *range(24, 30)]),
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    K=st.integers(3, 9),
+    options=OPTIONS,
+    compared=st.sampled_from(COMPARED),
+    rejected=st.booleans(),
+    stored=st.booleans(),
+)
+def test_some_of_the_parameters_are_compared_and_all_are_averaged(seed, K, options, compared, rejected, stored):
+    parameters, columns = compared
+    problem = random_round(seed, K, 30, torch.float64)
+    expected = transcribed(problem, compared=columns, **options)
+    rule = FDCR(parameters=parameters, groups=GROUPS, **options)
+    if rejected:
+        nothing = torch.full((1, 30), torch.nan, dtype=torch.float64)
+        problem.updates, problem.fishers = (torch.cat([nothing, x]) for x in (problem.updates, problem.fishers))
+        problem.n = [5, *problem.n]
+        result = problem.aggregate(rule)
+        assert result.scores[0].isnan()
+        assert list(result.rejected) == [0]
+        result = dataclasses.replace(
+            result, **{name: getattr(result, name)[1:] for name in ("scores", "weights", "kept", "labels")}
+        )
+    else:
+        result = rule.aggregate(problem.w, problem.store(tile=7)) if stored else problem.aggregate(rule)
+    assert_is(result, expected)
+
+
+def test_all_parameters_are_the_range_of_all_of_them():
+    problem = random_round(1, 9, 5000)
+    for discrepancy in SCORES:
+        plain, ranged = (
+            problem.aggregate(FDCR(discrepancy=discrepancy, parameters=parameters))
+            for parameters in ("all", [(0, 5000)])
+        )
+        torch.testing.assert_close(ranged.scores, plain.scores, rtol=1e-5, atol=0)
+        assert torch.equal(ranged.kept, plain.kept)
+
+
+def test_lengths_do_not_count_in_the_cosine():
+    problem = random_round(2, 8, 40, torch.float64)
+    problem.updates[1:] = problem.updates[:1]
+    problem.updates[5] *= -3
+    problem.fishers[:] = problem.fishers[:1]
+    problem.n = [10] * 8
+    result = problem.aggregate(FDCR(discrepancy="cosine", cluster="kmeans"))
+    assert result.dropped_clients == [5]
+    assert result.scores.tolist() == pytest.approx([2.0 if k == 5 else 0.0 for k in range(8)])
+    problem.updates[5] = 0
+    still = problem.aggregate(FDCR(discrepancy="cosine", cluster="kmeans"))
+    assert still.scores[5] == 1
+    assert still.dropped_clients == [5]
+
+
+def test_who_agrees_completely_is_kept_whatever_rounding_says():
+    problem = random_round(3, 8, 40, torch.float64)
+    problem.updates[:], problem.fishers[:] = problem.updates[:1].clone(), problem.fishers[:1].clone()
+    for discrepancy in SCORES:
+        result = problem.aggregate(FDCR(discrepancy=discrepancy, parameters=[(3, 20)]))
+        assert result.scores.tolist() == [0] * 8
+        assert result.kept.all()
+
+
+def test_parameters_that_no_model_has():
+    problem = random_round(4, 5, 30)
+    with pytest.raises(ValueError, match=r"parameters='head' takes groups"):
+        problem.aggregate(FDCR(parameters="head"))
+    with pytest.raises(ValueError, match=r"ranges within 30 parameters, got \[3, 31\)"):
+        problem.aggregate(FDCR(parameters=[(3, 31)]))
+    with pytest.raises(ValueError, match="ranges overlap"):
+        problem.aggregate(FDCR(parameters=[(3, 9), (8, 10)]))
+    for wrong in ("tail", [], [(1, 2, 3)], [slice(0, 4, 2)], [(0.5, 2)], 3):
+        with pytest.raises(ValueError, match="parameters must be one of"):
+            FDCR(parameters=wrong)

@@ -120,7 +120,7 @@ def test_the_oracle_drops_exactly_the_attackers() -> None:
 
 def test_options_reach_the_rule() -> None:
     assert build_rule(SimulationConfig(server="fedavg"), frozenset(), GROUPS) == FedAvg()
-    assert build_rule(SimulationConfig(lr=0.1), frozenset(), GROUPS) == FDCR(learning_rate=0.1)
+    assert build_rule(SimulationConfig(lr=0.1), frozenset(), GROUPS) == FDCR(learning_rate=0.1, groups=GROUPS)
     options = {
         "discrepancy": "l2",
         "cluster": None,
@@ -129,7 +129,9 @@ def test_options_reach_the_rule() -> None:
         "importance": False,
         "norm_bound": None,
     }
-    assert build_rule(SimulationConfig(**options), frozenset(), GROUPS) == FDCR(learning_rate=0.01, **options)
+    assert build_rule(SimulationConfig(**options), frozenset(), GROUPS) == FDCR(
+        learning_rate=0.01, groups=GROUPS, **options
+    )
     coalition = SimulationConfig(server="coalition-fdcr", gate=True, norm_bound=7)
     assert build_rule(coalition, frozenset(), GROUPS) == CoalitionFDCR(groups=GROUPS, gate=True, norm_bound=7)
     assert rule_of(SimulationConfig(server="norm-clipping")) == FedAvg(clip="median")
@@ -144,7 +146,7 @@ def test_options_reach_the_rule() -> None:
 def test_rules_that_look_on_are_made_as_servers_are() -> None:
     config = SimulationConfig(lr=0.1, discrepancy="l2", watch="{fdcr: {cluster: kmeans}, krum, coalition-fdcr}")
     assert config.watched(GROUPS) == {
-        "fdcr": FDCR(learning_rate=0.1, discrepancy="l2", cluster="kmeans"),
+        "fdcr": FDCR(learning_rate=0.1, discrepancy="l2", cluster="kmeans", groups=GROUPS),
         "krum": Krum(num_byzantine=3),
         "coalition-fdcr": CoalitionFDCR(groups=GROUPS),
     }
@@ -177,8 +179,10 @@ def test_rules_say_what_they_need_of_a_server() -> None:
 def test_all_options_of_a_rule_can_be_set_and_go_before_other_settings() -> None:
     options: dict[str, Any] = {"cluster": "dbscan", "eps": 0.25, "min_samples": 3, "max_weight_share": 0.4}
     assert rule_of(SimulationConfig(cluster="kmeans", min_samples=7, server_options=options)) == FDCR(
-        learning_rate=0.01, **options
+        learning_rate=0.01, groups=GROUPS, **options
     )
+    head = SimulationConfig(discrepancy="cosine", server_options="{parameters: head}")
+    assert rule_of(head) == FDCR(learning_rate=0.01, discrepancy="cosine", parameters="head", groups=GROUPS)
     clipped = SimulationConfig(server="norm-clipping", server_options={"clip": 2.5, "norm_bound": 50})
     assert rule_of(clipped) == FedAvg(clip=2.5, norm_bound=50)
     assert rule_of(SimulationConfig(server="krum", server_options={"num_byzantine": 0.2})) == Krum(num_byzantine=0.2)

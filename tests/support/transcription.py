@@ -74,6 +74,7 @@ def fdcr(
     rescale=True,
     importance=True,
     learning_rate=1.0,
+    compared=None,
 ):
     """Algorithm 1: new parameters, V, kept clients, labels, weights; equation numbers as in the paper."""
     K, P = len(updates), len(w)
@@ -83,8 +84,14 @@ def fdcr(
     factor = I if importance else [[1.0] * P] * K
     u_k = [[delta[k][v] / learning_rate * factor[k][v] for v in range(P)] for k in range(K)]  # 7, 8
     u = [math.fsum(alpha[k] * u_k[k][v] for k in range(K)) for v in range(P)]  # 9a
-    S = [math.fsum((u[v] - u_k[k][v]) ** 2 for v in range(P)) for k in range(K)]
-    V = np.array([s / P if discrepancy == "mse" else math.sqrt(s) for s in S])  # 9b
+    some = range(P) if compared is None else compared  # the paper compares all parameters
+    S = [math.fsum((u[v] - u_k[k][v]) ** 2 for v in some) for k in range(K)]
+    if discrepancy == "cosine":  # not in the paper
+        a = np.array(u)[some]
+        cosines = [a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for b in np.array(u_k)[:, some]]
+        V = 1 - np.round(cosines, 12)  # as it is decided what are the same directions
+    else:
+        V = np.array([s / len(some) if discrepancy == "mse" else math.sqrt(s) for s in S])  # 9b
     if cluster is None:
         labels = np.zeros(K, dtype=np.int64)
     else:

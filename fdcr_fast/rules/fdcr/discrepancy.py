@@ -5,14 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 
-def mean_square(squared_distance: Any, num_params: int) -> Any:
+def mean_square(squared_distance: Any, num_params: int, learning_rate: float) -> Any:
     """``V_k = S_k / P``, the paper's eq. 9b."""
-    return squared_distance / num_params
+    return squared_distance / learning_rate**2 / num_params
 
 
-def euclidean(squared_distance: Any, num_params: int) -> Any:
+def euclidean(squared_distance: Any, num_params: int, learning_rate: float) -> Any:
     """``V_k = sqrt(S_k)``, the distance that the authors' published code takes."""
-    return squared_distance**0.5
+    return (squared_distance / learning_rate**2) ** 0.5
 
 
-SCORES = {"mse": mean_square, "l2": euclidean}
+def cosine(squared_distance: Any, num_params: int, learning_rate: float) -> Any:
+    """``V_k = 1 - cos(u_k, u)``, from the ``S_k`` of directions, which have length 1 at any learning rate."""
+    return squared_distance / 2
+
+
+SCORES = {"mse": mean_square, "l2": euclidean, "cosine": cosine}
+OF_DIRECTIONS = frozenset({"cosine"})  # those that are given the distances of directions

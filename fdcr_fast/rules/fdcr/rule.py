@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor
@@ -14,8 +14,11 @@ from fdcr_fast.round.screening import require_finite
 from fdcr_fast.round.vectors import arrays, fetch, sent, tensors
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS, check_density, check_partition
-from fdcr_fast.rules.fdcr.discrepancy import SCORES
+from fdcr_fast.rules.fdcr.compared import check_parameters, ranges_of, squared_distances
+from fdcr_fast.rules.fdcr.discrepancy import OF_DIRECTIONS, SCORES
 from fdcr_fast.rules.foreseen import Read, all_pass, foreseen, foreseen_outcome
+from fdcr_fast.rules.pairwise.gram import Ranges
+from fdcr_fast.rules.param_groups import ParamGroups
 from fdcr_fast.rules.result import Outcome, Selection
 from fdcr_fast.rules.server_options import ServerOptions
 
@@ -33,7 +36,12 @@ class FDCR(AggregationRule):
 
     Args:
         discrepancy: ``"mse"``, the paper's mean square, or ``"l2"``, the distance of the authors' code. Both
-            order clients alike, but their gaps, and with them the clusters, differ.
+            order clients alike, but their gaps, and with them the clusters, differ. ``"cosine"`` is ``1 - cos(u_k,
+            u)``, in which lengths do not count (not in the paper).
+        parameters: Over which parameters clients are compared: ``"all"``, as in the paper, ``"head"`` or ``"features"``
+            of the ``groups``, or ranges, slices or pairs ``(start, stop)``, such as ``[layout.slices[name] for name in
+            names]``. Importances are those of the whole model, and all parameters are averaged.
+        groups: Which parameters are the head and the features; needed by their names alone.
         cluster: ``"finch"``, ``"kmeans"``, ``"dbscan"``, or None to drop nobody (the ablation without
             clustering).
         partition: Partition of FINCH, ``"first" | "last" | int``; see :func:`fdcr_fast.rules.fdcr.clustering.finch`.
@@ -57,7 +65,8 @@ class FDCR(AggregationRule):
     ``V`` and the new parameters are computed in one reading of the clients: a sample of the parameters tells who will
     probably be kept, and only if the exact ``V`` disagrees are the parameters computed in a second reading. The result
     is the same either way, to the last bit. Where the updates leave room, products are formed in float32, in float64
-    if that would not give ``V`` to 1e-6.
+    if that would not give ``V`` to 1e-6. With ``"cosine"`` or with some of the parameters ``V`` follows from the Gram
+    matrix of the clients over those parameters, in float64, and the mean takes a reading of its own.
 
     Raises:
         ValueError: an option has a value that it cannot have.
@@ -65,6 +74,8 @@ class FDCR(AggregationRule):
 
     sharded = True
     discrepancy: str = "mse"
+    parameters: str | Ranges = field(default="all", hash=False)  # slices have no hash before Python 3.12
+    groups: ParamGroups | None = field(default=None, hash=False)
     cluster: str | None = "finch"
     partition: str | int = "first"
     rescale: bool = True
@@ -81,6 +92,7 @@ class FDCR(AggregationRule):
             raise ValueError(f"discrepancy must be one of {sorted(SCORES)}, got {self.discrepancy!r}")
         if self.cluster is not None and self.cluster not in CLUSTERINGS:
             raise ValueError(f"cluster must be None or one of {sorted(CLUSTERINGS)}, got {self.cluster!r}")
+        check_parameters(self.parameters)
         check_partition(self.partition)
         check_density(self.eps, self.min_samples)
         if not 0 < self.learning_rate < math.inf:
@@ -88,25 +100,41 @@ class FDCR(AggregationRule):
 
     @classmethod
     def from_options(cls, options: ServerOptions) -> FDCR:
-        """The rule that reports discrepancies in the scale of the clients' learning rate."""
-        return cls(learning_rate=options.learning_rate)
+        """The rule that knows the model's head, and reports ``V`` in the scale of the clients' learning rate."""
+        return cls(learning_rate=options.learning_rate, groups=options.groups)
+
+    @property
+    def _compares_pairs(self) -> bool:
+        """Whether ``V`` follows from inner products, not from one reading of all parameters."""
+        return self.discrepancy in OF_DIRECTIONS or self.parameters != "all"
 
     def select(self, clients: ClientUpdates) -> Selection:
         """Cluster the discrepancies and drop the cluster with the largest mean."""
         on = clients.on_device()
         alpha = self.shares(on, on.valid)
+        if self._compares_pairs:
+            ranges, directions = self._ranges(clients), self.discrepancy in OF_DIRECTIONS
+            distance = squared_distances(on, alpha, ranges, reweight=self.importance, directions=directions)
+            return cast(Selection, _fetched(self.decide(distance, on))[0])
         for single in (True, False) if readings.fits_single(clients) else (False,):
             scores = readings.scores(on, alpha, reweight=self.importance, single=single)
             if not single or readings.trusted(scores, on, alpha):
                 break
         return cast(Selection, _fetched(self.decide(scores.distance, on))[0])
 
+    def _ranges(self, clients: ClientUpdates) -> list[slice]:
+        return ranges_of(self.parameters, self.groups, clients.num_params)
+
     def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
         """The norms of a round that nobody has read come from the one reading, if nobody seems to be rejected."""
-        known = _OneReading(self, global_params).foreseen(clients) if clients.unread else None
+        known = None
+        if clients.unread and not self._compares_pairs:
+            known = _OneReading(self, global_params).foreseen(clients)
         return super()._measured(global_params, clients) if known is None else known
 
     def _outcome(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
+        if self._compares_pairs:
+            return super()._outcome(global_params, clients)
         outcome = foreseen_outcome(clients)
         if outcome is None:
             outcome, _ = _OneReading(self, global_params).of(clients, readings.fits_single(clients))
@@ -118,13 +146,14 @@ class FDCR(AggregationRule):
         # As an array: NumPy takes a tensor of one number for a number.
         rows = slice(None) if clients.rows is None else arrays(clients.rows)[1]
         score, labels = SCORES[self.discrepancy], xp.zeros_like(valid, dtype=xp.int64)
+        size = sum(part.stop - part.start for part in self._ranges(clients))
         if self.cluster is not None:
-            scores = score(S[rows], clients.num_params)
+            scores = score(S[rows], size, 1.0)
             high = scores.max()
             apart = high - scores.min() > _ROUNDING * high
             labels[rows] = CLUSTERINGS[self.cluster](xp.where(apart, scores, 0.0), self)
         kept = valid & ((labels < labels.max()) | (labels == 0))
-        kept, V, labels = tensors(kept, score(S / self.learning_rate**2, clients.num_params), labels)
+        kept, V, labels = tensors(kept, score(S, size, self.learning_rate), labels)
         return Selection(kept, V, labels)
 
 
