@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fdcr_fast.round import readings
 from fdcr_fast.round.blocks import cut
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.tiles import Span
@@ -35,24 +36,17 @@ def column_blocks(clients: ClientUpdates) -> Iterator[Columns]:
         yield from _columns(clients, span)
 
 
-def column_sums(
-    clients: ClientUpdates, term: Callable[[Columns], Tensor], *size: int, ranges: Iterable[slice] | None = None
-) -> Tensor:
+def column_sums(clients: ClientUpdates, term: Callable[[Columns], Tensor], *size: int) -> Tensor:
     """Sums over parameters of numbers of each valid client, float64 ``[*size, n]``, where the rows are.
 
     Args:
         clients: The round.
         term: The sums over a block of parameters, whose updates are float64.
         size: Number of sums of a client, in one or several dimensions.
-        ranges: The model's parameters that are summed over; None for all.
     """
-    here = None
-    if ranges is not None:
-        shift = clients.shard.first
-        here = [slice(part.start - shift, part.stop - shift) for part in _merged(ranges)]
 
     def read(span: Span, total: Tensor) -> Tensor:
-        for params, updates in _columns(clients, span, here):
+        for params, updates in _columns(clients, span):
             total = total + term(Columns(params, updates.double()))
         return total
 
@@ -60,30 +54,16 @@ def column_sums(
     return clients.sum(zeros, read)
 
 
-def _merged(ranges: Iterable[slice]) -> list[slice]:
-    """The ranges in order; those that follow each other, such as weight and bias, are one."""
-    merged: list[slice] = []
-    for part in sorted(ranges, key=lambda part: part.start):
-        if merged and merged[-1].stop == part.start:
-            part = slice(merged.pop().start, part.stop)
-        merged.append(part)
-    return merged
-
-
-def _columns(clients: ClientUpdates, span: Span, ranges: Sequence[slice] | None = None) -> Iterator[Columns]:
-    """What a span holds of the ranges, in blocks of bounded size: whole tiles, joined, or a part of one."""
+def _columns(clients: ClientUpdates, span: Span) -> Iterator[Columns]:
+    """What a span holds, in blocks of bounded size: whole tiles, joined, or a part of one."""
     valid = None if clients.rows is None else sent(clients.rows, clients.tiles.device)
     length = span.updates.shape[2]
     width = max(1, _BLOCK // clients.num_valid)
     width -= width % min(width, length)
-    stops = [*range(span.first + width, span.first + span.num_params, width)]
-    if ranges is not None:
-        stops = sorted({*stops, *(stop for part in ranges for stop in (part.start, part.stop))})
-    for block in cut(span, stops):
-        if ranges is None or any(part.start <= block.first < part.stop for part in ranges):
-            rows = block.updates if valid is None else block.updates.index_select(1, valid)
-            joined = rows.transpose(0, 1).flatten(1)
-            yield Columns(slice(block.first, block.first + block.num_params), joined[:, : block.num_params])
+    for block in cut(span, [*range(span.first + width, span.first + span.num_params, width)]):
+        rows = block.updates if valid is None else block.updates.index_select(1, valid)
+        joined = rows.transpose(0, 1).flatten(1)
+        yield Columns(slice(block.first, block.first + block.num_params), joined[:, : block.num_params])
 
 
 def squared_length(vector: Tensor) -> Tensor:
@@ -94,7 +74,8 @@ def squared_length(vector: Tensor) -> Tensor:
 
 def dot_products(clients: ClientUpdates, vector: Tensor) -> Tensor:
     """``<delta_k, vector>`` of the valid clients with a vector ``[P]``, float64 ``[n]``."""
-    return column_sums(clients, lambda columns: columns.updates @ vector[columns.params].double()).cpu()
+    along, _ = readings.moments(clients, vector.double().contiguous(), squares=False)
+    return clients.of_valid(along.cpu())
 
 
 def client_params(global_params: Tensor, clients: ClientUpdates) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +88,38 @@ def squared_norms(clients: ClientUpdates) -> Tensor:
     """One reading for the squared norms of the updates, float64 ``[K]``, of clients that are not valid too."""
     zeros = torch.zeros(len(clients.clients), dtype=torch.float64, device=clients.tiles.device)
     return clients.sum(zeros, lambda span, total: total + ops.squared_norm(span.updates, span.num_params))
+
+
+def moments(
+    clients: ClientUpdates, factors: Tensor | None = None, *, ranges: Iterable[slice] | None = None, squares: bool
+) -> Tensor:
+    """One reading for weighted sums of every client, and sums of squares, float64 ``[2, K]``, NaN where not valid.
+
+    Args:
+        clients: The round, with its vectors on the CPU.
+        factors: Factors ``[P]`` of the parameters that are here, float64; None for ones.
+        ranges: The model's parameters that are summed over; None for all.
+        squares: Whether updates are squared; see :func:`fdcr_fast.ops.moments`.
+    """
+    bounds = torch.tensor([[part.start, part.stop] for part in _merged(ranges or [slice(0, clients.num_params)])])
+
+    def read(span: Span, totals: Tensor) -> Tensor:
+        own = None if factors is None else factors[span.first : span.first + span.num_params]
+        chosen = clients.shard.within(bounds, span)
+        return ops.moments(span.updates, own, clients.valid, chosen, totals, span.num_params, squares)
+
+    zeros = torch.zeros(2, len(clients.clients), dtype=torch.float64, device=clients.tiles.device)
+    return clients.sum(zeros, read)
+
+
+def _merged(ranges: Iterable[slice]) -> list[slice]:
+    """The ranges in order; those that follow each other, such as weight and bias, are one."""
+    merged: list[slice] = []
+    for part in sorted(ranges, key=lambda part: part.start):
+        if merged and merged[-1].stop == part.start:
+            part = slice(merged.pop().start, part.stop)
+        merged.append(part)
+    return merged
 
 
 def measured(clients: ClientUpdates) -> ClientUpdates:

@@ -18,6 +18,11 @@ class Shard:
         """``P`` of the model, of whose parameters so many are here."""
         return here
 
+    def within(self, ranges: Tensor, span: Span) -> Tensor:
+        """The part of the model's ranges ``[R, 2]`` that lies in a span, counted from the span's first parameter."""
+        bounds = (ranges - self.first - span.first).clamp(0, span.num_params)
+        return bounds[bounds[:, 0] < bounds[:, 1]]
+
     def sum(self, spans: Iterator[Span], zeros: Tensor, read: Callable[[Span, Tensor], Tensor]) -> Tensor:
         """A sum over all parameters; ``read`` returns what it is given plus that over a span."""
         total = zeros

@@ -135,10 +135,7 @@ class SimulationConfig(BaseModel):
         default="plain", description="How malicious clients train."
     )
     attacker_alpha: float = Field(
-        default=0.7,
-        ge=0,
-        le=1,
-        description="constrain-l2, constrain-cosine: weight of the class loss; the rest is that of the anomaly.",
+        default=0.7, ge=0, le=1, description="constrain-l2 and -cosine: weight of the class loss, beside the anomaly's."
     )
     attacker_mask: float = Field(
         default=0.05, ge=0, lt=1, description="neurotoxin: share of coordinates, most changed last round, left alone."

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from fdcr_fast.round import readings
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.columns import Columns, column_sums
 from fdcr_fast.round.tiles import Span
 from fdcr_fast.round.tiles_view import TilesView
 from fdcr_fast.round.vectors import sent
@@ -100,7 +99,7 @@ class _FishersAlone(TilesView):
 def _mean_fisher(clients: ClientUpdates) -> Tensor:
     """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum; float64, of the parameters here."""
     fishers = replace(clients, tiles=_FishersAlone(clients.tiles))
-    total = column_sums(fishers, lambda columns: columns.updates.sum(1)).cpu()
+    total = clients.of_valid(readings.moments(fishers, squares=False)[0].cpu())
     weights = of_all(clients, 1 / (len(total) * total))
     device = clients.tiles.device
     nothing = torch.zeros(clients.tiles.num_params, dtype=torch.float64, device=device)
@@ -114,23 +113,15 @@ def _mean_over_params(clients: ClientUpdates, vector: Tensor) -> Tensor:
 
 def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor) -> Tensor:
     """``r_k``: how important the parameters of the head are that a client changes."""
-
-    def terms(columns: Columns) -> Tensor:
-        squares = columns.updates.square()
-        return torch.stack([squares @ mean_fisher[columns.params], squares.sum(1)])
-
-    weighted, plain = column_sums(clients, terms, 2, ranges=groups.head)
-    return torch.log(weighted / plain).cpu()
+    weighted, plain = (
+        readings.moments(clients, factors, ranges=groups.head, squares=True)[0] for factors in (mean_fisher, None)
+    )
+    return clients.of_valid(torch.log(weighted / plain).cpu())
 
 
 def _kurtosis(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor, regularisation: float) -> Tensor:
     """``kappa_k``: how much a client's update concentrates on unimportant features."""
     floor = regularisation * _mean_over_params(clients, mean_fisher)
     size = sum(group.stop - group.start for group in groups.features)
-
-    def terms(columns: Columns) -> Tensor:
-        q = columns.updates.square().div_(mean_fisher[columns.params] + floor)
-        return torch.stack([q.sum(1), q.square_().sum(1)])
-
-    first, second = column_sums(clients, terms, 2, ranges=groups.features)
-    return torch.log((second / size) / (first / size) ** 2).cpu()
+    first, second = readings.moments(clients, 1 / (mean_fisher + floor), ranges=groups.features, squares=True)
+    return clients.of_valid(torch.log((second / size) / (first / size) ** 2).cpu())

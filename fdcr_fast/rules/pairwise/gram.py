@@ -230,7 +230,7 @@ def _grams(clients: _Clients, transforms: Sequence[str], ranges: Sequence[Tensor
             clients.high,
             clients.valid,
             transforms,
-            [_within(bounds, clients.shard, span) for bounds in ranges],
+            [clients.shard.within(bounds, span) for bounds in ranges],
             total,
             span.num_params,
             precision == "float32",
@@ -260,9 +260,3 @@ def _pair(given: slice | tuple[int, int], num_params: int) -> tuple[int, int]:
     if not 0 <= start <= stop <= num_params:
         raise ValueError(f"expected ranges within {num_params} parameters, got [{start}, {stop})")
     return start, stop
-
-
-def _within(ranges: Tensor, shard: Shard, span: Span) -> Tensor:
-    """The part of the ranges that lies in the span of a shard, counted from the span's first parameter."""
-    bounds = (ranges - shard.first - span.first).clamp(0, span.num_params)
-    return bounds[bounds[:, 0] < bounds[:, 1]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.columns import Columns, column_sums, squared_length
+from fdcr_fast.round.columns import column_sums, dot_products, squared_length
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.valid_clients import chosen, of_all
@@ -56,12 +56,8 @@ class MultiMetrics(AggregationRule):
 def _metrics(global_params: Tensor, clients: ClientUpdates) -> Tensor:
     """Manhattan and Euclidean distance and cosine to the global parameters, float64 ``[n, 3]``."""
     squared_norm = clients.of_valid(clients.squared_norm)
-
-    def terms(columns: Columns) -> Tensor:
-        along = columns.updates @ global_params[columns.params].double()
-        return torch.stack([columns.updates.abs().sum(1), along])
-
-    manhattan, along = column_sums(clients, terms, 2).cpu()
+    manhattan = column_sums(clients, lambda columns: columns.updates.abs().sum(1)).cpu()
+    along = dot_products(clients, global_params)
     size = clients.shard.sum_vector(global_params, squared_length).sqrt().cpu()
     length = size * (size.square() + 2 * along + squared_norm).clamp(min=0).sqrt()
     cosine = torch.where(length > 0, (size.square() + along) / length, 0.0)
