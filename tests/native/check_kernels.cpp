@@ -332,6 +332,45 @@ void check_aggregation(const fdcr::Kernels& kernels) {
 }
 
 template <class T>
+void check_moments(const fdcr::Kernels& kernels) {
+  const int64_t K = draw(1, 9), P = draw(1, 9000), L = draw(0, 1) == 0 ? 32 : draw(1, 3) * P / 2 + 1,
+                tiles = (P + L - 1) / L;
+  const std::vector<T> values = numbers<T>(tiles * K * L);
+  const std::vector<double> factors = numbers<double>(P);
+  const int64_t start = draw(0, P), stop = draw(start, P);
+  const fdcr::ParamRange ranges[] = {{0, start / 2}, {start, stop}};
+  fdcr::MomentsProblem p;
+  p.params = P;
+  p.values = {source(values), L, K * L, L, 1};
+  p.factors = draw(0, 1) == 0 ? nullptr : factors.data();
+  p.squares = draw(0, 1) == 1;
+  std::vector<int64_t> rows;
+  for (int64_t k = 0; k < K; ++k)
+    if (k == 0 || draw(0, 4) != 0) rows.push_back(k);
+  p.rows = rows.data();
+  p.row_count = static_cast<int64_t>(rows.size());
+  p.ranges = ranges;
+  p.range_count = 2;
+  std::vector<double> total(2 * rows.size(), 0.5), expected(2 * rows.size(), 0.5), sizes(rows.size(), 1.0);
+  kernels.moments(p, total.data(), pool);
+  for (size_t i = 0; i < rows.size(); ++i)
+    for (int64_t v = 0; v < P; ++v) {
+      if (!(v < start / 2 || (start <= v && v < stop))) continue;
+      double x = static_cast<double>(values[static_cast<size_t>((v / L * K + rows[i]) * L + v % L)]);
+      if (p.squares) x *= x;
+      if (p.factors != nullptr) x *= factors[static_cast<size_t>(v)];
+      expected[i] += x;
+      expected[rows.size() + i] += x * x;
+      sizes[i] += std::abs(x);
+    }
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const size_t j = rows.size() + i;
+    require(std::abs(total[i] - expected[i]) <= 1e-12 * sizes[i], "sums of moments");
+    require(std::abs(total[j] - expected[j]) <= 1e-12 * expected[j], "sums of squares of moments");
+  }
+}
+
+template <class T>
 void check_central_mean(const fdcr::Kernels& kernels) {
   const int64_t K = draw(0, 9) == 0 ? draw(60, 140) : draw(1, 20), P = draw(1, 300),
                 L = draw(1, 3) * P / 2 + 1, tiles = (P + L - 1) / L;
@@ -676,6 +715,8 @@ int main(int argc, char** argv) {
       check_fill_row<double>(*table[i]);
       check_aggregation<float>(*table[i]);
       check_aggregation<double>(*table[i]);
+      check_moments<float>(*table[i]);
+      check_moments<double>(*table[i]);
       check_central_mean<float>(*table[i]);
       check_central_mean<double>(*table[i]);
       check_network(*table[i], round % 50 == 7);
