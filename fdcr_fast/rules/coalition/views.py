@@ -18,6 +18,7 @@ from fdcr_fast.rules.param_groups import ParamGroups
 from fdcr_fast.rules.valid_clients import of_all
 
 _NO_DIRECTION = 1e-6  # squared length beside which a cosine is rounding
+_LEAST_WEIGHT = 1e-30  # of a Fisher, in float32
 
 
 def standardised(matrix: Tensor) -> Tensor:
@@ -100,10 +101,13 @@ def _mean_fisher(clients: ClientUpdates) -> Tensor:
     """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum; float64, of the parameters here."""
     fishers = replace(clients, tiles=_FishersAlone(clients.tiles))
     total = clients.of_valid(readings.moments(fishers, squares=False)[0].cpu())
-    weights = of_all(clients, 1 / (len(total) * total))
+    weights = 1 / (len(total) * total)
+    # As products of float32 are far from its limits: the scale of a Fisher is a client's to choose.
+    single = readings.fits_single(clients) and bool((weights > _LEAST_WEIGHT).all())
     device = clients.tiles.device
     nothing = torch.zeros(clients.tiles.num_params, dtype=torch.float64, device=device)
-    return readings.mean(nothing, fishers.on_device(), sent(weights, device), rescale=False, single=False)
+    on = sent(of_all(clients, weights), device)
+    return readings.mean(nothing, fishers.on_device(), on, rescale=False, single=single)
 
 
 def _mean_over_params(clients: ClientUpdates, vector: Tensor) -> Tensor:
