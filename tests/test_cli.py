@@ -19,6 +19,7 @@ import fdcr_fast
 from fdcr_fast import __main__, cli
 from fdcr_fast.sim import ProgressEvent, SimulationConfig, SimulationResult, simulate
 from fdcr_fast.sim.run import figures
+from fdcr_fast.sim.study import Study
 
 SMALL = {"max_train_samples": 240, "max_test_samples": 60, "clients": 4, "rounds": 2, "local_epochs": 1}
 TINY = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -141,14 +142,18 @@ def test_unknown_settings_of_a_file_are_named(tmp_path: Path) -> None:
     ]
 
 
-def test_demo_compares_the_four_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_compares_the_settings_of_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {name: config.model_copy(update=SMALL) for name, config in cli.DEMO_RUNS.items()}
     assert {(c.server, c.attacker_fisher) for c in runs.values()} == {
         ("fedavg", "honest"),
         ("fdcr", "honest"),
         ("fdcr", "random"),
+        ("coalition-fdcr", "honest"),
         ("oracle", "honest"),
     }
+    study = Path(__file__).parents[1] / "docs" / "studies" / "digits.yaml"
+    if study.exists():  # in a checkout
+        assert cli.DEMO in [run.config for run in Study.from_yaml(study.read_text()).runs()]
     assert len({c.model_copy(update={"server": "", "attacker_fisher": ""}).to_yaml() for c in runs.values()}) == 1
     monkeypatch.setattr(cli, "DEMO_RUNS", runs)
     result = invoke("demo", "--out", str(tmp_path / "demo"))
