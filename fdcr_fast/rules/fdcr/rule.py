@@ -146,7 +146,9 @@ class FDCR(AggregationRule):
         # As an array: NumPy takes a tensor of one number for a number.
         rows = slice(None) if clients.rows is None else arrays(clients.rows)[1]
         score, labels = SCORES[self.discrepancy], xp.zeros_like(valid, dtype=xp.int64)
-        size = sum(part.stop - part.start for part in self._ranges(clients))
+        size = clients.num_params
+        if self.parameters != "all":
+            size = sum(part.stop - part.start for part in self._ranges(clients))
         if self.cluster is not None:
             scores = score(S[rows], size, 1.0)
             high = scores.max()
