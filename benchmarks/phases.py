@@ -17,7 +17,6 @@ from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules import base
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.coalition import rule as coalition_rule
-from fdcr_fast.rules.coalition import views as coalition_views
 from fdcr_fast.rules.pairwise import flame
 from fdcr_fast.rules.pairwise import gram as pairwise_gram
 
@@ -36,8 +35,8 @@ POINTS: tuple[tuple[str, Any, str], ...] = (
     ("scores", readings, "scores"),
     ("mean", readings, "mean"),
     ("Gram", pairwise_gram, "_grams"),
-    ("column sums", columns, "column_sums"),
-    ("column sums", coalition_views, "column_sums"),
+    ("sums over parameters", columns, "column_sums"),
+    ("sums over parameters", readings, "moments"),
     ("search", coalition_rule, "find_coalition"),
     ("noise", flame, "with_noise"),
     ("central mean", readings, "central_mean"),

@@ -80,7 +80,7 @@ _PLACES = {
     "server.pinned": "store.pinned_rows",
     "server.randomness": "rules.randomness",
     "server.row_writer": "store.row_writer",
-    "server.rows": "store.rows store.attendance store.memory_rows store.memory",
+    "server.rows": "store.rows store.attendance store.memory_rows memory",
     "server.rules": "rules.base rules.result round.screening",
     "server.scores": "rules.fdcr.discrepancy",
     "server.sharded": "distributed.param_shard",
