@@ -72,11 +72,10 @@ def discrepancy(
     Returns:
         ``totals + (S_1, ..., S_K, N_1, ..., N_K, sum_v u_v^2)``.
     """
-    clients = len(alpha)
-    read = alpha != 0
-    distance, norm = alpha.new_full((2, clients), torch.nan)
-    distance[read] = norm[read] = 0.0
-    mean_square = alpha.new_zeros(1)
+    clients, read = len(alpha), alpha != 0
+    result = totals.clone()  # to which tile after tile is added, so that spans give the bits of one reading
+    distance, norm, mean_square = result[:clients], result[clients:-1], result[-1:]
+    distance[~read] = norm[~read] = torch.nan
     for block, tile in column_blocks(updates, num_params):
         u = block[read].double()
         norm[read] += u.square().sum(1)
@@ -85,7 +84,7 @@ def discrepancy(
         mean = alpha[read] @ u
         mean_square += mean.square().sum()
         distance[read] += (mean - u).square_().sum(1)
-    return totals + torch.cat([distance, norm, mean_square])
+    return result
 
 
 def check_global(global_params: Tensor) -> None:
