@@ -103,7 +103,8 @@ def moments(
     """Sums over some parameters of weighted entries of every client, and of their squares, in float64.
 
     ``total[0, k] + sum_v x_kv`` and ``total[1, k] + sum_v x_kv^2``, with ``x_kv = factors_v values_kv``, or with
-    ``squares`` ``x_kv = factors_v values_kv^2``.
+    ``squares`` ``x_kv = factors_v values_kv^2``. The CPU kernels give a round the same bits if it comes in spans of a
+    multiple of ``max(1, STRETCH // L)`` tiles.
 
     Args:
         values: Tiled client matrix ``[T, K, L]``.

@@ -73,6 +73,22 @@ def test_same_bits_for_any_number_of_threads(compiled, tile):
     assert all(torch.equal(r, results[0]) for r in results[1:])
 
 
+@pytest.mark.parametrize("tile", [32, 700, 5000])
+def test_same_bits_however_stretches_are_cut(compiled, tile):
+    K, tiles = 4, 3 * max(1, ops.STRETCH // tile) + 1
+    P = tiles * tile - 3
+    values, factors = torch.randn(tiles, K, tile), torch.rand(P, dtype=F64)
+    everybody, zeros = torch.ones(K, dtype=torch.bool), torch.zeros(2, K, dtype=F64)
+    once = compiled("moments")(values, factors, everybody, torch.tensor([[7, P - 9]]), zeros, P, True)
+    sums, step = zeros, 2 * max(1, ops.STRETCH // tile)
+    for first in range(0, tiles, step):
+        start, stop = first * tile, min((first + step) * tile, P)
+        bounds = (torch.tensor([[7, P - 9]]) - start).clamp(0, stop - start)
+        part = values[first : first + step], factors[start:stop], everybody, bounds, sums, stop - start, True
+        sums = compiled("moments")(*part)
+    assert torch.equal(sums, once)
+
+
 def test_nobody_and_nothing(implementation):
     values, zeros = torch.ones(1, 3, 10), torch.zeros(2, 3, dtype=F64)
     nobody, nowhere = torch.zeros(3, dtype=torch.bool), torch.empty(0, 2, dtype=torch.int64)
