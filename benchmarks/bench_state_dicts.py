@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import bench_aggregation
 from benchmarks.harness import Report, interleave
+from benchmarks.rounds import require_memory
 from fdcr_fast import FDCR, StateStore, aggregate_state_dicts
 from fdcr_fast.rules.fdcr.clustering import kmeans
 
@@ -94,8 +95,7 @@ def by_vectors(w: State, states: list[State], fishers: list[State], num_samples:
 
 @pytest.mark.parametrize(("K", "P"), SHAPES)
 def test_state_dicts(K, P, seconds):
-    if bench_aggregation.available_bytes() < 6 * 8 * K * P:  # vectors and what is computed from them
-        pytest.skip("not enough memory for the published algorithm")
+    require_memory(6 * 8 * K * P)  # the published algorithm's vectors, and what it computes from them
     w, states, fishers, num_samples = uploads(K, P)
     clients = [*states, *fishers]
     copies = [{name: torch.ones_like(value) for name, value in client.items()} for client in clients]
