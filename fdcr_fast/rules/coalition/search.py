@@ -36,6 +36,11 @@ class Views:
         """Sums of the rows of ``A``."""
         return self.similarity.sum(1)
 
+    @cached_property
+    def minority_scores(self) -> Tensor:
+        """``J`` of all :func:`minorities`, float64 ``[R]``."""
+        return _Sets(minorities(len(self)), self).scores()
+
 
 @dataclass(frozen=True)
 class _Sums:
@@ -138,9 +143,8 @@ def find_coalition(views: Views) -> tuple[Tensor, float]:
     if K < 3:
         raise ValueError(f"a minority takes at least 3 clients, got {K}")
     if K <= _EXACT:
-        sets = _Sets(minorities(K), views)
-        score, best = sets.scores().max(0)
-        return sets.members[best], score.item()
+        score, best = views.minority_scores.max(0)
+        return minorities(K)[best], score.item()
     candidates = [_improved(members, views) for members in _grown(views)]
     return max(candidates, key=lambda found: found[1])
 
@@ -163,10 +167,9 @@ def margins(members: Tensor, views: Views) -> Tensor:
     """
     K = len(views)
     if K <= _EXACT:
-        sets = _Sets(minorities(K), views)
-        scores = sets.scores()[:, None]
-        having = torch.where(sets.members, scores, -torch.inf).amax(0)
-        return having - torch.where(sets.members, -torch.inf, scores).amax(0)
+        inside, scores = minorities(K), views.minority_scores[:, None]
+        having = torch.where(inside, scores, -torch.inf).amax(0)
+        return having - torch.where(inside, -torch.inf, scores).amax(0)
     coalition = _Sets(members[None], views)
     score = coalition.scores()
     return torch.where(members, score - coalition.changed(-1)[0], coalition.changed(+1)[0] - score)
