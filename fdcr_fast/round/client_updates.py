@@ -28,7 +28,7 @@ from fdcr_fast.round.screening import (
 from fdcr_fast.round.shard import WHOLE, Shard
 from fdcr_fast.round.shares import sample_shares
 from fdcr_fast.round.tiles import ClientTiles, MatrixTiles, Span
-from fdcr_fast.round.vectors import fetch, sent
+from fdcr_fast.round.vectors import arrays, fetch, sent
 from fdcr_fast.warning import callers_level
 
 _NARROWEST = 1e-300  # range of a Fisher; float32 has none between this and zero
@@ -144,6 +144,14 @@ class ClientUpdates:
     def num_valid(self) -> int:
         """The number of rows that are not rejected."""
         return len(self.clients) if self.rows is None else len(self.rows)
+
+    @property
+    def valid_rows(self) -> Any:
+        """What picks the valid rows of arrays, or of tensors on a device.
+
+        On the CPU it is no tensor: NumPy takes one of one number for a number.
+        """
+        return slice(None) if self.rows is None else arrays(self.rows)[1]
 
     def of_valid(self, vector: Tensor) -> Tensor:
         """The entries ``[n]`` of a vector ``[K]`` that belong to valid clients."""

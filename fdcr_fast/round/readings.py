@@ -52,7 +52,7 @@ def fits_single(clients: ClientUpdates) -> bool:
     """Whether products of this round stay far from the limits of float32; small rounds are computed in float64."""
     if not may_fit_single(clients):
         return False
-    rows = slice(None) if clients.rows is None else clients.rows.numpy()
+    rows = clients.valid_rows
     largest = math.sqrt(clients.squared_norm.numpy()[rows].max())
     if not _LEAST_RMS * clients.num_params**0.5 <= largest <= _MOST_NORM:
         return False
@@ -65,7 +65,7 @@ def fits_single(clients: ClientUpdates) -> bool:
 def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Any:
     """Whether scores from float32 products are right to about 1e-6 of themselves, and tell the clients apart."""
     xp, squares, shares, mean_square = arrays(scores.distance, alpha, scores.mean_square)
-    rows = slice(None) if clients.rows is None else arrays(clients.rows)[1]
+    rows = clients.valid_rows
     distance, shares = xp.sqrt(squares[rows]), shares[rows]
     smallest, largest = distance.min(), distance.max()
     rounded = 2 * xp.sqrt(mean_square) + smallest + shares @ distance

@@ -143,8 +143,7 @@ class FDCR(AggregationRule):
     def decide(self, distance: Tensor, clients: ClientUpdates) -> Selection:
         """What follows from the ``S_k`` and the round, both on the CPU or not; nothing waits for them."""
         xp, S, valid = arrays(distance, clients.valid)
-        # As an array: NumPy takes a tensor of one number for a number.
-        rows = slice(None) if clients.rows is None else arrays(clients.rows)[1]
+        rows = clients.valid_rows
         score, labels = SCORES[self.discrepancy], xp.zeros_like(valid, dtype=xp.int64)
         size = clients.num_params
         if self.parameters != "all":
