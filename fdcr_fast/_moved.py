@@ -73,7 +73,7 @@ _PLACES = {
     "server.file_rows": "store.file.rows",
     "server.file_tiles": "store.file.tiles store.store_tiles",
     "server.gram": "rules.pairwise.gram",
-    "server.intake": "round.client_updates round.screening round.client_ids round.shares",
+    "server.intake": "round.client_updates round.screening round.arguments round.shares",
     "server.joined": "distributed.joined",
     "server.options": "rules.options",
     "server.passes": "round.readings",

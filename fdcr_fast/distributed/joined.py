@@ -46,8 +46,11 @@ class RoundPart:
         return cls(None, settings, num_samples, statistics, clients.rejected)
 
 
-def joined(clients: ClientUpdates, parts: Sequence[RoundPart], shard: Shard) -> ClientUpdates:
-    """A rank's part as a part of the whole: with the clients that all ranks have, in the order of the first rank."""
+def joined(clients: ClientUpdates, parts: Sequence[RoundPart], shard: Shard, num_params: int) -> ClientUpdates:
+    """A rank's part as a part of the whole of so many parameters.
+
+    It has the clients that all ranks have, in the order of the first rank.
+    """
     rejected: dict[Hashable, str] = {}
     for part in parts:
         rejected = {**part.rejected, **rejected}
@@ -75,6 +78,7 @@ def joined(clients: ClientUpdates, parts: Sequence[RoundPart], shard: Shard) -> 
         fisher_max=high,
         valid=torch.ones(len(together), dtype=torch.bool),
         rejected=rejected,
+        num_params=num_params,
         shard=shard,
         unread=clients.unread,
     )

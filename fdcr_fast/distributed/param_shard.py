@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -83,11 +83,7 @@ class ParamShard(Shard):
     def __repr__(self) -> str:
         return f"ParamShard({self.num_params}): [{self.first}, {self.params.stop}), rank {self.rank} of {self.world}"
 
-    def total_params(self, here: int) -> int:
-        """``P`` of the model."""
-        return self.num_params
-
-    def sum(self, spans: Iterator[Span], zeros: Tensor, read: Callable[[Span, Tensor], Tensor]) -> Tensor:
+    def sum(self, spans: Iterable[Span], zeros: Tensor, read: Callable[[Span, Tensor], Tensor]) -> Tensor:
         """The sum over all parameters, the same bits in every process of any number; see :meth:`Shard.sum`."""
         blocks = self._blocks(self.rank)
         sums = BlockSums(self._together(zeros))
@@ -175,7 +171,7 @@ class ParamShard(Shard):
             if len({*values}) > 1:
                 differ = ", ".join(f"rank {rank} has {shown(v, str)}" for rank, v in enumerate(values))
                 raise ValueError(f"the ranks were called with different {name}: {differ}")
-        return joined(clients, parts, self)
+        return joined(clients, parts, self, self.num_params)
 
     def confirm(self, weights: Tensor) -> None:
         """Raise RuntimeError unless all ranks came to the same weights: different processors may round differently."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import ops
-from fdcr_fast.round.client_ids import different_ids
+from fdcr_fast.round.arguments import different_ids, require_finite
 from fdcr_fast.round.screening import (
     OnEmpty,
     count_fits,
@@ -23,12 +22,11 @@ from fdcr_fast.round.screening import (
     norm_fits,
     reasons,
     rejection_reason,
-    require_finite,
 )
 from fdcr_fast.round.shard import WHOLE, Shard
 from fdcr_fast.round.shares import sample_shares
 from fdcr_fast.round.tiles import ClientTiles, MatrixTiles, Span
-from fdcr_fast.round.vectors import arrays, fetch, sent
+from fdcr_fast.round.vectors import fetch, sent
 from fdcr_fast.warning import callers_level
 
 _NARROWEST = 1e-300  # range of a Fisher; float32 has none between this and zero
@@ -49,10 +47,13 @@ class ClientUpdates:
         fisher_max: ``max F_k``, float64 ``[K]``, or None without Fishers.
         valid: bool ``[K]``, the rows that are not rejected.
         rejected: Reason by client id, of rejected rows and of clients that got no row.
+        num_params: ``P`` of the model; ``tiles.num_params`` of them are here.
         shard: Which parameters the tiles hold; everything else is about all parameters.
         unread: Whether the updates have not been looked at yet: :meth:`with_norms` must come before anything that takes
             norms.
         rows: Numbers of the valid rows, int64; None for all of them. Follows from ``valid``; see :meth:`with_valid`.
+        valid_rows: What picks the valid rows of arrays, or of tensors on a device. It is no tensor on the CPU: NumPy
+            takes one of one number for a number.
         finite: Whether the global parameters are; None where that is known to be so. On a device it would have to be
             waited for: whoever fetches something next fetches it as well, see :func:`require_finite`.
     """
@@ -65,9 +66,11 @@ class ClientUpdates:
     fisher_max: Tensor | None
     valid: Tensor
     rejected: dict[Hashable, str]
+    num_params: int
     shard: Shard = WHOLE
     unread: bool = False
     rows: Tensor | None = None
+    valid_rows: Any = ...
     finite: Tensor | None = None
 
     @classmethod
@@ -92,7 +95,7 @@ class ClientUpdates:
         ids = different_ids(client_ids, K)
         low, high = (None, None) if tiles.fishers is None else ops.importance_range(tiles.fishers, P)
         norm = torch.full((K,), torch.nan, dtype=torch.float64)
-        return cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {}, unread=True)
+        return cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {}, P, unread=True)
 
     def with_norms(self, squared_norm: Tensor) -> ClientUpdates:
         """The same round with these squared norms, wherever they lie."""
@@ -100,7 +103,8 @@ class ClientUpdates:
 
     def with_valid(self, valid: Tensor) -> ClientUpdates:
         """The same round of which these rows, told on the CPU, are not rejected."""
-        return replace(self, valid=valid, rows=None if valid.all() else valid.nonzero().flatten())
+        rows = None if valid.all() else valid.nonzero().flatten()
+        return replace(self, valid=valid, rows=rows, valid_rows=... if rows is None else rows.numpy())
 
     def fetched(self) -> ClientUpdates:
         """The same round with all vectors on the CPU; waits for the device, once, where they are not.
@@ -130,6 +134,7 @@ class ClientUpdates:
         def moved(vector: Tensor | None) -> Tensor | None:
             return None if vector is None else sent(vector, device)
 
+        rows = moved(self.rows)
         return replace(
             self,
             squared_norm=sent(self.squared_norm, device),
@@ -137,7 +142,8 @@ class ClientUpdates:
             fisher_max=moved(self.fisher_max),
             num_samples=sent(self.num_samples, device),
             valid=sent(self.valid, device),
-            rows=moved(self.rows),
+            rows=rows,
+            valid_rows=... if rows is None else rows,
         )
 
     @property
@@ -145,30 +151,17 @@ class ClientUpdates:
         """The number of rows that are not rejected."""
         return len(self.clients) if self.rows is None else len(self.rows)
 
-    @property
-    def valid_rows(self) -> Any:
-        """What picks the valid rows of arrays, or of tensors on a device.
-
-        On the CPU it is no tensor: NumPy takes one of one number for a number.
-        """
-        return slice(None) if self.rows is None else arrays(self.rows)[1]
-
     def of_valid(self, vector: Tensor) -> Tensor:
         """The entries ``[n]`` of a vector ``[K]`` that belong to valid clients."""
         return vector if self.rows is None else vector.index_select(0, self.rows)
 
-    @cached_property
-    def num_params(self) -> int:
-        """``P`` of the model; ``tiles.num_params`` of them are here."""
-        return self.shard.total_params(self.tiles.num_params)
-
-    def spans(self) -> Iterator[Span]:
+    def spans(self) -> Iterable[Span]:
         """The spans of the tiles; see :meth:`ClientTiles.spans`."""
         return self.tiles.spans()
 
     def sum(self, zeros: Tensor, read: Callable[[Span, Tensor], Tensor]) -> Tensor:
         """A sum over all parameters in one reading; see :meth:`Shard.sum`."""
-        return self.shard.sum(self.spans(), zeros, read)
+        return self.shard.sum(self.tiles.spans(), zeros, read)
 
     @property
     def alpha(self) -> Tensor:

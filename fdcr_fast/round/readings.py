@@ -225,7 +225,7 @@ def _windows(tiles: MatrixTiles, chosen: slice, each: int, size: int) -> Span:
 def _by_span(global_params: Tensor, clients: ClientUpdates, read: Callable[[Tensor, Span], Tensor]) -> Tensor:
     """New parameters from those of every span."""
     params = _NewParams(global_params)
-    for span in clients.spans():
+    for span in clients.tiles.spans():
         params.put(span, read(params.old(span), span))
     return params.new
 

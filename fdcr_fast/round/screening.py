@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 OnInvalid: TypeAlias = Literal["reject", "raise"]
 OnEmpty: TypeAlias = Literal["raise", "keep"]
@@ -18,12 +17,6 @@ OnEmpty: TypeAlias = Literal["raise", "keep"]
 _SHOWN = 3  # reasons in a message about many clients
 _LARGEST_SQUARE = sys.float_info.max / 8  # squared distances between updates reach 4 times their squared norms
 FEWEST_SAMPLES, _MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range neither vanish nor overflow
-
-
-def require_finite(finite: Tensor | bool | None) -> None:
-    """Raise unless the global parameters are finite, or known to be."""
-    if finite is not None and not finite:
-        raise ValueError("global_params are not finite")
 
 
 def refuse(rejected: Mapping[Hashable, str], on_invalid: OnInvalid) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -14,16 +14,12 @@ class Shard:
 
     first: int = 0  # the model's parameter that is the first one here
 
-    def total_params(self, here: int) -> int:
-        """``P`` of the model, of whose parameters so many are here."""
-        return here
-
     def within(self, ranges: Tensor, span: Span) -> Tensor:
         """The part of the model's ranges ``[R, 2]`` that lies in a span, counted from the span's first parameter."""
         bounds = (ranges - self.first - span.first).clamp(0, span.num_params)
         return bounds[bounds[:, 0] < bounds[:, 1]]
 
-    def sum(self, spans: Iterator[Span], zeros: Tensor, read: Callable[[Span, Tensor], Tensor]) -> Tensor:
+    def sum(self, spans: Iterable[Span], zeros: Tensor, read: Callable[[Span, Tensor], Tensor]) -> Tensor:
         """A sum over all parameters; ``read`` returns what it is given plus that over a span."""
         total = zeros
         for span in spans:

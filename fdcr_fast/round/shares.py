@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.round.screening import FEWEST_SAMPLES
-from fdcr_fast.round.vectors import arrays, tensors
 
 _NO_SAMPLES = FEWEST_SAMPLES**2  # which is nothing beside any valid count
 
@@ -35,6 +34,5 @@ def limited_shares(shares: Tensor, limit: float | None) -> Tensor:
 
 def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:
     """``n_k / sum n`` over the chosen clients, 0 for the others (eq. 11); float64 ``[K]``."""
-    xp, chosen, num_samples = arrays(chosen, num_samples)
-    counts = xp.where(chosen, num_samples, 0.0)
-    return tensors(counts / (counts.sum() + _NO_SAMPLES))[0]
+    counts = torch.where(chosen, num_samples, 0.0)
+    return counts / (counts.sum() + _NO_SAMPLES)

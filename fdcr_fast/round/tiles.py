@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from fdcr_fast.round.arguments import check_device, check_floating
 
 
 @dataclass(frozen=True)
@@ -55,27 +56,28 @@ class ClientTiles(Protocol):
     def windows(self) -> int:
         """In how many places a few parameters are read without much more than these being read."""
 
-    def spans(self) -> Iterator[Span]:
+    def spans(self) -> Iterable[Span]:
         """The whole round in the order of the parameters, cut between tiles; a span is valid until the next one."""
 
     def window(self, first: int, num_params: int) -> Span:
         """The parameters ``[first, first + num_params)`` alone, which must lie in one tile."""
 
 
-@dataclass(frozen=True)
 class MatrixTiles:
     """Rows in tiled client matrices in memory, in one span.
 
-    Attributes:
+    Args:
         updates: Tiled ``[T, K, L]``.
         fishers: Tiled ``[T, K, L]``, or None.
         num_params: ``P``.
     """
 
-    updates: Tensor
-    fishers: Tensor | None
-    num_params: int
-    windows: ClassVar[int] = 16
+    windows = 16
+
+    def __init__(self, updates: Tensor, fishers: Tensor | None, num_params: int) -> None:
+        self.updates, self.fishers, self.num_params = updates, fishers, num_params
+        self.tile, self.device, self.with_fishers = updates.shape[2], updates.device, fishers is not None
+        self.dtypes = frozenset([updates.dtype] if fishers is None else [updates.dtype, fishers.dtype])
 
     @classmethod
     def of(cls, updates: Tensor, fishers: Tensor | None) -> MatrixTiles:
@@ -93,33 +95,13 @@ class MatrixTiles:
             check_floating("fishers", fishers, "[K, P]")
             if fishers.shape != (K, P):
                 raise ValueError(f"expected fishers [{K}, {P}] like updates, got {list(fishers.shape)}")
-            check_device("fishers", fishers, updates)
+            check_device("fishers", fishers, updates.device)
             fishers = fishers.detach().unsqueeze(0)
         return cls(updates.detach().unsqueeze(0), fishers, P)
 
-    @property
-    def tile(self) -> int:
-        """``L``, the number of parameters in a tile."""
-        return self.updates.shape[2]
-
-    @cached_property
-    def device(self) -> torch.device:
-        """The device of the matrices."""
-        return self.updates.device
-
-    @property
-    def with_fishers(self) -> bool:
-        """Whether there are Fishers."""
-        return self.fishers is not None
-
-    @property
-    def dtypes(self) -> frozenset[torch.dtype]:
-        """The dtypes of updates and Fishers."""
-        return frozenset([self.updates.dtype] if self.fishers is None else [self.updates.dtype, self.fishers.dtype])
-
-    def spans(self) -> Iterator[Span]:
+    def spans(self) -> tuple[Span]:
         """Everything at once."""
-        yield Span(0, self.num_params, self.updates, self.fishers)
+        return (Span(0, self.num_params, self.updates, self.fishers),)
 
     def window(self, first: int, num_params: int) -> Span:
         """Views of the parameters ``[first, first + num_params)``, which must lie in one tile."""
@@ -127,20 +109,3 @@ class MatrixTiles:
         columns = slice(column, column + num_params)
         fishers = None if self.fishers is None else self.fishers[tile : tile + 1, :, columns]
         return Span(first, num_params, self.updates[tile : tile + 1, :, columns], fishers)
-
-
-def check_floating(name: str, tensor: object, shape: str) -> None:
-    """Raise unless ``tensor`` is a real floating-point tensor with as many dimensions as ``shape`` names."""
-    if not isinstance(tensor, Tensor):
-        hint = "; states by name are for aggregate_state_dicts and StateStore" if isinstance(tensor, Mapping) else ""
-        raise TypeError(f"expected {name} {shape} to be a torch.Tensor, got {type(tensor).__name__}{hint}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"expected floating-point {name} {shape}, got {tensor.dtype}")
-    if tensor.dim() != shape.count(",") + 1:
-        raise ValueError(f"expected {name} {shape}, got shape {list(tensor.shape)}")
-
-
-def check_device(name: str, tensor: Tensor, updates: Tensor | ClientTiles) -> None:
-    """Raise unless ``tensor`` lies where the updates lie."""
-    if tensor.device != updates.device:
-        raise ValueError(f"expected {name} on the device of the updates, {updates.device}, got {tensor.device}")

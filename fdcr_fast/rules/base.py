@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fdcr_fast.distributed.param_shard import ParamShard
 from fdcr_fast.round import readings
+from fdcr_fast.round.arguments import check_floating, require_finite
 from fdcr_fast.round.client_updates import ClientUpdates, refuse_empty
-from fdcr_fast.round.screening import OnEmpty, OnInvalid, refuse, require_finite
+from fdcr_fast.round.screening import OnEmpty, OnInvalid, refuse
 from fdcr_fast.round.shard import WHOLE
 from fdcr_fast.round.shares import limited_shares, sample_shares
-from fdcr_fast.round.tiles import check_floating
 from fdcr_fast.round.vectors import sent
 from fdcr_fast.rules.intake import check_global, stored_vectors, warn_of_states
 from fdcr_fast.rules.options import check_types
@@ -238,7 +238,9 @@ class AggregationRule:
             )
         global_params = global_params.detach()
 
-        clients = self._measured(global_params, clients)
+        # With norms that enter the result shards take them again: their sum is to have the same bits for any shards.
+        if clients.unread or (clients.shard is not WHOLE and self.needs_norms):
+            clients = self._measured(global_params, clients)
         clients = clients.screened(importance=self.needs_fishers, norm_bound=self.norm_bound)
         refuse(clients.rejected, on_invalid)
         refuse_empty(clients, on_empty)
@@ -317,10 +319,8 @@ class AggregationRule:
         )
 
     def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
-        """The round with the statistics that it is screened by, wherever its parameters are."""
-        if clients.unread or (clients.shard is not WHOLE and self.needs_norms):
-            return readings.measured(clients)
-        return clients
+        """The round with the statistics that it is screened by, from a reading of its parameters."""
+        return readings.measured(clients)
 
     def _outcome(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
         """What the rule decides about a round with valid clients, their weights, and the new parameters.

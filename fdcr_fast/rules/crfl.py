@@ -54,4 +54,4 @@ class CRFL(AggregationRule):
         params = super().combine(global_params, clients, weights)
         norm = clients.shard.sum_vector(params, squared_length).sqrt().item()
         generator = round_generator(self.seed, "CRFL", clients.shard.gather(global_params))
-        return with_noise(params * min(1.0, self.param_norm / max(norm, 1e-300)), self.noise, generator, clients.shard)
+        return with_noise(params * min(1.0, self.param_norm / max(norm, 1e-300)), self.noise, generator, clients)

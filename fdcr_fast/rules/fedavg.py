@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.round import readings
+from fdcr_fast.round.arguments import require_finite
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.screening import require_finite
 from fdcr_fast.round.vectors import fetch
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.foreseen import Read, foreseen, foreseen_outcome
@@ -49,12 +49,12 @@ class FedAvg(AggregationRule):
         return self.clip is not None
 
     def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
-        """The norms of a round that nobody has read come from the reading for the mean, if that needs none.
+        """The norms come from the reading for the mean, if that needs none.
 
         A rule that extends this one may look at them before it decides.
         """
         known = None
-        if clients.unread and type(self) is FedAvg and not self.needs_norms:
+        if type(self) is FedAvg and not self.needs_norms:
             single = readings.may_fit_single(clients)
             known = foreseen(self, clients, single, lambda: self._read(global_params, clients, single))
         return super()._measured(global_params, clients) if known is None else known

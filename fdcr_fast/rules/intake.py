@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdcr_fast.round.client_ids import different_ids
+from fdcr_fast.round.arguments import check_device, different_ids, require_finite
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.screening import require_finite
-from fdcr_fast.round.tiles import check_device
 from fdcr_fast.store.update_store import UpdateStore
 from fdcr_fast.warning import callers_level
 
@@ -31,7 +29,7 @@ def check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | None
         raise ValueError(
             f"expected global_params [{clients.num_params}] like the updates, got [{global_params.numel()}]"
         )
-    check_device("global_params", global_params, clients.tiles)
+    check_device("global_params", global_params, clients.tiles.device)
     low, high = global_params.detach().aminmax()
     if not low.is_cpu:
         return torch.maximum(-low, high) < torch.inf  # not of NaN either
@@ -65,12 +63,13 @@ def warn_of_states(global_params: Tensor, clients: ClientUpdates) -> None:
     """
     tiles = clients.tiles
     count = min(tiles.tile, tiles.num_params, _LOOKED_AT)
-    if tiles.device.type != "cpu" or not clients.clients or count < _FEWEST_LOOKED_AT:
+    if tiles.device.type != "cpu" or count < _FEWEST_LOOKED_AT:
         return
     w = global_params[:count].double().numpy()
-    size = np.square(w).sum()
+    size = w @ w
     # Updates that are near are at least half as long, also by all of their parameters.
-    if 2 * np.count_nonzero(clients.squared_norm.numpy() > size / 4) <= clients.num_valid:
+    squares = clients.squared_norm.numpy()[clients.valid_rows]
+    if 2 * np.count_nonzero(squares > size / 4) <= len(squares):
         return
     delta = clients.of_valid(tiles.window(0, count).updates[0]).double().numpy()  # no square of these overflows
     near = 4 * np.square(delta - w).sum(1) < size

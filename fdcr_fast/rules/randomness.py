@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from fdcr_fast.round.shard import Shard
+from fdcr_fast.round.client_updates import ClientUpdates
 
 
 def round_generator(seed: int, purpose: str, global_params: Tensor) -> torch.Generator:
@@ -23,14 +23,14 @@ def round_generator(seed: int, purpose: str, global_params: Tensor) -> torch.Gen
     return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1)
 
 
-def with_noise(params: Tensor, deviation: float, generator: torch.Generator, shard: Shard) -> Tensor:
-    """``params + N(0, deviation^2)``, drawn on the CPU in float32, or in float64 for such parameters.
+def with_noise(params: Tensor, deviation: float, generator: torch.Generator, clients: ClientUpdates) -> Tensor:
+    """``params + N(0, deviation^2)``, drawn on the CPU in float32, or in float64 for such parameters, after a round.
 
     Every process draws the noise of all parameters, and adds that of its own.
     """
     dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
-    drawn = torch.randn(shard.total_params(len(params)), generator=generator, dtype=dtype)
-    noise = shard.own(drawn).mul_(deviation).to(params.device)
+    drawn = torch.randn(clients.num_params, generator=generator, dtype=dtype)
+    noise = clients.shard.own(drawn).mul_(deviation).to(params.device)
     limit = torch.finfo(params.dtype).max
     return (params.to(dtype) + noise).clamp_(-limit, limit).to(params.dtype)
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fdcr_fast.layout import ParamLayout, by_plain_name
-from fdcr_fast.round.client_ids import different_ids
+from fdcr_fast.round.arguments import different_ids
 from fdcr_fast.round.screening import OnEmpty, OnInvalid, reasons
 from fdcr_fast.rules.base import AggregationRule, as_rule
 from fdcr_fast.rules.fdcr.rule import FDCR

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fdcr_fast.layout import ParamLayout, by_plain_name
-from fdcr_fast.round.client_ids import plain_id
+from fdcr_fast.round.arguments import plain_id
 from fdcr_fast.round.screening import OnEmpty, OnInvalid
 from fdcr_fast.rules.base import AggregationRule, as_rule
 from fdcr_fast.rules.result import AggregationResult

@@ -176,6 +176,7 @@ class Attendance:
             fisher_max=high if with_fishers else None,
             valid=torch.ones(len(clients), dtype=torch.bool),
             rejected=rejected,
+            num_params=self._rows.shape.num_params,
             unread=self._rows.unread and bool(clients),
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.layout import ParamLayout
-from fdcr_fast.round.client_ids import plain_id
+from fdcr_fast.round.arguments import plain_id
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.screening import OnInvalid, refuse
 from fdcr_fast.round.tiles import MatrixTiles

@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from fdcr_fast.round import readings
+from fdcr_fast.round.arguments import require_finite
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.screening import require_finite
 from fdcr_fast.round.vectors import arrays, fetch, sent, tensors
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS, check_density, check_partition
@@ -126,10 +126,8 @@ class FDCR(AggregationRule):
         return ranges_of(self.parameters, self.groups, clients.num_params)
 
     def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
-        """The norms of a round that nobody has read come from the one reading, if nobody seems to be rejected."""
-        known = None
-        if clients.unread and not self._compares_pairs:
-            known = _OneReading(self, global_params).foreseen(clients)
+        """The norms come from the one reading, if nobody seems to be rejected."""
+        known = None if self._compares_pairs else _OneReading(self, global_params).foreseen(clients)
         return super()._measured(global_params, clients) if known is None else known
 
     def _outcome(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
@@ -144,17 +142,19 @@ class FDCR(AggregationRule):
         """What follows from the ``S_k`` and the round, both on the CPU or not; nothing waits for them."""
         xp, S, valid = arrays(distance, clients.valid)
         rows = clients.valid_rows
-        score, labels = SCORES[self.discrepancy], xp.zeros_like(valid, dtype=xp.int64)
+        score, power = SCORES[self.discrepancy]
+        labels = xp.zeros_like(valid, dtype=xp.int64)
         size = clients.num_params
         if self.parameters != "all":
             size = sum(part.stop - part.start for part in self._ranges(clients))
+        V = score(S, size)
         if self.cluster is not None:
-            scores = score(S[rows], size, 1.0)
+            scores = V[rows]
             high = scores.max()
             apart = high - scores.min() > _ROUNDING * high
             labels[rows] = CLUSTERINGS[self.cluster](xp.where(apart, scores, 0.0), self)
         kept = valid & ((labels < labels.max()) | (labels == 0))
-        kept, V, labels = tensors(kept, score(S, size, self.learning_rate), labels)
+        kept, V, labels = tensors(kept, V / self.learning_rate**power, labels)
         return Selection(kept, V, labels)
 
 
@@ -205,9 +205,9 @@ class _OneReading:
                     rescale=rule.rescale,
                     single=single,
                 )
+            trusted = readings.trusted(scores, on, alpha) if single else True
             selection = rule.decide(scores.distance, on)
             weights = rule.weights(on, selection.kept)
-            trusted = readings.trusted(scores, on, alpha) if single else True
             foreseen = False if expected is None else (selection.kept == expected).all()
             read = scores.squared_norm, clients.fisher_min, clients.fisher_max
             selection, own, trusted, foreseen, finite, *statistics = _fetched(

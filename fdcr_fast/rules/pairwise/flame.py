@@ -68,7 +68,7 @@ class FLAME(AggregationRule):
         """The mean of the clipped updates, with noise."""
         params = super().combine(global_params, clients, weights)
         generator = round_generator(self.seed, "FLAME", clients.shard.gather(global_params))
-        return with_noise(params, self.noise * self._median_norm(clients), generator, clients.shard)
+        return with_noise(params, self.noise * self._median_norm(clients), generator, clients)
 
     @staticmethod
     def _median_norm(clients: ClientUpdates) -> float:

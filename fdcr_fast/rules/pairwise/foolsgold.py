@@ -63,8 +63,8 @@ class FoolsGoldState:
                 f"the state compares {self.history.shape[1]} parameters, the round has {stop - first}: "
                 "reset() forgets the earlier rounds"
             )
-        known = set(self.clients)
-        new = [client for client in ids if client not in known]
+        earlier = set(self.clients)
+        new = [client for client in ids if client not in earlier]
         self.clients = [*self.clients, *new]
         if new:
             self.history = torch.cat([self.history.reshape(-1, stop - first), torch.zeros(len(new), stop - first)])
@@ -79,9 +79,9 @@ class FoolsGoldState:
         here = torch.zeros(len(self.clients), dtype=torch.bool)
         here[rows] = True
         counts = torch.ones(len(here), dtype=torch.float64)
-        tiles = MatrixTiles.of(self.history, None)
-        everybody = torch.ones_like(here)
-        return ClientUpdates(tiles, counts, tuple(self.clients), counts, None, None, everybody, {}).with_valid(here)
+        tiles, everybody = MatrixTiles.of(self.history, None), torch.ones_like(here)
+        known = ClientUpdates(tiles, counts, tuple(self.clients), counts, None, None, everybody, {}, tiles.num_params)
+        return known.with_valid(here)
 
     def forget(self, clients: Iterable[ClientId]) -> None:
         """Drop clients, such as those who left, and everything known of them; unknown ones are ignored."""

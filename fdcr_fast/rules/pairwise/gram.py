@@ -181,11 +181,8 @@ class _Clients:
     valid: Tensor
     low: Tensor | None
     high: Tensor | None
+    num_params: int
     shard: Shard = WHOLE
-
-    @property
-    def num_params(self) -> int:
-        return self.shard.total_params(self.tiles.num_params)
 
     @classmethod
     def of(
@@ -202,7 +199,7 @@ class _Clients:
             if not given.clients:
                 raise ValueError("expected at least one client, got none")
             on = given.on_device()
-            clients = cls(given.tiles, given.valid, on.fisher_min, on.fisher_max, given.shard)
+            clients = cls(given.tiles, given.valid, on.fisher_min, on.fisher_max, given.num_params, given.shard)
         else:
             tiles = MatrixTiles.of(given, fishers)
             valid, low, high = torch.ones(len(given), dtype=torch.bool), None, None
@@ -210,7 +207,7 @@ class _Clients:
                 low, high = ops.importance_range(tiles.fishers, tiles.num_params)
             elif tiles.fishers is not None:
                 low = high = tiles.fishers.new_full((len(given),), torch.nan, dtype=torch.float64)
-            clients = cls(tiles, valid, low, high)
+            clients = cls(tiles, valid, low, high, tiles.num_params)
         reading = sorted({*transforms} - {"update"})
         if reading and not clients.tiles.with_fishers:
             raise ValueError(f"{', '.join(reading)} takes Fishers: fishers must be given")
