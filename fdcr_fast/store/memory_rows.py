@@ -81,10 +81,9 @@ class MemoryRows:
 
     def tiles(self, rows: Sequence[int]) -> ClientTiles:
         """The packed rows, as rules read them; views."""
-        packed = self.data[:, : len(rows)]
-        return MatrixTiles(
-            packed[:, :, UPDATE], packed[:, :, FISHER] if self.shape.with_fishers else None, self.shape.num_params
-        )
+        packed = self.data.narrow(1, 0, len(rows))
+        fishers = packed.select(2, FISHER) if self.shape.with_fishers else None
+        return MatrixTiles(packed.select(2, UPDATE), fishers, self.shape.num_params)
 
     def close(self) -> None:
         """Memory is freed with its last view."""

@@ -164,4 +164,5 @@ def _plain(tensor: Tensor) -> Tensor:
         last = tensor.storage_offset() + size
         if tensor.numel() and last * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise TypeError("its memory was freed")
-        return tensor.detach().as_subclass(Tensor)
+        plain = tensor.detach()
+        return plain if type(plain) is Tensor else plain.as_subclass(Tensor)
