@@ -32,6 +32,7 @@ POINTS: tuple[tuple[str, Any, str], ...] = (
     ("guess", readings, "sampled_scores"),
     ("screen", ClientUpdates, "screened"),
     ("one reading", readings, "scores_and_mean"),
+    ("one reading", readings, "norms_and_mean"),
     ("scores", readings, "scores"),
     ("mean", readings, "mean"),
     ("Gram", pairwise_gram, "_grams"),

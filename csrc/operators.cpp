@@ -202,14 +202,16 @@ std::tuple<Tensor, Tensor> importance_range(const Tensor& fishers, int64_t param
   STD_TORCH_CHECK(params >= 1, "the range of ", params, " parameters is undefined");
   const ClientMatrix matrix = client_matrix(fishers, params, "fishers");
   Tensor low = per_client(fishers), high = per_client(fishers);
-  kernels().range(matrix, fishers.size(1), params, doubles(low), doubles(high), torch_pool);
+  kernels().range(matrix, fishers.size(1), params, doubles(low), doubles(high),
+                  pool_for(fishers.size(1) * params));
   return {std::move(low), std::move(high)};
 }
 
 Tensor squared_norm(const Tensor& updates, int64_t params) {
   const ClientMatrix matrix = client_matrix(updates, params, "updates");
   Tensor result = per_client(updates);
-  kernels().squared_norm(matrix, updates.size(1), params, doubles(result), torch_pool);
+  kernels().squared_norm(matrix, updates.size(1), params, doubles(result),
+                         pool_for(updates.size(1) * params));
   return result;
 }
 
@@ -240,7 +242,7 @@ Tensor moments(const Tensor& values, const std::optional<Tensor>& factors, const
   std::vector<double> sums(2 * rows.size());
   for (int64_t i = 0; i < 2 * p.row_count; ++i)
     sums[static_cast<size_t>(i)] = at(i / p.row_count, rows[static_cast<size_t>(i % p.row_count)]);
-  if (p.row_count > 0) kernels().moments(p, sums.data(), torch_pool);
+  if (p.row_count > 0) kernels().moments(p, sums.data(), pool_for(p.row_count * p.params));
   Tensor result = torch::stable::new_empty(total, {2, K});
   double* to = doubles(result);
   for (int64_t i = 0; i < 2 * K; ++i) to[i] = std::numeric_limits<double>::quiet_NaN();
@@ -311,6 +313,11 @@ struct Aggregation {
     problem.mean_square = problem.norm + problem.clients;
   }
 
+  void want_norms(const Tensor& so_far) {
+    totals = numbers(so_far, problem.clients, "totals");
+    problem.norm = totals.data();
+  }
+
   void want_mean(const Tensor& global, const Tensor& shares, bool rescale, const Tensor& result) {
     check_importances(rescale);
     weights = numbers(shares, problem.clients, "weights");
@@ -320,12 +327,15 @@ struct Aggregation {
   }
 
   Tensor run(const Tensor& like) {
-    kernels().aggregate(problem, torch_pool);
-    if (problem.alpha == nullptr) return {};
-    Tensor result = torch::stable::new_empty(like, {2 * problem.clients + 1}, ScalarType::Double);
-    for (int64_t k = 0; k < problem.clients; ++k)
-      if (problem.alpha[k] == 0)
-        problem.distance[k] = problem.norm[k] = std::numeric_limits<double>::quiet_NaN();
+    kernels().aggregate(problem, pool_for(problem.clients * problem.params));
+    if (problem.norm == nullptr) return {};
+    Tensor result = torch::stable::new_empty(like, {static_cast<int64_t>(totals.size())}, ScalarType::Double);
+    const double* const shares = problem.alpha != nullptr ? problem.alpha : problem.weights;
+    for (int64_t k = 0; k < problem.clients; ++k) {
+      if (shares[k] != 0) continue;
+      problem.norm[k] = std::numeric_limits<double>::quiet_NaN();
+      if (problem.distance != nullptr) problem.distance[k] = problem.norm[k];
+    }
     std::copy(totals.begin(), totals.end(), doubles(result));
     return result;
   }
@@ -368,6 +378,16 @@ std::tuple<Tensor, Tensor> discrepancy_and_mean(const Tensor& global, const Tens
   return {std::move(result), as_type_of(global, std::move(params))};
 }
 
+std::tuple<Tensor, Tensor> norms_and_mean(const Tensor& global, const Tensor& updates, const Tensor& weights,
+                                          const Tensor& totals, bool single) {
+  Tensor params = new_params(global);
+  Aggregation aggregation(updates, std::nullopt, std::nullopt, std::nullopt, params.size(0), single);
+  aggregation.want_norms(totals);
+  aggregation.want_mean(global, weights, false, params);
+  Tensor result = aggregation.run(updates);
+  return {std::move(result), as_type_of(global, std::move(params))};
+}
+
 // --- the middle of every parameter
 
 Tensor central_mean(const Tensor& global, const Tensor& updates, const Tensor& read, int64_t keep,
@@ -384,7 +404,7 @@ Tensor central_mean(const Tensor& global, const Tensor& updates, const Tensor& r
   STD_TORCH_CHECK(1 <= keep && keep <= p.row_count && (nearest || (p.row_count - keep) % 2 == 0),
                   "keep = ", keep, " is not a central part of ", p.row_count, " clients");
   p.to = new_params_to(global, params);
-  kernels().central_mean(p, torch_pool);
+  kernels().central_mean(p, pool_for(p.row_count * p.params));
   return as_type_of(global, std::move(params));
 }
 
@@ -438,7 +458,7 @@ Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
       for (int64_t j = i; j < n; ++j)
         triangle[(v * n + i) * n + j] =
             before[v * total.stride(0) + rows[i] * total.stride(1) + rows[j] * total.stride(2)];
-  kernels().gram(p, triangle, torch_pool);
+  kernels().gram(p, triangle, pool_for(p.row_count * p.row_count * p.params));
   if (n < K) std::fill_n(symmetric, V * K * K, std::numeric_limits<double>::quiet_NaN());
   for (int64_t v = 0; v < V; ++v)
     for (int64_t i = 0; i < n; ++i)
@@ -461,6 +481,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
   library.impl("discrepancy", TORCH_BOX(&discrepancy));
   library.impl("rescaled_mean", TORCH_BOX(&rescaled_mean));
   library.impl("discrepancy_and_mean", TORCH_BOX(&discrepancy_and_mean));
+  library.impl("norms_and_mean", TORCH_BOX(&norms_and_mean));
   library.impl("central_mean", TORCH_BOX(&central_mean));
   library.impl("gram", TORCH_BOX(&gram));
 }

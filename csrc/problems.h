@@ -118,7 +118,7 @@ struct AggregationProblem {
   const double* alpha = nullptr;  // [clients]
   bool reweight = false;
   double* distance = nullptr;     // [clients] sum_v (u_v - u_{k,v})^2 with u = sum_k alpha_k u_k
-  double* norm = nullptr;         // [clients] sum_v update^2
+  double* norm = nullptr;         // [clients] sum_v update^2; also without scores, beside the plain mean
   double* mean_square = nullptr;  // sum_v u_v^2
 
   // The sum of weights[k] * c * update, c = 1 + tanh(importance / 2) with `rescale`, else 1. weights ==

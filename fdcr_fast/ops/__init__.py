@@ -12,7 +12,7 @@ float64, float32, bfloat16 or float16, with any strides.
 import warnings
 from typing import Any
 
-from fdcr_fast.ops.aggregation import discrepancy, discrepancy_and_mean, rescaled_mean
+from fdcr_fast.ops.aggregation import discrepancy, discrepancy_and_mean, norms_and_mean, rescaled_mean
 from fdcr_fast.ops.central import central_mean
 from fdcr_fast.ops.client_statistics import importance_range, moments, squared_norm
 from fdcr_fast.ops.gram import gram
@@ -35,6 +35,7 @@ __all__ = [
     "gram",
     "importance_range",
     "moments",
+    "norms_and_mean",
     "rescaled_mean",
     "squared_norm",
     "sum_squared_grads_conv",

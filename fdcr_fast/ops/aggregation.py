@@ -209,6 +209,44 @@ def discrepancy_and_mean(
     )
 
 
+def _check_norms_and_mean(
+    global_params: Tensor, updates: Tensor, weights: Tensor, totals: Tensor, single: bool
+) -> None:
+    _check_rescaled_mean(global_params, updates, None, None, None, weights, single)
+    check_numbers("totals", totals, updates.shape[1])
+
+
+def _fake_norms_and_mean(
+    global_params: Tensor, updates: object, weights: object, totals: Tensor, single: object
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(totals, memory_format=torch.contiguous_format), fake_params(global_params)
+
+
+@operator(check=_check_norms_and_mean, fake=_fake_norms_and_mean)
+def norms_and_mean(
+    global_params: Tensor, updates: Tensor, weights: Tensor, totals: Tensor, single: bool
+) -> tuple[Tensor, Tensor]:
+    """Squared norms of the updates and :func:`rescaled_mean` without Fishers from one reading, with the same bits.
+
+    The norms have the bits of those of :func:`discrepancy`.
+
+    Args:
+        global_params: As in :func:`rescaled_mean`, and so are ``updates``, ``weights`` and ``single``.
+        updates: Tiled client matrix ``[T, K, L]``.
+        weights: ``[K]`` float64. A client with weight 0 is not read; its norm is NaN.
+        totals: ``[K]`` float64, to which is added: zeros, or the result for the parameters before these.
+        single: As in :func:`discrepancy`.
+
+    Returns:
+        ``(totals + sum_v updates_{k,v}^2, params)``.
+    """
+    read, norms = weights != 0, totals.clone(memory_format=torch.contiguous_format)
+    norms[~read] = torch.nan
+    for block, _ in column_blocks(updates, global_params.numel()):
+        norms[read] += block[read].double().square().sum(1)
+    return norms, rescaled_mean.reference(global_params, updates, None, None, None, weights, single)
+
+
 def _importance(
     fishers: Tensor, tile: tuple[int, slice], read: Tensor, fisher_min: Tensor, fisher_max: Tensor
 ) -> Tensor:

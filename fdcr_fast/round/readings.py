@@ -162,6 +162,25 @@ def scores_and_mean(
     return _scores(clients.sum(_no_totals(clients), read)), params.new
 
 
+def norms_and_mean(
+    global_params: Tensor, clients: ClientUpdates, weights: Tensor, *, single: bool
+) -> tuple[Tensor, Tensor]:
+    """Squared norms ``[K]``, NaN for clients of weight 0, and :func:`mean` without rescaling in one reading."""
+    if clients.tiles.device.type != "cpu":  # where distances take no time beside the reading
+        scores, params = scores_and_mean(
+            global_params, clients, weights, weights, reweight=False, rescale=False, single=single
+        )
+        return scores.squared_norm, params
+    new = _NewParams(global_params)
+
+    def read(span: Span, totals: Tensor) -> Tensor:
+        totals, params = ops.norms_and_mean(new.old(span), span.updates, weights, totals, single)
+        new.put(span, params)
+        return totals
+
+    return clients.sum(torch.zeros(len(clients.clients), dtype=torch.float64), read), new.new
+
+
 def central_mean(global_params: Tensor, clients: ClientUpdates, read: Tensor, keep: int, *, nearest: bool) -> Tensor:
     """One reading for the mean of ``keep`` central values of every parameter."""
     return _by_span(

@@ -66,10 +66,8 @@ class FedAvg(AggregationRule):
     def _read(self, global_params: Tensor, clients: ClientUpdates, single: bool) -> Read:
         on = clients.on_device()
         weights = self.weights(on, on.valid)
-        scores, params = readings.scores_and_mean(
-            global_params, on, weights, weights, reweight=False, rescale=False, single=single
-        )
-        read = [weights, clients.finite, scores.squared_norm, clients.fisher_min, clients.fisher_max]
+        norms, params = readings.norms_and_mean(global_params, on, weights, single=single)
+        read = [weights, clients.finite, norms, clients.fisher_min, clients.fisher_max]
         weights, finite, *statistics = fetch(read)
         require_finite(finite)
         return (self.select(clients), weights, params), statistics

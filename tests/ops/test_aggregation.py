@@ -175,7 +175,8 @@ def test_same_bits_for_any_number_of_threads(compiled, single, P, L):
             both = compiled("discrepancy_and_mean")(
                 w, updates, *importances, weights, weights, zeros(39), True, True, single
             )
-            results.append(torch.cat([compiled("squared_norm")(updates, P), *both]))
+            plain = compiled("norms_and_mean")(w, updates, weights, zeros(19), single)
+            results.append(torch.cat([compiled("squared_norm")(updates, P), *both, *plain]))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(r, results[0]) for r in results[1:])
@@ -208,6 +209,28 @@ def test_one_reading_gives_the_bits_of_two(implementation, seed, K, P, L, dtype,
     assert torch.equal(scores, alone)
     alone = implementation("rescaled_mean")(w, updates, *(importances if rescale else none), weights, single)
     assert torch.equal(params, alone)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    K=st.integers(1, 40),
+    P=st.integers(1, 9000),
+    L=st.sampled_from([5, 8, 16, 100, 10_000]),
+    dtype=st.sampled_from(FLOATS),
+    single=st.booleans(),
+)
+def test_norms_beside_the_mean(implementation, seed, K, P, L, dtype, single):
+    single = single and dtype != torch.float64
+    updates, *_, alpha = round_of(K, P, L, dtype, seed)
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.where(torch.rand(K, generator=generator) < 0.3, 0.0, alpha)
+    w, totals = torch.randn(P, generator=generator), torch.rand(2 * K + 1, generator=generator, dtype=torch.float64)
+    norms, params = implementation("norms_and_mean")(w, updates, weights, totals[K:-1], single)
+    scores = implementation("discrepancy")(updates, None, None, None, weights, totals, P, single)
+    torch.testing.assert_close(norms, scores[K:-1], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(params, implementation("rescaled_mean")(w, updates, None, None, None, weights, single))
+    expected = (rows(updates, P) ** 2).sum(1) + totals[K:-1].numpy()
+    np.testing.assert_allclose(norms, np.where(weights != 0, expected, np.nan), rtol=1e-6 if single else 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -80,6 +80,7 @@ def samples():
             (torch.randn(10), updates, fishers, low, high, alpha, alpha, totals, True, True, False),
             (torch.randn(10), updates, None, None, None, alpha, alpha, totals, False, False, True),
         ],
+        "norms_and_mean": [(torch.randn(10), updates, alpha, totals[:3], False)],
         "central_mean": [
             (torch.randn(10), updates, alpha > 0, 1, False),
             (torch.randn(10, dtype=torch.float16), updates.double(), alpha > 0, 2, True),

@@ -26,7 +26,7 @@ def reads(monkeypatch):
 
         return counted
 
-    for kind in ("scores", "mean", "scores_and_mean"):
+    for kind in ("scores", "mean", "scores_and_mean", "norms_and_mean"):
         monkeypatch.setattr(readings, kind, count(kind, getattr(readings, kind)))
     return seen
 
@@ -190,7 +190,7 @@ def test_the_mean_and_norms_of_matrices_take_one_reading(reads, norm_readings, o
     expected = FedAvg(**options).aggregate(w, store)
     reads.clear()
     result = FedAvg(**options).aggregate(w, updates, None, n)
-    assert [kind for kind, _ in reads] == ["scores_and_mean"]
+    assert [kind for kind, _ in reads] == ["norms_and_mean"]
     assert size not in norm_readings
     same_result(result, expected)
     assert torch.equal(result.weights, expected.weights)
