@@ -9,7 +9,7 @@ compiles for. No GPU is needed.
 
 The operators for the CPU are a library that knows nothing of Python: one serves every version of it, and of torch.
 Beside it stands a small module, compiled for one Python, which tells what was built and chooses the instruction set.
-FDCR_FAST_PYTHONS names interpreters, separated by spaces: the wheel gets the module of each of them, and is one for all.
+FDCR_FAST_PYTHONS names interpreters, separated by spaces: one wheel for all Pythons, with the module for each of these.
 """
 
 from __future__ import annotations
