@@ -134,14 +134,13 @@ class BuildKernels(build_ext):
     """Per-source flags, sources for nvcc, and the three build modes."""
 
     def run(self) -> None:
-        built = self.get_outputs()
         try:
             super().run()
         except (Exception, SystemExit) as error:
             if MODE == "require":
                 raise
-            for path in built:  # all or nothing
-                pathlib.Path(path).unlink(missing_ok=True)
+            for ext in self.extensions:  # all or nothing
+                pathlib.Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             self.extensions = []
             warnings.warn(f"fdcr_fast is installed without its compiled kernels: {error}", stacklevel=2)
 
@@ -230,7 +229,7 @@ kernels = Extension(
     "fdcr_fast.libfdcr_fast",
     sources(),
     include_dirs=["csrc"],
-    depends=headers(without="cuda"),
+    depends=[*headers(without="cuda"), "setup.py"],
     language="c++",
     extra_compile_args=list(CXX_FLAGS),
     extra_link_args=["-Wl,-soname,libfdcr_fast.so", *LD_FLAGS],
@@ -242,7 +241,7 @@ def module(name: str, include: list[str]) -> Extension:
         name,
         ["csrc/module.cpp"],
         include_dirs=["csrc", *include],
-        depends=["csrc/cpu/kernels.h", "csrc/problems.h"],
+        depends=["csrc/cpu/kernels.h", "csrc/problems.h", "setup.py"],
         language="c++",
         extra_compile_args=list(CXX_FLAGS),
         libraries=["fdcr_fast"],
@@ -263,7 +262,7 @@ cuda_kernels = Extension(
     "fdcr_fast._cuda",
     sorted(str(path.relative_to(HERE)) for pattern in ("*.cu", "*.cpp") for path in HERE.glob(f"csrc/cuda/{pattern}")),
     include_dirs=["csrc"],
-    depends=headers(without="cpu"),
+    depends=[*headers(without="cpu"), "setup.py"],
     language="c++",
     define_macros=[
         ("FDCR_CUDA_ARCHITECTURES", f'"{os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES}"'),
@@ -275,7 +274,8 @@ cuda_kernels = Extension(
 def extensions() -> list[Extension]:
     if MODE == "off":
         return []
-    cpu = [kernels, *(map(module_for, PYTHONS) if PYTHONS else [module(MODULE, [])])]
+    modules = {ext.name: ext for ext in map(module_for, PYTHONS)} or {MODULE: module(MODULE, [])}
+    cpu = [kernels, *modules.values()]
     if (reason := "FDCR_FAST_PYTHONS: it is for one Python" if PYTHONS else wanted_cuda()) is not None:
         print(f"fdcr_fast: without CUDA kernels: {reason}", file=sys.stderr)
         return cpu
