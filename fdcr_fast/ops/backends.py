@@ -50,8 +50,8 @@ def with_kernels(backend: str) -> set[str]:
 def _cpu() -> BackendStatus:
     if not _native.loaded:
         return BackendStatus(False, _native.reason)
-    used = _native.reason if _native.module is None else _native.module.simd_level()
-    return BackendStatus(True, f"compiled C++, {used}, {torch.get_num_threads()} threads")
+    level = [] if _native.module is None else [_native.module.simd_level()]
+    return BackendStatus(True, ", ".join(["compiled C++", *level, f"{torch.get_num_threads()} threads"]))
 
 
 def _cuda() -> BackendStatus:
