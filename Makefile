@@ -15,8 +15,7 @@ OUT ?= runs/demo
 # The tests compile the CUDA kernels themselves, and nothing here has a GPU to run them on: FORCE_CUDA=1 builds them.
 export FORCE_CUDA ?= 0
 
-.PHONY: demo test quick test-integrations docs wheel wheel-test sanitize bench lint lint-python lint-types lint-cpp \
-	format clean
+.PHONY: demo test quick test-integrations docs wheel wheel-test sanitize bench lint lint-python lint-types lint-cpp format clean
 
 demo: $(VENV)/installed
 	rm -rf $(OUT)
