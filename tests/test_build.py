@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,3 +124,23 @@ def test_cuda_that_is_asked_for_and_cannot_be_built_fails_with_the_reason(source
     result = build(sources, "auto", FORCE_CUDA="perhaps")
     assert result.returncode != 0
     assert "expected 0 or 1" in result.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
+def test_the_cuda_kernels_are_an_extension_beside_the_others(sources):
+    toolkit = sources / "toolkit"
+    for part in ("bin", "include"):
+        (toolkit / part).mkdir(parents=True)
+    (toolkit / "include" / "cuda_runtime.h").touch()
+    environment = pretended(sources) | {"FORCE_CUDA": "1", "CUDA_HOME": str(toolkit)}
+    compiler = (sources / "compiler").read_text()
+    version = f'case "$1" in --version) echo release {torch.version.cuda},; exit;; esac'
+    (toolkit / "bin" / "nvcc").write_text(compiler.replace("#!/bin/sh", f"#!/bin/sh\n{version}"))
+    (toolkit / "bin" / "nvcc").chmod(0o755)
+    result = build(sources, "require", **environment)
+    assert result.returncode == 0, result.stderr
+    assert built(sources) == [MODULE, MODULE.replace("_C", "_cuda"), "libfdcr_fast.so"]
+    calls = (sources / "calls").read_text().splitlines()
+    assert sum(".cu -o" in line for line in calls) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
+    (link,) = [line for line in calls if "-ltorch_cuda" in line]
+    assert "_cuda" in link
