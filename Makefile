@@ -54,7 +54,7 @@ sanitize: $(VENV)/installed
 # The library is taken from build/lib* where that is up to date; nothing else is, least of all what was renamed since.
 wheel: $(VENV)/installed
 	rm -rf build/wheels && mkdir -p build/wheels
-	find build -path 'build/lib*' -type f ! -name libfdcr_fast.so -delete
+	find build -path build/site -prune -o -path 'build/lib*' -type f ! -name libfdcr_fast.so -exec rm {} +
 	FDCR_FAST_BUILD=require FDCR_FAST_PYTHONS="$(PYTHONS)" \
 		$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheels/plain .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \

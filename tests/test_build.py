@@ -92,6 +92,12 @@ def test_a_library_of_operators_and_a_module_for_this_python(sources):
     assert ["-ltorch" in line for line in links] == [True, False]
 
 
+def test_an_editable_installation_has_both_among_the_sources(sources):
+    result = build(sources, "require", ("editable_wheel", "--dist-dir", "out"), **pretended(sources))
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (sources / "fdcr_fast").glob("*.so")) == [MODULE, "libfdcr_fast.so"]
+
+
 def test_auto_goes_on_after_a_compile_error_with_all_or_nothing(sources):
     result = build(sources, "auto", **pretended(sources, fails_at="csrc/module.cpp"))
     assert result.returncode == 0, result.stderr
