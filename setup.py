@@ -6,10 +6,15 @@ FDCR_FAST_BUILD=auto (default) builds the extension and goes on without it where
 The CUDA kernels are an extension of their own, built where a CUDA toolkit is found that fits the installed torch.
 FORCE_CUDA=0 does not look for one, FORCE_CUDA=1 fails without one; CUDA_HOME names it, TORCH_CUDA_ARCH_LIST what it
 compiles for. No GPU is needed.
+
+The operators for the CPU are a library that knows nothing of Python: one serves every version of it, and of torch.
+Beside it stands a small module, compiled for one Python, which tells what was built and chooses the instruction set.
+FDCR_FAST_PYTHONS names interpreters, separated by spaces: one wheel for all Pythons, with the module for each of these.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import platform
@@ -21,12 +26,15 @@ import sysconfig
 import warnings
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 HERE = pathlib.Path(__file__).parent
 MODE = os.environ.get("FDCR_FAST_BUILD", "auto")
 if MODE not in ("auto", "off", "require"):
     raise SystemExit(f"FDCR_FAST_BUILD={MODE!r}: expected auto, off or require")
+
+PYTHONS = os.environ.get("FDCR_FAST_PYTHONS", "").split()
 
 OLDEST_TORCH = (2, 10)
 # The stable ABI of the oldest supported release: one binary serves it and everything newer.
@@ -131,8 +139,14 @@ class BuildKernels(build_ext):
         except (Exception, SystemExit) as error:
             if MODE == "require":
                 raise
+            for ext in self.extensions:  # all or nothing
+                pathlib.Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             self.extensions = []
             warnings.warn(f"fdcr_fast is installed without its compiled kernels: {error}", stacklevel=2)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        *folders, name = fullname.split(".")
+        return os.path.join(*folders, FILE_NAMES[name]) if name in FILE_NAMES else super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -140,15 +154,17 @@ class BuildKernels(build_ext):
 
         ParallelCompile().install()
         torch = torch_folder()
-        ext.include_dirs.append(pybind11.get_include())
-        # -isystem: our warnings, not theirs.
-        ext.extra_compile_args += ["-isystem", str(torch / "include")]
-        ext.library_dirs.append(str(torch / "lib"))
-        ext.libraries += ["torch", "torch_cpu", "c10"]
-        ext.define_macros += [
-            ("FDCR_TORCH_VERSION", f'"{torch_version(torch)}"'),
-            ("TORCH_TARGET_VERSION", TARGET_VERSION),
-        ]
+        ext.define_macros.append(("FDCR_TORCH_VERSION", f'"{torch_version(torch)}"'))
+        if ext is not kernels:
+            ext.include_dirs.append(pybind11.get_include())
+        if ext.name.startswith(MODULE):
+            ext.library_dirs.append(str(pathlib.Path(self.get_ext_fullpath(kernels.name)).parent))
+        else:
+            # -isystem: our warnings, not theirs.
+            ext.extra_compile_args += ["-isystem", str(torch / "include")]
+            ext.library_dirs.append(str(torch / "lib"))
+            ext.libraries += ["torch", "torch_cpu", "c10"]
+            ext.define_macros.append(("TORCH_TARGET_VERSION", TARGET_VERSION))
         if ext is cuda_kernels:
             home = cuda_home()
             ext.include_dirs.append(str(home / "include"))
@@ -172,8 +188,16 @@ class BuildKernels(build_ext):
             self.compiler._compile = compile_one
 
 
+class OneWheel(bdist_wheel):
+    """A wheel for every Python, where FDCR_FAST_PYTHONS says whose modules it holds."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if PYTHONS else (python, abi, platform)
+
+
 def sources() -> list[str]:
-    names = ["module.cpp", "operators.cpp", "network_operators.cpp", "cpu/dispatch.cpp", "cpu/kernels_baseline.cpp"]
+    names = ["operators.cpp", "network_operators.cpp", "cpu/dispatch.cpp", "cpu/kernels_baseline.cpp"]
     if X86:
         names += ["cpu/kernels_avx2.cpp", "cpu/kernels_avx512.cpp"]
     return [f"csrc/{name}" for name in names]
@@ -185,32 +209,60 @@ def headers(without: str) -> list[str]:
     return [str(path) for path in found if path.parts[1] != without]
 
 
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-ffp-contract=fast",
+    "-fno-math-errno",  # a square root is one instruction
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    *os.environ.get("FDCR_FAST_CXXFLAGS", "").split(),
+]
+LD_FLAGS = os.environ.get("FDCR_FAST_LDFLAGS", "").split()
+FILE_NAMES = {"libfdcr_fast": "libfdcr_fast.so"}  # of what is not named after this Python
+MODULE = "fdcr_fast._C"
+
 kernels = Extension(
-    "fdcr_fast._C",
+    "fdcr_fast.libfdcr_fast",
     sources(),
     include_dirs=["csrc"],
-    depends=headers(without="cuda"),
+    depends=[*headers(without="cuda"), "setup.py"],
     language="c++",
-    extra_compile_args=[
-        "-std=c++17",
-        "-O3",
-        "-g0",
-        "-ffp-contract=fast",
-        "-fno-math-errno",  # a square root is one instruction
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Wno-psabi",
-        *os.environ.get("FDCR_FAST_CXXFLAGS", "").split(),
-    ],
-    extra_link_args=os.environ.get("FDCR_FAST_LDFLAGS", "").split(),
+    extra_compile_args=list(CXX_FLAGS),
+    extra_link_args=["-Wl,-soname,libfdcr_fast.so", *LD_FLAGS],
 )
+
+
+def module(name: str, include: list[str]) -> Extension:
+    return Extension(
+        name,
+        ["csrc/module.cpp"],
+        include_dirs=["csrc", *include],
+        depends=["csrc/cpu/kernels.h", "csrc/problems.h", "setup.py"],
+        language="c++",
+        extra_compile_args=list(CXX_FLAGS),
+        libraries=["fdcr_fast"],
+        extra_link_args=["-Wl,-rpath,$ORIGIN", *LD_FLAGS],
+    )
+
+
+def module_for(python: str) -> Extension:
+    """The module for another interpreter than this one."""
+    ask = "import json, sysconfig as s; print(json.dumps([s.get_config_var('EXT_SUFFIX'), s.get_path('include')]))"
+    suffix, include = json.loads(subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout)
+    name = MODULE + suffix.replace(".", "_")
+    FILE_NAMES[name.removeprefix("fdcr_fast.")] = f"_C{suffix}"
+    return module(name, [include])
+
 
 cuda_kernels = Extension(
     "fdcr_fast._cuda",
     sorted(str(path.relative_to(HERE)) for pattern in ("*.cu", "*.cpp") for path in HERE.glob(f"csrc/cuda/{pattern}")),
     include_dirs=["csrc"],
-    depends=headers(without="cpu"),
+    depends=[*headers(without="cpu"), "setup.py"],
     language="c++",
     define_macros=[
         ("FDCR_CUDA_ARCHITECTURES", f'"{os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES}"'),
@@ -222,13 +274,15 @@ cuda_kernels = Extension(
 def extensions() -> list[Extension]:
     if MODE == "off":
         return []
-    if (reason := wanted_cuda()) is not None:
+    modules = {ext.name: ext for ext in map(module_for, PYTHONS)} or {MODULE: module(MODULE, [])}
+    cpu = [kernels, *modules.values()]
+    if (reason := "FDCR_FAST_PYTHONS: it is for one Python" if PYTHONS else wanted_cuda()) is not None:
         print(f"fdcr_fast: without CUDA kernels: {reason}", file=sys.stderr)
-        return [kernels]
-    return [kernels, cuda_kernels]
+        return cpu
+    return [*cpu, cuda_kernels]
 
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": OneWheel},
 )

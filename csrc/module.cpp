@@ -1,5 +1,5 @@
-// The Python module: what was built, what the processor supports, which kernels are in use. Loading it
-// registers the operators of operators.cpp with the PyTorch dispatcher.
+// The Python module: what was built, what the processor supports, which kernels are in use. The operators are
+// in a library of their own, which knows nothing of Python; this is all that is compiled anew for each.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 project = "fdcr_fast"
 author = "the authors of fdcr_fast"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.autodoc_pydantic"]
-include_patterns = ["docs/**", "benchmarks/results/*.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+include_patterns = ["docs/**", "benchmarks/results/*.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 exclude_patterns = [".*", "build", "runs", "csrc", "examples", "fdcr_fast", "tests", "docs/conf.py"]
 root_doc = "docs/index"
 

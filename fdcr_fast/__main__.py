@@ -15,10 +15,13 @@ def main() -> None:
         from fdcr_fast.cli import cli
 
         cli(prog_name="fdcr-fast")
-    elif sys.argv[1:] in ([], ["info"]):
+    elif sys.argv[1:] in ([], ["info"], ["info", "--self-test"]):
         import fdcr_fast
+        from fdcr_fast.self_test import self_test
 
         print(fdcr_fast.info())
+        if "--self-test" in sys.argv and not self_test():
+            sys.exit(1)
     else:
         sys.exit(f'fdcr-fast {sys.argv[1]} needs {", ".join(missing)}; install them with: pip install "fdcr_fast[sim]"')
 

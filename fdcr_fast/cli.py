@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 import fdcr_fast
+from fdcr_fast.self_test import self_test
 from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.execution.ranks import torchrun_group
@@ -74,9 +75,12 @@ def cli(context: click.Context) -> None:
 
 
 @cli.command()
-def info() -> None:
+@click.option("--self-test", "tested", is_flag=True, help="Compare what is installed with plain PyTorch: ten seconds.")
+def info(tested: bool) -> None:
     """Show version, PyTorch, threads, and which backends are usable or why not."""
     click.echo(fdcr_fast.info())
+    if tested and not self_test(click.echo):
+        raise click.exceptions.Exit(1)
 
 
 def _warn(name: str, summary: Summary) -> None:

@@ -4,9 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,9 +26,9 @@ def sources(tmp_path):
     return tmp_path
 
 
-def build(sources, mode, **env):
+def build(sources, mode, command=("build", "--build-lib", "out"), **env):
     return subprocess.run(
-        [sys.executable, "setup.py", "build", "--build-lib", "out"],
+        [sys.executable, "setup.py", *command],
         cwd=sources,
         env={**os.environ, "FDCR_FAST_BUILD": mode, **env},
         capture_output=True,
@@ -36,10 +39,22 @@ def build(sources, mode, **env):
 
 def built(sources):
     assert (sources / "out" / "fdcr_fast" / "__init__.py").exists()
-    return list((sources / "out" / "fdcr_fast").glob("_C*"))
+    return sorted(path.name for path in (sources / "out" / "fdcr_fast").glob("*.so"))
 
 
 NO_COMPILER = {"CC": "false", "CXX": "false"}
+MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def pretended(sources, fails_at="nothing"):
+    """A compiler that makes empty files, and fails at one source."""
+    script = sources / "compiler"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> calls\ncase "$*" in *{fails_at}*) exit 1;; esac\n'
+        'while [ "$1" != -o ]; do shift; done\n: > "$2"\n'
+    )
+    script.chmod(0o755)
+    return {"CC": str(script), "CXX": str(script), "FORCE_CUDA": "0"}
 
 
 def test_off_does_not_try(sources):
@@ -68,13 +83,44 @@ def test_an_unknown_mode_is_refused(sources):
     assert "expected auto, off or require" in result.stderr
 
 
-def test_auto_goes_on_after_a_compile_error_and_says_which(sources):
-    with (sources / "csrc" / "module.cpp").open("a") as file:
-        file.write("this is not C++;\n")
-    result = build(sources, "auto", FDCR_FAST_CXXFLAGS="-O0 -fsyntax-only")
+def test_a_library_of_operators_and_a_module_for_this_python(sources):
+    result = build(sources, "require", **pretended(sources))
     assert result.returncode == 0, result.stderr
+    assert built(sources) == [MODULE, "libfdcr_fast.so"]
+    links = [line for line in (sources / "calls").read_text().splitlines() if " -shared " in line]
+    assert ["-lfdcr_fast" in line for line in links] == [False, True]
+    assert ["-ltorch" in line for line in links] == [True, False]
+
+
+def test_an_editable_installation_has_both_among_the_sources(sources):
+    result = build(sources, "require", ("editable_wheel", "--dist-dir", "out"), **pretended(sources))
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (sources / "fdcr_fast").glob("*.so")) == [MODULE, "libfdcr_fast.so"]
+
+
+def test_auto_goes_on_after_a_compile_error_with_all_or_nothing(sources):
+    result = build(sources, "auto", **pretended(sources, fails_at="csrc/module.cpp"))
+    assert result.returncode == 0, result.stderr
+    assert " -shared " in (sources / "calls").read_text()
     assert built(sources) == []
     assert "without its compiled kernels" in result.stderr
+
+
+def test_a_wheel_for_all_pythons_holds_the_modules_of_those_named(sources):
+    """Another interpreter is this one with another name for its modules."""
+    other = sources / "python"
+    told = '["-other.so", "/other/include"]'
+    other.write_text(f"#!/bin/sh\necho '{told}'\n")
+    other.chmod(0o755)
+    environment = pretended(sources) | {"FDCR_FAST_PYTHONS": f"{sys.executable} {other}"}
+    result = build(sources, "require", ("bdist_wheel", "--dist-dir", "out"), **environment)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (sources / "out").glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as files:
+        names = {Path(name).name for name in files.namelist() if name.endswith(".so")}
+    assert names == {"libfdcr_fast.so", MODULE, "_C-other.so"}
+    assert "-I/other/include " in (sources / "calls").read_text()
 
 
 def test_cuda_that_is_asked_for_and_cannot_be_built_fails_with_the_reason(sources):
@@ -84,3 +130,23 @@ def test_cuda_that_is_asked_for_and_cannot_be_built_fails_with_the_reason(source
     result = build(sources, "auto", FORCE_CUDA="perhaps")
     assert result.returncode != 0
     assert "expected 0 or 1" in result.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
+def test_the_cuda_kernels_are_an_extension_beside_the_others(sources):
+    toolkit = sources / "toolkit"
+    for part in ("bin", "include"):
+        (toolkit / part).mkdir(parents=True)
+    (toolkit / "include" / "cuda_runtime.h").touch()
+    environment = pretended(sources) | {"FORCE_CUDA": "1", "CUDA_HOME": str(toolkit)}
+    compiler = (sources / "compiler").read_text()
+    version = f'case "$1" in --version) echo release {torch.version.cuda},; exit;; esac'
+    (toolkit / "bin" / "nvcc").write_text(compiler.replace("#!/bin/sh", f"#!/bin/sh\n{version}"))
+    (toolkit / "bin" / "nvcc").chmod(0o755)
+    result = build(sources, "require", **environment)
+    assert result.returncode == 0, result.stderr
+    assert built(sources) == [MODULE, MODULE.replace("_C", "_cuda"), "libfdcr_fast.so"]
+    calls = (sources / "calls").read_text().splitlines()
+    assert sum(".cu -o" in line for line in calls) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
+    (link,) = [line for line in calls if "-ltorch_cuda" in line]
+    assert "_cuda" in link

@@ -27,7 +27,7 @@ def documented() -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("package", ["", ".ops", ".sim", ".sim.study", ".fisher.layers"])
+@pytest.mark.parametrize("package", ["", ".ops", ".self_test", ".sim", ".sim.study", ".fisher.layers"])
 def test_every_public_name_has_an_entry(package: str) -> None:
     module = importlib.import_module(f"fdcr_fast{package}")
     assert {f"{module.__name__}.{name}" for name in module.__all__} <= documented()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[1] / "examples" / "pytorch"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FOLDER = EXAMPLES / "pytorch"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="not a checkout")
 
 
@@ -32,3 +35,18 @@ def test_fewer_than_ten_changed_lines_defend_a_script():
     accuracy, success = main("defended.py")
     assert accuracy > 0.9
     assert success < 0.1
+
+
+@pytest.mark.parametrize(
+    ("script", "framework", "extra"),
+    [
+        ("flower/run.py", "flwr", "flower"),
+        ("nvflare/job.py", "nvflare", "nvflare"),
+        ("byzfl/compare.py", "byzfl", "byzfl"),
+    ],
+)
+def test_without_its_framework_an_example_says_what_to_install(script, framework, extra, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"fdcr_fast.integrations.{extra}", raising=False)
+    monkeypatch.setitem(sys.modules, framework, None)
+    with pytest.raises(ImportError, match=re.escape(f"pip install 'fdcr_fast[{extra}]'")):
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")

@@ -21,7 +21,7 @@ MAP = ROOT.parent / "docs" / "architecture.md"
 ROOMS = {
     "fdcr_fast": (
         "_version", "_moved", "warning", "_native", "memory", "layout", "ops", "fisher", "round", "store",
-        "distributed", "rules", "state_dicts", "__init__", "sim", "integrations", "cli", "__main__",
+        "distributed", "rules", "state_dicts", "__init__", "self_test", "sim", "integrations", "cli", "__main__",
     ),
     "fdcr_fast.sim": (
         "costs", "names", "seeding", "datasets", "training", "attacks", "notation", "server_data", "servers", "config",

@@ -5,6 +5,9 @@
 
 #include "problems.h"
 
+// The library of the operators shows the Python module these functions, and nobody anything else.
+#define FDCR_EXPORT __attribute__((visibility("default")))
+
 namespace fdcr {
 
 // Calls body(context, begin, end) on disjoint ranges that cover [0, n), possibly from several threads. The
@@ -34,11 +37,11 @@ struct Kernels {
 
 // The kernels in use: the widest that the processor supports, unless FDCR_FAST_SIMD or select_kernels chose
 // another.
-const Kernels& kernels();
+FDCR_EXPORT const Kernels& kernels();
 // Throws std::invalid_argument with the reason where the name is unknown or not supported here.
-void select_kernels(const char* name);
+FDCR_EXPORT void select_kernels(const char* name);
 // All that this build holds, widest first; whether the processor can run one.
-int compiled_kernels(const Kernels** table, int capacity);
-bool supported(const Kernels& candidate);
+FDCR_EXPORT int compiled_kernels(const Kernels** table, int capacity);
+FDCR_EXPORT bool supported(const Kernels& candidate);
 
 }  // namespace fdcr

@@ -4,6 +4,9 @@ Columns: how far the aggregate lies from the mean of the honest vectors, in unit
 time that ByzFL takes over ours. "ours:" attacks are those of the simulator.
 """
 
+from fdcr_fast.integrations.byzfl import Aggregator  # first: without ByzFL it says what to install
+
+# isort: split
 import argparse
 import statistics
 import time
@@ -12,7 +15,6 @@ import byzfl
 import torch
 
 from fdcr_fast import CoordinateMedian, FedAvg, GeometricMedian, Krum, MultiKrum, TrimmedMean
-from fdcr_fast.integrations.byzfl import Aggregator
 from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES, UpdateKnowledge, moments
 
 

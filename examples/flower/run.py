@@ -1,5 +1,8 @@
 """The app in one process that ends, without a SuperLink: python examples/flower/run.py"""
 
+import fdcr_fast.integrations.flower  # noqa: F401  # first: without Flower it says what to install
+
+# isort: split
 from digits.client_app import app as client_app
 from digits.server_app import app as server_app
 from digits.task import CLIENTS

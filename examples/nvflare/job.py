@@ -1,5 +1,8 @@
 """The same federation twice in NVFlare's simulator, averaged and defended: python examples/nvflare/job.py"""
 
+from fdcr_fast.integrations.nvflare import FDCRAggregator  # first: without NVFlare it says what to install
+
+# isort: split
 import json
 import sys
 import tempfile
@@ -9,8 +12,6 @@ import torch
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.recipe import SimEnv
-
-from fdcr_fast.integrations.nvflare import FDCRAggregator
 
 FOLDER = Path(__file__).resolve().parent
 TASK = FOLDER.parent / "flower" / "digits" / "task.py"  # data, model and training are those of the other example

@@ -34,14 +34,9 @@ def backends() -> dict[str, BackendStatus]:
     ``=cpu``, ``=cuda`` or ``=triton`` makes the import fail where these cannot run, and ``=triton`` leaves ``cuda``
     out; ``FDCR_FAST_SIMD=avx512|avx2|baseline`` chooses the instruction set of ``cpu``.
     """
-    native = _native.module
-    if native is None:
-        cpu = BackendStatus(False, _native.reason)
-    else:
-        cpu = BackendStatus(True, f"compiled C++, {native.simd_level()}, {torch.get_num_threads()} threads")
     return {
         "reference": BackendStatus(True, "plain PyTorch, any device"),
-        "cpu": cpu,
+        "cpu": _cpu(),
         "triton": _triton(),
         "cuda": _cuda(),
     }
@@ -50,6 +45,13 @@ def backends() -> dict[str, BackendStatus]:
 def with_kernels(backend: str) -> set[str]:
     """Names of the operators that a backend for GPUs has kernels for."""
     return {name for name, operator in OPERATORS.items() if backend in operator.gpu_kernels}
+
+
+def _cpu() -> BackendStatus:
+    if not _native.loaded:
+        return BackendStatus(False, _native.reason)
+    level = [] if _native.module is None else [_native.module.simd_level()]
+    return BackendStatus(True, ", ".join(["compiled C++", *level, f"{torch.get_num_threads()} threads"]))
 
 
 def _cuda() -> BackendStatus:

@@ -336,7 +336,7 @@ before = status("VmRSS")
 ops.discrepancy_and_mean(w, updates, fishers, low, high, alpha, alpha, totals, True, True, True)
 print(status("VmHWM") - before)
 """
-    if _native.module is None or not os.access("/proc/self/clear_refs", os.W_OK):
+    if not _native.loaded or not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("needs the extension and Linux")
     if "asan" in os.environ.get("LD_PRELOAD", ""):
         pytest.skip("AddressSanitizer takes memory of its own")

@@ -171,6 +171,6 @@ def classifier_of(model: nn.Module) -> Classifier:
         ValueError: the model has buffers.
     """
     layers = network_layers(model)
-    if layers is None or _native.module is None:
+    if layers is None or not _native.loaded:
         return AutogradClassifier(model)
     return NetworkClassifier(model, layers)

@@ -18,7 +18,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the model is differentiated."""
     if request.param == "autograd":
         monkeypatch.setattr(classifier, "network_layers", lambda model: None)
-    elif _native.module is None:
+    elif not _native.loaded:
         pytest.skip(_native.reason)
     return str(request.param)
 
