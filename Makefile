@@ -7,10 +7,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+BENCH ?= benchmarks
 # The tests compile the CUDA kernels themselves, and nothing here has a GPU to run them on: FORCE_CUDA=1 builds them.
 export FORCE_CUDA ?= 0
 
-.PHONY: demo test test-integrations docs sanitize bench lint format clean
+.PHONY: demo test test-integrations docs sanitize bench bench-compare lint format clean
 
 demo: $(VENV)/installed
 	rm -rf $(OUT)
@@ -40,7 +41,13 @@ sanitize: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest $(BENCH)
+
+# Is this checkout slower than a commit? make bench-compare BASE=main BENCH="benchmarks/bench_fisher.py -k LeNet"
+bench-compare: BENCH :=
+bench-compare: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
+	$(BIN)/python -m benchmarks.compare_commits $(BASE) -- $(BENCH)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
