@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+SEEDS ?= 1
 BENCH ?= benchmarks
 # The tests compile the CUDA kernels themselves, and nothing here has a GPU to run them on: FORCE_CUDA=1 builds them.
 export FORCE_CUDA ?= 0
@@ -15,7 +16,8 @@ export FORCE_CUDA ?= 0
 
 demo: $(VENV)/installed
 	rm -rf $(OUT)
-	$(BIN)/fdcr-fast demo --out $(OUT)
+	$(BIN)/fdcr-fast demo --out $(OUT) --seeds $(SEEDS)
+	$(BIN)/fdcr-fast report $(OUT)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal --ignore=tests/integrations

@@ -152,9 +152,17 @@ def test_two_commits_are_compared_pair_by_pair():
     assert noisy[0].verdict(1.05) == ""
 
 
-def test_what_a_commit_is_measured_by_is_its_library(tmp_path):
+def test_what_is_measured_is_the_library_of_the_commit(tmp_path):
+    package = tmp_path / "one" / "fdcr_fast"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "from types import SimpleNamespace\nbackends = lambda: {'cpu': SimpleNamespace(reason='plain')}\n"
+    )
+    assert compare_commits.check(tmp_path / "one") == "plain"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "fdcr_fast").symlink_to(package)
     with pytest.raises(RuntimeError, match="expected to import"):
-        compare_commits.check(tmp_path)
+        compare_commits.check(tmp_path / "other")
 
 
 def test_bounds_and_verdicts():

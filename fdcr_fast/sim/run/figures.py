@@ -80,15 +80,11 @@ def attack_success_figure(rows: Mapping[str, Seeds], title: str) -> Figure:
         rounds_axis(axes, len(steps))
     for axes in panels[len(rows) :]:
         axes.set_visible(False)
+    thin = "; thin: each seed" if max(map(len, rows.values())) > 1 else ""
+    success = f"attack success rate (number: last {FINAL_ROUNDS} rounds{thin})"
     figure.legend(
         handles=[
-            Line2D(
-                [],
-                [],
-                color=MALICIOUS,
-                linewidth=2.5,
-                label=f"attack success rate (number: last {FINAL_ROUNDS} rounds)",
-            ),
+            Line2D([], [], color=MALICIOUS, linewidth=2.5, label=success),
             Line2D([], [], color=BENIGN, linewidth=2.5, label="accuracy"),
         ],
         loc="outside lower center",

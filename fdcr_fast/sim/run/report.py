@@ -53,7 +53,7 @@ class Table:
         for column, heading in enumerate(self.headings):
             shown.add_column(heading, justify="left" if column in self.texts else "right")
         for line in self.lines:
-            shown.add_row(*line)
+            shown.add_row(*(cell.replace(" ± ", "±") for cell in line))
         return shown
 
 

@@ -10,10 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from fdcr_fast.sim.run.metrics import FINAL_ROUNDS
-from fdcr_fast.sim.run.report import COMPARED, MEANINGS, figures_of
+from fdcr_fast.sim.run.report import MEANINGS, figures_of
 from fdcr_fast.sim.study.pool import StudyEvent, StudyProgress
 from fdcr_fast.sim.study.results import StudyResults
 from fdcr_fast.sim.study.spec import Run
+
+
+# Measures that a line of a terminal has room for with their spread.
+SHOWN = ("accuracy", "attack_success_rate", "true_positive_rate", "false_positive_rate")
 
 
 def _size(run: Run) -> int:
@@ -62,4 +66,4 @@ def results_tables(results: StudyResults) -> Iterator[rich_table.Table]:
     for setting in results.study.settings:
         if any(done.run.setting == setting.name for done in results.finished):
             title = f"{setting.name or results.study.title}: mean of the last {FINAL_ROUNDS} rounds, in per cent"
-            yield results.table(setting.name, COMPARED).to_rich(title, MEANINGS)
+            yield results.table(setting.name, SHOWN).to_rich(title, MEANINGS)
