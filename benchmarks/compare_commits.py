@@ -27,10 +27,10 @@ from benchmarks.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = ["benchmarks/bench_aggregation.py", "benchmarks/bench_fisher.py"]
-SECONDS = 2  # of one comparison in one process, where pytest is not told otherwise
+SECONDS = 5  # of one comparison in one process, where pytest is not told otherwise
 _WHERE = "import fdcr_fast; print(fdcr_fast.__file__); print(fdcr_fast.backends()['cpu'].reason)"
 
-Medians = dict[str, float]  # of the benchmarks of one process, in seconds
+Least = dict[str, float]  # of the benchmarks of one process: seconds of the round that was disturbed least
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Change:
         return self.new.ratios(self.base)
 
     def verdict(self, limit: float) -> str:
-        """``slower`` or ``faster`` where three of four pairs differ by more than the limit."""
-        low, high = self.ratios.quartiles
-        return "slower" if low > limit else "faster" if high < 1 / limit else ""
+        """``slower`` or ``faster`` where all pairs differ by more than the limit."""
+        ratios = self.ratios.seconds
+        return "slower" if min(ratios) > limit else "faster" if max(ratios) < 1 / limit else ""
 
     def cells(self, limit: float) -> list[str]:
         low, high = self.ratios.quartiles
@@ -56,16 +56,16 @@ class Change:
         return [self.name, *medians, f"**{self.ratios.median:.2f}** ({low:.2f} to {high:.2f})", self.verdict(limit)]
 
 
-def changes(pairs: Sequence[tuple[Medians, Medians]]) -> list[Change]:
+def changes(pairs: Sequence[tuple[Least, Least]]) -> list[Change]:
     """Of the benchmarks that all processes have measured; pairs are base and new."""
-    common = [name for name in pairs[0][0] if all(name in medians for pair in pairs for medians in pair)]
+    common = [name for name in pairs[0][0] if all(name in least for pair in pairs for least in pair)]
     return [
         Change(name, *(Times(tuple(pair[side][name] for pair in pairs)) for side in (0, 1)))  # base, new
         for name in common
     ]
 
 
-def measure(library: Path, folder: Path, arguments: Sequence[str]) -> Medians:
+def measure(library: Path, folder: Path, arguments: Sequence[str]) -> Least:
     """The benchmarks in a process of their own, of a library that is in one folder, from another one without any.
 
     Raises:
@@ -81,7 +81,7 @@ def measure(library: Path, folder: Path, arguments: Sequence[str]) -> Medians:
     if not report.exists() or not report.stat().st_size:
         raise RuntimeError(f"nothing was measured of {library}:\n{process.stdout[-3000:]}")
     found = json.loads(report.read_text())["benchmarks"]
-    return {benchmark["fullname"]: benchmark["stats"]["median"] for benchmark in found}
+    return {benchmark["fullname"]: benchmark["stats"]["min"] for benchmark in found}
 
 
 def check(library: Path) -> str:
@@ -121,13 +121,13 @@ def _git(*arguments: str) -> str:
 def compare(libraries: Mapping[str, Path], folder: Path, pairs: int, arguments: Sequence[str]) -> list[Change]:
     """Lets the benchmarks of both libraries take turns; whose turn is first changes from pair to pair."""
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
-    found: list[tuple[Medians, Medians]] = []
+    found: list[tuple[Least, Least]] = []
     for pair in range(pairs):
-        medians: dict[str, Medians] = {}
+        least: dict[str, Least] = {}
         for side in ("base", "new") if pair % 2 == 0 else ("new", "base"):
-            medians[side] = measure(libraries[side], folder, arguments)
-            print(f"pair {pair + 1} of {pairs}, {side}: {len(medians[side])} benchmarks", flush=True)
-        found.append((medians["base"], medians["new"]))
+            least[side] = measure(libraries[side], folder, arguments)
+            print(f"pair {pair + 1} of {pairs}, {side}: {len(least[side])} benchmarks", flush=True)
+        found.append((least["base"], least["new"]))
     return changes(found)
 
 

@@ -15,7 +15,6 @@ from fdcr_fast.sim.study.pool import StudyEvent, StudyProgress
 from fdcr_fast.sim.study.results import StudyResults
 from fdcr_fast.sim.study.spec import Run
 
-
 # Measures that a line of a terminal has room for with their spread.
 SHOWN = ("accuracy", "attack_success_rate", "true_positive_rate", "false_positive_rate")
 
