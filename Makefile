@@ -12,14 +12,17 @@ TORCH ?= torch torchvision
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+SEEDS ?= 1
+BENCH ?= benchmarks
 # The tests compile the CUDA kernels themselves, and nothing here has a GPU to run them on: FORCE_CUDA=1 builds them.
 export FORCE_CUDA ?= 0
 
-.PHONY: demo test quick test-integrations docs wheel wheel-test sanitize bench lint lint-python lint-types lint-cpp format clean
+.PHONY: demo test quick test-integrations docs wheel wheel-test sanitize bench bench-compare lint lint-python lint-types lint-cpp format clean
 
 demo: $(VENV)/installed
 	rm -rf $(OUT)
-	$(BIN)/fdcr-fast demo --out $(OUT)
+	$(BIN)/fdcr-fast demo --out $(OUT) --seeds $(SEEDS)
+	$(BIN)/fdcr-fast report $(OUT)
 
 # Failures are shown as they come.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --instafail
@@ -67,7 +70,13 @@ wheel-test: wheel
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --no-build-isolation --editable ".[bench]"
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest $(BENCH)
+
+# Is this checkout slower than a commit? make bench-compare BASE=main BENCH="benchmarks/bench_fisher.py -k LeNet"
+bench-compare: BENCH :=
+bench-compare: $(VENV)/installed
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[bench]"
+	$(BIN)/python -m benchmarks.compare_commits $(BASE) -- $(BENCH)
 
 lint: lint-python lint-types lint-cpp
 

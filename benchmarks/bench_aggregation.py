@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, Times, interleave
+from benchmarks.harness import Bench, Times
 from benchmarks.plain_rules import fdcr, relative_error
 from benchmarks.rounds import FDCR_RULE as RULE
 from benchmarks.rounds import fits, require_memory, stacked, stored, sum_of
+from benchmarks.tables import Report
 from fdcr_fast import FedAvg, UpdateStore
 from fdcr_fast.rules.fdcr.clustering import kmeans
 
 PARAMS = 1_000_000
 CLIENTS = (10, 100, 1000)
-VECTOR = 4 * PARAMS  # bytes
+NUMBER = 4  # bytes of a float32
 
 REPORT = Report(
     "aggregation",
@@ -81,18 +82,20 @@ def published(w: Tensor, updates: list[Tensor], fishers: list[Tensor], n: Tensor
     return new, V
 
 
-def blocks_of(store: UpdateStore) -> Iterator[tuple[Tensor, Tensor]]:
+def blocks_of(store: UpdateStore, P: int) -> Iterator[tuple[Tensor, Tensor]]:
     """A few tiles at a time, without the unused end of the last one; the updates twice where there are no Fishers."""
     step = 10_000 // store.tile
     for first in range(0, len(store.updates), step):
-        end = min(step * store.tile, PARAMS - first * store.tile)
+        end = min(step * store.tile, P - first * store.tile)
         matrices = (store.updates, store.updates if store.fishers is None else store.fishers)
         updates, fishers = (m[first : first + step].transpose(0, 1).flatten(1)[:, :end] for m in matrices)
         yield updates, fishers
 
 
-def row(name: str, K: int, times: dict[str, Times], ours: str, raw: str, error: float) -> None:
-    own, read = times[ours], times[raw]
+def row(bench: Bench, name: str, K: int, times: dict[str, Times], error: float) -> None:
+    """Of times of ours, which come first, of a raw read, and of peers."""
+    ours = next(iter(times))
+    own, read = times[ours], times["raw"]
     low, high = own.spread_over(read)
     peers = [peer for peer in ("published", "stacked", "float32") if peer in times]
     cells = {
@@ -103,78 +106,74 @@ def row(name: str, K: int, times: dict[str, Times], ours: str, raw: str, error: 
         "error": f"{error:.0e}",
         "rounds": str(len(own.seconds)),
     }
-    shown = {ours, raw, *peers}
-    REPORT.add(f"{name}, {K}", cells, {key: t.seconds for key, t in times.items() if key in shown})
-    print("\n" + ", ".join(f"{k} {v}" for k, v in cells.items()))
+    bench.add(f"{name}, {K}", cells, {key: t.seconds for key, t in times.items()})
 
 
 @pytest.mark.parametrize("K", CLIENTS)
-def test_store(K, seconds):
-    require_memory(2.2 * K * VECTOR)
-    w, n, store = stored(K, PARAMS)
-    expected, V = truth(w, n, partial(blocks_of, store))
+def test_store(bench, sized, K):
+    K, P = sized(K, PARAMS)
+    require_memory(2.2 * K * P * NUMBER)
+    w, n, store = stored(K, P)
+    expected, V = truth(w, n, partial(blocks_of, store, P))
     result = RULE.aggregate(w, store)
     error = max(relative_error(result.params, expected, w), relative_error(result.discrepancy, V))
     assert error < 1e-5
-    contenders = {"raw": sum_of(store), "FDCR": lambda: RULE.aggregate(w, store)}
-    if fits(4.4 * K * VECTOR):  # its vectors, and as much again for what it computes from them
+    contenders = {"FDCR": lambda: RULE.aggregate(w, store), "raw": sum_of(store)}
+    if fits(4.4 * K * P * NUMBER):  # its vectors, and as much again for what it computes from them
         updates, fishers = zip(*((c.update, c.fisher) for c in store), strict=True)
         contenders["published"] = partial(published, w, updates, fishers, n)
-    row("FDCR, store", K, interleave(contenders, seconds), "FDCR", "raw", error)
+    row(bench, "FDCR, store", K, bench.compare(contenders).times, error)
 
 
 @pytest.mark.parametrize("K", [10, 100])
-def test_bfloat16_store(K, seconds):
-    w, n, store = stored(K, PARAMS, torch.bfloat16)
-    expected, V = truth(w, n, partial(blocks_of, store))
+def test_bfloat16_store(bench, sized, K):
+    K, P = sized(K, PARAMS)
+    w, n, store = stored(K, P, torch.bfloat16)
+    expected, V = truth(w, n, partial(blocks_of, store, P))
     result = RULE.aggregate(w, store)
     error = max(relative_error(result.params, expected, w), relative_error(result.discrepancy, V))
     assert error < 1e-5
-    *_, wide = stored(K, PARAMS)
-    times = interleave(
-        {
-            "raw": sum_of(store),
-            "FDCR": lambda: RULE.aggregate(w, store),
-            "float32": lambda: RULE.aggregate(w, wide),
-        },
-        seconds,
-    )
-    row("FDCR, bfloat16 store", K, times, "FDCR", "raw", error)
+    *_, wide = stored(K, P)
+    contenders = {
+        "FDCR": lambda: RULE.aggregate(w, store),
+        "raw": sum_of(store),
+        "float32": lambda: RULE.aggregate(w, wide),
+    }
+    row(bench, "FDCR, bfloat16 store", K, bench.compare(contenders).times, error)
 
 
 @pytest.mark.parametrize("K", CLIENTS)
-def test_average(K, seconds):
-    require_memory(1.2 * K * VECTOR)
-    w, n, store = stored(K, PARAMS, with_fishers=False)
-    error = relative_error(FedAvg().aggregate(w, store).params, average(w, n, partial(blocks_of, store)), w)
+def test_average(bench, sized, K):
+    K, P = sized(K, PARAMS)
+    require_memory(1.2 * K * P * NUMBER)
+    w, n, store = stored(K, P, with_fishers=False)
+    error = relative_error(FedAvg().aggregate(w, store).params, average(w, n, partial(blocks_of, store, P)), w)
     assert error < 1e-6
-    times = interleave({"raw": sum_of(store), "FedAvg": lambda: FedAvg().aggregate(w, store)}, seconds)
-    row("FedAvg, store", K, times, "FedAvg", "raw", error)
+    contenders = {"FedAvg": lambda: FedAvg().aggregate(w, store), "raw": sum_of(store)}
+    row(bench, "FedAvg, store", K, bench.compare(contenders).times, error)
 
 
 @pytest.mark.parametrize("K", CLIENTS)
-def test_tensors(K, seconds):
-    require_memory(2 * K * VECTOR)
-    w, n, updates, fishers = stacked(K, PARAMS)
+def test_tensors(bench, sized, K):
+    K, P = sized(K, PARAMS)
+    require_memory(2 * K * P * NUMBER)
+    w, n, updates, fishers = stacked(K, P)
     expected, V = truth(w, n, lambda: zip(updates.split(10_000, 1), fishers.split(10_000, 1), strict=True))
-    contenders: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
-    if fits(2.2 * K * VECTOR):
-        contenders["published"] = partial(published, w, list(updates), list(fishers), n)
-    if fits(4.2 * K * VECTOR):
-        contenders["stacked"] = partial(fdcr, w, updates, fishers, n, kmeans)
-    for contender in contenders.values():
-        params, scores = contender()
+    peers: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
+    if fits(2.2 * K * P * NUMBER):
+        peers["published"] = partial(published, w, list(updates), list(fishers), n)
+    if fits(4.2 * K * P * NUMBER):
+        peers["stacked"] = partial(fdcr, w, updates, fishers, n, kmeans)
+    for peer in peers.values():
+        params, scores = peer()
         assert relative_error(params, expected, w) < 1e-3
         assert relative_error(scores, V) < 1e-3
     result = RULE.aggregate(w, updates, fishers, n)
     error = max(relative_error(result.params, expected, w), relative_error(result.discrepancy, V))
     assert error < 1e-5
-    times = interleave(
-        {
-            "raw": lambda: (updates.sum(), fishers.sum()),
-            "FDCR": lambda: RULE.aggregate(w, updates, fishers, n),
-            **contenders,
-        },
-        seconds,
-    )
-    row("FDCR, tensors", K, times, "FDCR", "raw", error)
+    contenders = {
+        "FDCR": lambda: RULE.aggregate(w, updates, fishers, n),
+        "raw": lambda: (updates.sum(), fishers.sum()),
+        **peers,
+    }
+    row(bench, "FDCR, tensors", K, bench.compare(contenders).times, error)

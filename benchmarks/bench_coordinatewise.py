@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.harness import Report, interleave
+from benchmarks.tables import Report
 from fdcr_fast import CoordinateMedian, TrimmedMean, UpdateStore
 
 # (K, P)
@@ -24,29 +24,28 @@ REPORT = Report(
 )
 
 
+@pytest.mark.parametrize("source", ["tensors", "store"])
+@pytest.mark.parametrize("name", ["median", "trimmed mean"])
 @pytest.mark.parametrize(("K", "P"), SHAPES)
-def test_coordinatewise(K, P, seconds):
+def test_coordinatewise(bench, sized, K, P, name, source):
+    K, P = sized(K, P)
     torch.manual_seed(0)
     updates, w, f = torch.randn(K, P), torch.zeros(P), int(0.3 * K)
+    rule, pytorch = {
+        "median": (CoordinateMedian(), lambda: updates.median(0)),
+        "trimmed mean": (TrimmedMean(num_byzantine=f), lambda: updates.sort(0).values[f : K - f].mean(0)),
+    }[name]
     store = UpdateStore(P, K, with_fishers=False)
     for update in updates:
         store.put(update, None, 1)
-    median, trimmed = CoordinateMedian(), TrimmedMean(num_byzantine=f)
-    times = interleave(
-        {
-            "torch.median": lambda: updates.median(0),
-            "torch.sort": lambda: updates.sort(0).values[f : K - f].mean(0),
-            "median": lambda: median.aggregate(w, updates, None, [1] * K),
-            "median, store": lambda: median.aggregate(w, store),
-            "trimmed mean": lambda: trimmed.aggregate(w, updates, None, [1] * K),
-            "trimmed mean, store": lambda: trimmed.aggregate(w, store),
-        },
-        seconds,
-    )
-    for name in list(times)[2:]:
-        peer = times["torch.median" if name.startswith("median") else "torch.sort"]
-        low, high = peer.spread_over(times[name])
-        ratio = f"**{peer.over(times[name]):.1f}** ({low:.1f} to {high:.1f})"
-        cells = {"": name, "K": str(K), "P": f"{P:,}", "of PyTorch": ratio}
-        REPORT.add(f"{name}, {K}", cells, {"ours": times[name].seconds, "PyTorch": peer.seconds})
-        print("\n" + ", ".join(f"{k} {v}" for k, v in cells.items()))
+    ours = {
+        "tensors": lambda: rule.aggregate(w, updates, None, [1] * K),
+        "store": lambda: rule.aggregate(w, store),
+    }[source]
+    times = bench.compare({"ours": ours, "PyTorch": pytorch}, share=0.3).times
+    own, peer = times["ours"], times["PyTorch"]
+    low, high = peer.spread_over(own)
+    label = name if source == "tensors" else f"{name}, store"
+    ratio = f"**{peer.over(own):.1f}** ({low:.1f} to {high:.1f})"
+    cells = {"": label, "K": str(K), "P": f"{P:,}", "of PyTorch": ratio}
+    bench.add(f"{label}, {K}", cells, {key: t.seconds for key, t in times.items()})

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.harness import Report, interleave
 from benchmarks.models import PROBLEMS, Problem, problem
+from benchmarks.tables import Report
 from fdcr_fast.fisher.graph.gradients import visit_gradients
 from fdcr_fast.fisher.layers import RULES
 from fdcr_fast.fisher.per_sample import PerSampleGradients
@@ -131,7 +131,7 @@ def phases(run: peers.Contender) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_fisher(name, seconds):
+def test_fisher(bench, name):
     warnings.simplefilter("ignore")  # peers' deprecations
     logging.getLogger("opacus").setLevel(logging.ERROR)
     whole = problem(name)
@@ -142,7 +142,7 @@ def test_fisher(name, seconds):
     assert error.passes, errors
     excluded = {peer: reason for peer in peers.PEERS if (reason := check_peer(peer, *parts[0]))}
     contenders = {peer: make(whole) for peer, make in peers.PEERS.items() if peer not in excluded}
-    times = interleave({"plain": peers.batch_gradient(whole), "ours": peers.ours(whole), **contenders}, seconds)
+    times = bench.compare({"ours": peers.ours(whole), "plain": peers.batch_gradient(whole), **contenders}).times
     plain, own = times["plain"], times["ours"]
     low, high = own.spread_over(plain)
     best = min(contenders, key=lambda peer: times[peer].median)
@@ -171,8 +171,7 @@ def test_fisher(name, seconds):
         "parameters": parameters,
         "peak_bytes": memory,
     }
-    REPORT.add(name, cells, figures)
-    print(f"\n{name}: " + ", ".join(f"{k} {v}" for k, v in list(cells.items())[1:]))
+    bench.add(name, cells, figures)
 
 
 def _memory_cell(peaks: dict[str, int] | None, parameters: int) -> str:

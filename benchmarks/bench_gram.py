@@ -5,16 +5,20 @@ python -m pytest benchmarks/bench_gram.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, Times, interleave
+from benchmarks.tables import Report
 from fdcr_fast import GramView, UpdateStore, estimate_gram, gram, grams
 
 # (K, P)
 SHAPES = [(20, 1_000_000), (200, 1_000_000), (1000, 100_000)]
 SAMPLE = 50_000
+VIEWS = [GramView("fisher_update"), GramView("fourth_root_fisher")]
 
 REPORT = Report(
     "gram",
@@ -54,10 +58,47 @@ def error(G: Tensor, updates: Tensor, fishers: Tensor, transform: str) -> float:
     return ((G - exact).abs() / (size * size[:, None])).max().item()
 
 
-def row(
-    name: str, K: int, P: int, times: dict[str, Times], ours: str, peer: str | None, found: dict[str, float]
-) -> None:
-    own, mm = times[ours], times["mm"]
+# By name of the row: the call, with a store, updates and Fishers, and the transform of its inner products.
+CASES: dict[str, tuple[Callable[..., Any], str | None]] = {
+    "update": (lambda store, *x: gram(x[0]), "update"),
+    "update, store": (lambda store, *x: gram(store), "update"),
+    "update, float64": (lambda store, *x: gram(x[0], precision="float64"), "update"),
+    "fisher_update": (lambda store, *x: gram(*x, transform="fisher_update"), "fisher_update"),
+    "fourth_root_fisher": (lambda store, *x: gram(*x, transform="fourth_root_fisher"), "fourth_root_fisher"),
+    "these two in one pass": (lambda store, *x: grams(*x, views=VIEWS), None),
+    f"update, estimated from {SAMPLE:,}": (lambda store, *x: estimate_gram(x[0], sample=SAMPLE), None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("K", "P"), SHAPES)
+def test_gram(bench, sized, K, P, name):
+    K, P = sized(K, P)
+    updates, fishers = uploads(K, P)
+    store = UpdateStore(P, K)
+    for update, fisher in zip(updates, fishers, strict=True):
+        store.put(update, fisher, 1)
+    call, transform = CASES[name]
+
+    def ours() -> Any:
+        return call(store, updates, fishers)
+
+    def pytorch(transform: str) -> Tensor:
+        x = transformed(updates, fishers, transform)
+        return x @ x.t()
+
+    contenders = {name: ours, "mm": lambda: pytorch("update")}
+    found: dict[str, float] = {}
+    if transform is not None:
+        found = {
+            "error": error(ours(), updates, fishers, transform),
+            "mm error": error(pytorch(transform).double(), updates, fishers, transform),
+        }
+        assert found["error"] < 1e-5
+        if transform != "update":
+            contenders["PyTorch"] = lambda: pytorch(transform)
+    times = bench.compare(contenders, share=0.3).times
+    own, mm = times[name], times["mm"]
     low, high = own.spread_over(mm)
     cells = {
         "": name,
@@ -65,57 +106,8 @@ def row(
         "P": f"{P:,}",
         "of mm": f"**{1 / own.over(mm):.2f}** ({1 / high:.2f} to {1 / low:.2f})",
         "rate": f"{(K + 1) / (2 * K) / own.over(mm):.2f}" if found else "",
-        "of PyTorch": "" if peer is None else f"{times[peer].over(own):.2f}",
+        "of PyTorch": f"{times['PyTorch'].over(own):.2f}" if "PyTorch" in times else "",
         **{column: f"{value:.0e}" for column, value in found.items()},
         "rounds": str(len(own.seconds)),
     }
-    shown = {"mm", ours, peer or "mm"}
-    REPORT.add(f"{name}, {K}", cells, {key: t.seconds for key, t in times.items() if key in shown})
-    print("\n" + ", ".join(f"{k} {v}" for k, v in cells.items()))
-
-
-@pytest.mark.parametrize(("K", "P"), SHAPES)
-def test_gram(K, P, seconds):
-    updates, fishers = uploads(K, P)
-    store = UpdateStore(P, K)
-    for update, fisher in zip(updates, fishers, strict=True):
-        store.put(update, fisher, 1)
-
-    def pytorch(transform: str) -> Tensor:
-        x = transformed(updates, fishers, transform)
-        return x @ x.t()
-
-    views = [GramView("fisher_update"), GramView("fourth_root_fisher")]
-    rows = {
-        "update": (lambda: gram(updates), "mm", "update"),
-        "update, store": (lambda: gram(store), "mm", "update"),
-        "update, float64": (lambda: gram(updates, precision="float64"), "mm", "update"),
-        "fisher_update": (
-            lambda: gram(updates, fishers, transform="fisher_update"),
-            "PyTorch fisher_update",
-            "fisher_update",
-        ),
-        "fourth_root_fisher": (
-            lambda: gram(updates, fishers, transform="fourth_root_fisher"),
-            "PyTorch fourth_root_fisher",
-            "fourth_root_fisher",
-        ),
-        "these two in one pass": (lambda: grams(updates, fishers, views=views), None, None),
-        f"update, estimated from {SAMPLE:,}": (lambda: estimate_gram(updates, sample=SAMPLE), None, None),
-    }
-    peers = {
-        "mm": lambda: pytorch("update"),
-        "PyTorch fisher_update": lambda: pytorch("fisher_update"),
-        "PyTorch fourth_root_fisher": lambda: pytorch("fourth_root_fisher"),
-    }
-    found: dict[str, dict[str, float]] = {name: {} for name in rows}
-    for name, (ours, peer, transform) in rows.items():
-        if transform is not None and peer is not None:
-            found[name] = {
-                "error": error(ours(), updates, fishers, transform),
-                "mm error": error(peers[peer]().double(), updates, fishers, transform),
-            }
-            assert found[name]["error"] < 1e-5
-    times = interleave({**peers, **{name: ours for name, (ours, _, _) in rows.items()}}, seconds)
-    for name, (_, peer, _) in rows.items():
-        row(name, K, P, times, name, None if peer == "mm" else peer, found[name])
+    bench.add(f"{name}, {K}", cells, {key: t.seconds for key, t in times.items()})

@@ -6,17 +6,17 @@ python -m pytest benchmarks/bench_layers.py
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Report, interleave
 from benchmarks.models import PROBLEMS, problem
+from benchmarks.tables import Report
 from fdcr_fast.fisher.layers import RULES
 
-_SECONDS = 1.0
 _CHECKED_SAMPLES = 2
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -49,7 +49,7 @@ SHAPES = {
 
 
 def layers_of(name: str) -> list[tuple[nn.Module, Tensor, int]]:
-    """Different layers with parameters, an input of each, and how often it occurs."""
+    """Different layers that have a rule, an input of each, and how often it occurs."""
     if name in SHAPES:
         layer, shape = SHAPES[name]
         return [(layer, torch.randn(shape), 1)]
@@ -62,7 +62,7 @@ def layers_of(name: str) -> list[tuple[nn.Module, Tensor, int]]:
 
     whole = problem(name)
     for module in whole.model.modules():
-        if any(True for _ in module.parameters(recurse=False)):
+        if type(module) in RULES:
             module.register_forward_hook(record)
     with torch.no_grad():
         whole.model(whole.inputs)
@@ -82,37 +82,38 @@ def check(layer: nn.Module, input: Tensor, grad_output: Tensor) -> None:
         assert (got - expected).norm() < 1e-5 * expected.norm(), (layer, name)
 
 
-@pytest.mark.parametrize("name", [*PROBLEMS, *SHAPES])
-def test_layers(name):
-    for layer, input, count in layers_of(name):
-        output = layer(input)
-        grad_output = torch.randn_like(output)
-        parameters = list(layer.parameters())
-        gradient = partial(torch.autograd.grad, output, parameters, grad_output, retain_graph=True)
-        cells = {
-            "where": name,
-            "layer": str(layer),
-            "input": "x".join(map(str, input.shape)),
-            "times": str(count),
-        }
-        figures = {}
-        if rule := RULES.get(type(layer)):
-            check(layer, input[:_CHECKED_SAMPLES], grad_output[:_CHECKED_SAMPLES])
-            squares = partial(rule.sum_squares, layer, input, grad_output)
-            times = interleave({"plain": gradient, "ours": squares}, _SECONDS)
-            plain, ours = times["plain"], times["ours"]
-            low, high = ours.spread_over(plain)
-            positions = output.numel() // (output.shape[1] if isinstance(layer, CONVOLUTIONS) else output.shape[-1])
-            flops = 2 * positions * layer.weight.numel()
-            cells |= {
-                "plain, ms": f"{plain.median * 1e3:.2f}",
-                "ours, ms": f"{ours.median * 1e3:.2f}",
-                "ratio": f"**{ours.over(plain):.2f}** ({low:.2f} to {high:.2f})",
-            }
-            if isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
-                cells["GFLOP/s, plain and ours"] = f"{flops / plain.median / 1e9:.0f}, {flops / ours.median / 1e9:.0f}"
-            figures = {key: t.seconds for key, t in times.items()}
-        else:
-            cells["ratio"] = "no rule: vmap(grad)"
-        REPORT.add(f"{name}: {layer} {tuple(input.shape)}", cells, figures)
-        print(" | ".join(cells.values()))
+def cases() -> Iterator[tuple[str, int]]:
+    """Every name with the numbers of its layers, which are found without computing anything."""
+    for name in (*PROBLEMS, *SHAPES):
+        with torch.device("meta"):
+            yield from ((name, index) for index in range(len(layers_of(name))))
+
+
+@pytest.mark.parametrize(("name", "index"), cases())
+def test_layers(bench, name, index):
+    layer, input, count = layers_of(name)[index]
+    output = layer(input)
+    grad_output = torch.randn_like(output)
+    rule = RULES[type(layer)]
+    check(layer, input[:_CHECKED_SAMPLES], grad_output[:_CHECKED_SAMPLES])
+    contenders = {
+        "ours": partial(rule.sum_squares, layer, input, grad_output),
+        "plain": partial(torch.autograd.grad, output, list(layer.parameters()), grad_output, retain_graph=True),
+    }
+    times = bench.compare(contenders, share=0.025).times
+    plain, ours = times["plain"], times["ours"]
+    low, high = ours.spread_over(plain)
+    cells = {
+        "where": name,
+        "layer": str(layer),
+        "input": "x".join(map(str, input.shape)),
+        "times": str(count),
+        "plain, ms": f"{plain.median * 1e3:.2f}",
+        "ours, ms": f"{ours.median * 1e3:.2f}",
+        "ratio": f"**{ours.over(plain):.2f}** ({low:.2f} to {high:.2f})",
+    }
+    if isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
+        positions = output.numel() // (output.shape[1] if isinstance(layer, CONVOLUTIONS) else output.shape[-1])
+        flops = 2 * positions * layer.weight.numel()
+        cells["GFLOP/s, plain and ours"] = f"{flops / plain.median / 1e9:.0f}, {flops / ours.median / 1e9:.0f}"
+    bench.add(f"{name}: {layer} {tuple(input.shape)}", cells, {key: t.seconds for key, t in times.items()})

@@ -1,15 +1,12 @@
 """Aggregation beside what limits it: every target with its verdict, and the phases of the rounds that miss theirs.
 
 python -m pytest benchmarks/bench_limits.py
-python -m pytest benchmarks/bench_limits.py --refuse-busy    # fails instead of recording rows of a busy machine
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,18 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, Machine, Report, Times, interleave
-from benchmarks.machine import Load, caches, watched
+from benchmarks.harness import Bench, Comparison, Times
 from benchmarks.phases import phases, shares
 from benchmarks.plain_rules import PLAIN_RULES, RANDOM, relative_error
-from benchmarks.rounds import FDCR_RULE, filled, require_memory, stacked, stored, sum_of
+from benchmarks.rounds import FDCR_RULE, filled, name_of, require_memory, stacked, stored, sum_of
 from benchmarks.rules import ATTACKERS, RULES
+from benchmarks.tables import Report
 from benchmarks.targets import Target, summary, verdict
 from fdcr_fast import FLAME, AggregationRule, CoalitionFDCR, FedAvg, MultiKrum, UpdateStore, _native
 
 MILLION, RESNET18 = 1_000_000, 11_000_000  # parameters
 NUMBER = 4  # bytes of a float32
 COLUMNS = ("", "K", "P", "ms", "measured", "of", "target", "verdict", "phases", "busy", "rounds")
+SOURCES = ("tensors", "store")
+SHARE = 0.25  # of the seconds, for most comparisons
 CALLS = 20  # of a rule, timed together where one takes less than a millisecond
 
 FDCR_STORE = {
@@ -60,8 +59,8 @@ REPORT = Report(
     "limits",
     "Limits of aggregation",
     "python -m pytest benchmarks/bench_limits.py",
-    f"""\
-Caches: {caches()}. Float32, one client in ten an attacker; FDCR with two-means, but beside PyTorch all rules with their
+    """\
+Float32, one client in ten an attacker; FDCR with two-means, but beside PyTorch all rules with their
 default options. *measured*: speed of a whole ``aggregate`` as a share of the yardstick's, or its time as a multiple:
 median and quartiles of the ratios within interleaved repeats in one process. Yardsticks: a *raw read* is ``torch.sum``,
 a plain SIMD sum, over as many bytes as the rule needs; *mv* is ``torch.mv(D.t(), w)``; *PyTorch* the shortest code that
@@ -73,97 +72,46 @@ where either is large.""",
 )
 
 
-class Comparison(NamedTuple):
-    times: dict[str, Times]
-    load: Load
+def judge(
+    bench: Bench,
+    name: str,
+    size: tuple[int, int],
+    found: Comparison,
+    yardstick: str,
+    target: Target,
+    run: Callable[[], Any] | None = None,
+) -> None:
+    """A row on ours beside a yardstick, or by itself; with its phases if it is given to be run for them."""
+    ours = next(iter(found.times))
+    own, other = found.times[ours], found.times[yardstick]
+    value, low, high = target.measured(own, other)
+    parts = {} if run is None else phases(run, repeats=3)
+    excess = target.excess(value)
+    cells = {
+        "ms": f"{1e3 * own.median:,.2f}",
+        "measured": f"**{value:.2f}** ({low:.2f} to {high:.2f})",
+        "of": "" if ours == yardstick else yardstick,
+        "target": str(target),
+        "verdict": verdict(excess, parts),
+        "phases": shares(parts),
+    }
+    times = {each: found.times[each].seconds for each in (ours, yardstick)}
+    add(bench, name, size, cells, {"excess": excess, "phases": parts, "times": times}, found)
 
 
-@dataclass(frozen=True)
-class Bench:
-    seconds: float
-    quick: bool
-    refuse_busy: bool
-    say: Callable[[str], None]
-
-    def size(self, K: int, P: int) -> tuple[int, int]:
-        return (min(K, 12), min(P, 20_000)) if self.quick else (K, P)
-
-    def compared(self, contenders: Mapping[str, Callable[[], Any]], share: float = 0.25) -> Comparison:
-        """Interleaved times, for so much of the seconds that a comparison may take, and the load meanwhile."""
-        with watched() as load:
-            times = interleave(contenders, share * self.seconds)
-        return Comparison(times, load)
-
-    def row(
-        self,
-        name: str,
-        size: tuple[int, int],
-        comparison: Comparison,
-        ours: str,
-        yardstick: str,
-        target: Target,
-        run: Callable[[], Any] | None = None,
-    ) -> None:
-        """Judges one contender by another, or by itself; with its phases if it is given to be run for them."""
-        own, other = comparison.times[ours], comparison.times[yardstick]
-        value, low, high = target.measured(own, other)
-        parts = {} if run is None else phases(run, repeats=3)
-        excess = target.excess(value)
-        cells = {
-            "ms": f"{1e3 * own.median:,.2f}",
-            "measured": f"**{value:.2f}** ({low:.2f} to {high:.2f})",
-            "of": "" if ours == yardstick else yardstick,
-            "target": str(target),
-            "verdict": verdict(excess, parts),
-            "phases": shares(parts),
-        }
-        times = {name: comparison.times[name].seconds for name in (ours, yardstick)}
-        figures = {"excess": excess, "phases": parts, "times": times}
-        self.add(name, size, cells, figures, comparison.load, other)
-
-    def add(
-        self,
-        name: str,
-        size: tuple[int, int],
-        cells: Mapping[str, str],
-        figures: Mapping[str, Any],
-        load: Load,
-        yardstick: Times,
-    ) -> None:
-        K, P = size
-        busy = load.verdict(yardstick.spread)
-        rounds = str(len(yardstick.seconds))
-        row = dict.fromkeys(COLUMNS, "") | {
-            "": name,
-            "K": str(K),
-            "P": f"{P:,}",
-            **cells,
-            "busy": busy,
-            "rounds": rounds,
-        }
-        self.say(", ".join(f"{column} {cell}".strip() for column, cell in row.items() if cell))
-        if busy and self.refuse_busy:
-            pytest.fail(f"not recorded, the machine is busy: {busy}")
-        REPORT.add(f"{name}, K = {K}, P = {P:,}", row, {**figures, "busy": busy})
-
-
-@pytest.fixture(scope="module")
-def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    options, capture = request.config.option, request.config.pluginmanager.getplugin("capturemanager")
-
-    def say(text: str) -> None:
-        with capture.global_and_fixture_disabled():
-            print(f"\n{text}", end="", flush=True)
-
-    if options.quick and options.results == RESULTS:  # which are of real sizes
-        Report.folder = tmp_path_factory.mktemp("results")
-    if options.refuse_busy:
-        with watched() as load:
-            time.sleep(1)
-        if busy := load.verdict(spread=0.0):
-            pytest.exit(f"the machine is busy: {busy}", returncode=1)
-    yield Bench(0.05 if options.quick else options.seconds, options.quick, options.refuse_busy, say)
-    say(REPORT.closing())
+def add(
+    bench: Bench,
+    name: str,
+    size: tuple[int, int],
+    cells: Mapping[str, str],
+    figures: Mapping[str, Any],
+    found: Comparison,
+) -> None:
+    K, P = size
+    rounds = len(next(iter(found.times.values())).seconds)
+    row = {"": name, "K": str(K), "P": f"{P:,}", **cells, "busy": found.busy, "rounds": str(rounds)}
+    cells = {column: row.get(column, "") for column in COLUMNS}
+    bench.add(f"{name}, K = {K}, P = {P:,}", cells, {**figures, "busy": found.busy})
 
 
 def contiguous_sum(size: int) -> Callable[[], Tensor]:
@@ -197,28 +145,23 @@ def at_level(level: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return other
 
 
-def test_machine(bench):
-    bench.say(f"{asdict(Machine.this())}, caches: {caches()}")
-    K, P = bench.size(400, MILLION)
+@pytest.mark.parametrize("by", ["one thread", "all threads"])
+def test_machine(bench, sized, by):
+    K, P = sized(400, MILLION)
     require_memory(NUMBER * K * P)
-    read = contiguous_sum(K * P)
-
-    def by(count: int) -> None:
-        with threads(count):
-            read()
-
-    counts = dict.fromkeys([1, torch.get_num_threads()])
-    times, load = bench.compared({str(count): partial(by, count) for count in counts})
-    for count, seconds in times.items():
-        rate = f"**{NUMBER * K * P / seconds.median / 1e9:.1f}** GB/s"
-        cells = {"ms": f"{1e3 * seconds.median:,.2f}", "measured": rate}
-        bench.add(f"raw read, {count} threads", (K, P), cells, {"times": seconds.seconds}, load, seconds)
+    read, count = contiguous_sum(K * P), 1 if by == "one thread" else torch.get_num_threads()
+    with threads(count):
+        found = bench.compare({"raw read": read}, share=0.1)
+    seconds = found.times["raw read"]
+    rate = f"**{NUMBER * K * P / seconds.median / 1e9:.1f}** GB/s"
+    cells = {"ms": f"{1e3 * seconds.median:,.2f}", "measured": rate}
+    add(bench, f"raw read, {count} threads", (K, P), cells, {"times": seconds.seconds}, found)
 
 
-@pytest.mark.parametrize("size", FDCR_STORE)
-def test_fdcr_from_the_store(bench, size):
+@pytest.mark.parametrize("size", FDCR_STORE, ids=name_of)
+def test_fdcr_from_the_store(bench, sized, size):
     target = Target(FDCR_STORE[size])
-    K, P = size = bench.size(*size)
+    K, P = size = sized(*size)
     require_memory(1.1 * UpdateStore.required_bytes(P, K))
     w, _, store = stored(K, P)
 
@@ -227,31 +170,31 @@ def test_fdcr_from_the_store(bench, size):
 
     native = _native.module
     others = [level for level in native.cpu_features() if level != native.simd_level()] if native else []
-    contenders = {"raw read": sum_of(store), "ours": ours, **{level: at_level(level, ours) for level in others}}
-    found = bench.compared(contenders)
-    bench.row("FDCR, store", size, found, "ours", "raw read", target, ours)
+    contenders = {"ours": ours, "raw read": sum_of(store), **{level: at_level(level, ours) for level in others}}
+    found = bench.compare(contenders, SHARE)
+    judge(bench, "FDCR, store", size, found, "raw read", target, ours)
     for level in others:  # the default is the fastest but for noise
         name = f"FDCR, store, {native.simd_level()} beside {level}"
-        bench.row(name, size, found, "ours", level, Target(1.05, "multiple"))
+        judge(bench, name, size, found, level, Target(1.05, "multiple"))
 
 
-@pytest.mark.parametrize("size", FDCR_TENSORS)
-def test_fdcr_from_tensors(bench, size):
+@pytest.mark.parametrize("size", FDCR_TENSORS, ids=name_of)
+def test_fdcr_from_tensors(bench, sized, size):
     target = Target(FDCR_TENSORS[size])
-    K, P = size = bench.size(*size)
+    K, P = size = sized(*size)
     require_memory(2.1 * NUMBER * K * P)
     w, n, updates, fishers = stacked(K, P)
 
     def ours() -> Any:
         return FDCR_RULE.aggregate(w, updates, fishers, n)
 
-    found = bench.compared({"raw read": lambda: (updates.sum(), fishers.sum()), "ours": ours})
-    bench.row("FDCR, tensors", size, found, "ours", "raw read", target, ours)
+    found = bench.compare({"ours": ours, "raw read": lambda: (updates.sum(), fishers.sum())}, SHARE)
+    judge(bench, "FDCR, tensors", size, found, "raw read", target, ours)
 
 
-@pytest.mark.parametrize("size", BFLOAT16)
-def test_bfloat16_store(bench, size):
-    K, P = size = bench.size(*size)
+@pytest.mark.parametrize("size", BFLOAT16, ids=name_of)
+def test_bfloat16_store(bench, sized, size):
+    K, P = size = sized(*size)
     require_memory(3.3 * NUMBER * K * P)
     w, _, narrow = stored(K, P, torch.bfloat16)
     *_, wide = stored(K, P)
@@ -259,35 +202,35 @@ def test_bfloat16_store(bench, size):
     def ours() -> Any:
         return FDCR_RULE.aggregate(w, narrow)
 
-    found = bench.compared({"float32": lambda: FDCR_RULE.aggregate(w, wide), "ours": ours})
-    bench.row("FDCR, bfloat16 store", size, found, "ours", "float32", Target(1.6), ours)
+    found = bench.compare({"ours": ours, "float32": lambda: FDCR_RULE.aggregate(w, wide)}, SHARE)
+    judge(bench, "FDCR, bfloat16 store", size, found, "float32", Target(1.6), ours)
 
 
-@pytest.mark.parametrize("size", MEANS_STORE)
-def test_means_from_the_store(bench, size):
-    K, P = size = bench.size(*size)
+@pytest.mark.parametrize("name", MEANS)
+@pytest.mark.parametrize("size", MEANS_STORE, ids=name_of)
+def test_means_from_the_store(bench, sized, size, name):
+    K, P = size = sized(*size)
     require_memory(1.1 * UpdateStore.required_bytes(P, K))
     w, _, store = stored(K, P)
-    contenders = {name: partial(rule.aggregate, w, store) for name, rule in MEANS.items()}
-    found = bench.compared({"raw read": sum_of(store, K * P), **contenders})
-    for name, run in contenders.items():
-        bench.row(f"{name}, store", size, found, name, "raw read", Target(0.9), run)
+    run = partial(MEANS[name].aggregate, w, store)
+    found = bench.compare({"ours": run, "raw read": sum_of(store, K * P)}, SHARE)
+    judge(bench, f"{name}, store", size, found, "raw read", Target(0.9), run)
 
 
-@pytest.mark.parametrize("size", MEANS_TENSORS)
-def test_means_from_tensors(bench, size):
-    K, P = size = bench.size(*size)
+@pytest.mark.parametrize("size", MEANS_TENSORS, ids=name_of)
+def test_means_from_tensors(bench, sized, size):
+    K, P = size = sized(*size)
     require_memory(2.1 * NUMBER * K * P)
     w, n, updates, _ = stacked(K, P)
     weights = (n / n.sum()).float()
     run = partial(FedAvg().aggregate, w, updates, None, n)
-    found = bench.compared({"mv": lambda: torch.mv(updates.t(), weights), "ours": run})
-    bench.row("FedAvg, tensors", size, found, "ours", "mv", Target(1.0, "multiple"), run)
+    found = bench.compare({"ours": run, "mv": lambda: torch.mv(updates.t(), weights)}, SHARE)
+    judge(bench, "FedAvg, tensors", size, found, "mv", Target(1.0, "multiple"), run)
 
 
-@pytest.mark.parametrize("size", PUTS)
-def test_put(bench, size):
-    K, P = size = bench.size(*size)
+@pytest.mark.parametrize("size", PUTS, ids=name_of)
+def test_put(bench, sized, size):
+    K, P = size = sized(*size)
     clients = min(K, 10)
     require_memory(1.1 * UpdateStore.required_bytes(P, K) + 3 * NUMBER * clients * P)
     store, rows, sent = UpdateStore(P, K), torch.empty(clients, 2, P), torch.rand(2, P)
@@ -302,8 +245,8 @@ def test_put(bench, size):
             row.copy_(sent)
 
     with threads(1):
-        found = bench.compared({"copy": copy, "ours": put})
-    bench.row("put, one thread", size, found, "ours", "copy", Target(0.8))
+        found = bench.compare({"ours": put, "copy": copy}, SHARE)
+    judge(bench, "put, one thread", size, found, "copy", Target(0.8))
 
 
 class Whole(NamedTuple):
@@ -311,74 +254,74 @@ class Whole(NamedTuple):
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]  # w, n, updates, Fishers
     store: UpdateStore
 
+    def run(self, rule: AggregationRule, source: str) -> Callable[[], Any]:
+        w, n, updates, fishers = self.tensors
+        return partial(rule.aggregate, w, *([self.store] if source == "store" else [updates, fishers, n]))
 
-@pytest.fixture(scope="module", params=WHOLE_ROUNDS, ids=lambda size: f"{size[0]}x{size[1]}")
-def whole(request: pytest.FixtureRequest, bench: Bench) -> Whole:
-    K, P = bench.size(*request.param)
-    require_memory(12 * NUMBER * K * P)  # what sorting in PyTorch takes
+
+def whole_round(size: tuple[int, int]) -> Whole:
+    K, P = size
     w, n, updates, fishers = stacked(K, P)
-    return Whole((K, P), (w, n, updates, fishers), filled(UpdateStore(P, K), n, updates, fishers))
+    return Whole(size, (w, n, updates, fishers), filled(UpdateStore(P, K), n, updates, fishers))
+
+
+@pytest.fixture(scope="module", params=WHOLE_ROUNDS, ids=name_of)
+def whole(request: pytest.FixtureRequest, sized: Callable[[int, int], tuple[int, int]]) -> Whole:
+    K, P = sized(*request.param)
+    require_memory(12 * NUMBER * K * P)  # what sorting in PyTorch takes
+    return whole_round((K, P))
 
 
 def test_every_rule_has_plain_code():
     assert PLAIN_RULES.keys() == RULES.keys()
 
 
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", RULES)
-def test_whole_rounds(bench, whole, name):
+def test_whole_rounds(bench, whole, name, source):
     w, n, updates, fishers = whole.tensors
     f = int(ATTACKERS * len(n))
     rule, plain = RULES[name](f), PLAIN_RULES[name]
-    params = rule.aggregate(w, updates, fishers, n).params.double()
+    run = whole.run(rule, source)
     if name not in RANDOM:
-        assert relative_error(plain(w, updates, fishers, n, f), params, w) < 1e-3
-    runs = {
-        "tensors": lambda: rule.aggregate(w, updates, fishers, n),
-        "store": lambda: rule.aggregate(w, whole.store),
-    }
-    found = bench.compared({"PyTorch": lambda: plain(w, updates, fishers, n, f), **runs}, share=0.1)
-    for ours in runs:
-        target = Target(0.7, "multiple")
-        bench.row(f"{name}, {ours}, default options", whole.size, found, ours, "PyTorch", target, runs[ours])
+        assert relative_error(plain(w, updates, fishers, n, f), run().params.double(), w) < 1e-3
+    found = bench.compare({"ours": run, "PyTorch": lambda: plain(w, updates, fishers, n, f)}, share=0.1)
+    judge(bench, f"{name}, {source}, default options", whole.size, found, "PyTorch", Target(0.7, "multiple"), run)
 
 
-def test_pairwise_rules(bench):
-    K, P = size = bench.size(100, MILLION)
+@pytest.fixture(scope="module")
+def pairwise(sized: Callable[[int, int], tuple[int, int]]) -> Whole:
+    K, P = sized(100, MILLION)
     require_memory(5 * NUMBER * K * P)
-    w, n, updates, fishers = stacked(K, P)
-    store = filled(UpdateStore(P, K), n, updates, fishers)
-    contenders: dict[str, Callable[[], Any]] = {
-        "read": updates.sum,
-        "mm": lambda: updates @ updates.t(),
-    }
-    rounds: dict[str, Callable[[], Any]] = {}
-    for name, make in PAIRWISE.items():
-        rule = make(int(ATTACKERS * K))
-        rounds[f"{name}, tensors"] = partial(rule.aggregate, w, updates, fishers, n)
-        rounds[f"{name}, store"] = partial(rule.aggregate, w, store)
-    times, load = bench.compared({**contenders, **rounds}, share=0.5)
+    return whole_round((K, P))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_pairwise_rules(bench, pairwise, name, source):
+    K, _ = pairwise.size
+    updates = pairwise.tensors[2]
+    run = pairwise.run(PAIRWISE[name](int(ATTACKERS * K)), source)
+    found = bench.compare({"ours": run, "read": updates.sum, "mm": lambda: updates @ updates.t()}, SHARE)
     triangle = (K + 1) / (2 * K)
-    pairs = zip(times["mm"].seconds, times["read"].seconds, strict=True)
-    times["Gram's limit"] = Times(tuple(max(triangle * mm, read) for mm, read in pairs))
-    for name, run in rounds.items():
-        bench.row(name, size, Comparison(times, load), name, "Gram's limit", Target(1.3, "multiple"), run)
+    pairs = zip(found.times["mm"].seconds, found.times["read"].seconds, strict=True)
+    found.times["Gram's limit"] = Times(tuple(max(triangle * mm, read) for mm, read in pairs))
+    target = Target(1.3, "multiple")
+    judge(bench, f"{name}, {source}", pairwise.size, found, "Gram's limit", target, run)
 
 
-def repeatedly(run: Callable[[], Any]) -> None:
-    for _ in range(CALLS):
-        run()
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", SMALL)
+def test_small_federations(bench, name, source):
+    whole = whole_round((10, 5_000))
+    rule, bound = SMALL[name]
+    run = whole.run(rule, source)
 
+    def repeatedly() -> None:
+        for _ in range(CALLS):
+            run()
 
-def test_small_federations(bench):
-    K, P = size = 10, 5_000
-    w, n, updates, fishers = stacked(K, P)
-    store = filled(UpdateStore(P, K), n, updates, fishers)
-    runs: dict[str, Callable[[], Any]] = {}
-    for name, (rule, _) in SMALL.items():
-        runs[f"{name}, tensors"] = partial(rule.aggregate, w, updates, fishers, n)
-        runs[f"{name}, store"] = partial(rule.aggregate, w, store)
-    found, load = bench.compared({name: partial(repeatedly, run) for name, run in runs.items()})
-    times = {name: Times(tuple(s / CALLS for s in t.seconds)) for name, t in found.items()}
-    for name, run in runs.items():
-        _, bound = SMALL[name.split(",")[0]]
-        bench.row(name, size, Comparison(times, load), name, name, Target(bound, "ms"), run)
+    found = bench.compare({f"{CALLS} calls": repeatedly}, share=0.05)
+    once = Times(tuple(seconds / CALLS for seconds in found.times[f"{CALLS} calls"].seconds))
+    label, target = f"{name}, {source}", Target(bound, "ms")
+    judge(bench, label, whole.size, Comparison({label: once}, found.busy), label, target, run)

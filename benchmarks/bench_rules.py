@@ -5,6 +5,7 @@ python -m pytest benchmarks/bench_rules.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 import fdcr_fast
-from benchmarks.harness import Report, interleave
+from benchmarks.rounds import name_of
 from benchmarks.rules import ATTACKERS, RULES
+from benchmarks.tables import Report
 from fdcr_fast import AggregationRule, UpdateStore
 
 # (K, P): a toy, the paper's CNN, ResNet-18, and rounds of many clients
@@ -38,9 +40,9 @@ class Round(NamedTuple):
     store: UpdateStore
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-def round_(request: pytest.FixtureRequest) -> Round:
-    K, P = request.param
+@pytest.fixture(scope="module", params=SHAPES, ids=name_of)
+def round_(request: pytest.FixtureRequest, sized: Callable[[int, int], tuple[int, int]]) -> Round:
+    K, P = sized(*request.param)
     torch.manual_seed(0)
     w, direction = 0.05 * torch.randn(P), 0.01 * torch.randn(P)
     updates, fishers = torch.empty(2, K, P)
@@ -61,7 +63,7 @@ def test_the_table_has_every_rule():
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_rules(round_, name, seconds):
+def test_rules(bench, round_, name):
     w, updates, fishers, num_samples, store = round_
     K, P = updates.shape
     rule = RULES[name](int(ATTACKERS * K))
@@ -69,13 +71,11 @@ def test_rules(round_, name, seconds):
         rule.aggregate(w, store).kept,
         rule.aggregate(w, updates, fishers, num_samples).kept,
     )
-    times = interleave(
-        {
-            "store": lambda: rule.aggregate(w, store),
-            "tensors": lambda: rule.aggregate(w, updates, fishers, num_samples),
-        },
-        seconds / 10,
-    )
+    contenders = {
+        "store": lambda: rule.aggregate(w, store),
+        "tensors": lambda: rule.aggregate(w, updates, fishers, num_samples),
+    }
+    times = bench.compare(contenders, share=0.1).times
     ratio = times["store"].over(times["tensors"])
     low, high = times["store"].spread_over(times["tensors"])
     cells = {
@@ -87,5 +87,4 @@ def test_rules(round_, name, seconds):
         "store/tensors": f"**{ratio:.2f}** ({low:.2f} to {high:.2f})",
         "rounds": str(len(times["store"].seconds)),
     }
-    REPORT.add(f"{name}, {K}, {P}", cells, {key: t.seconds for key, t in times.items()})
-    print("\n" + ", ".join(f"{k} {v}" for k, v in cells.items()))
+    bench.add(f"{name}, {K}, {P}", cells, {key: t.seconds for key, t in times.items()})

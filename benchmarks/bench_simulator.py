@@ -19,19 +19,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness import Report
+from benchmarks.tables import RESULTS, Report, Tables
 
 HERE = Path(__file__).parent
 CLIENTS = 200
 # It needs a JAX of its time.
 FEDJAX = ("fedjax", "jax==0.4.25", "jaxlib==0.4.25", "dm-haiku<0.0.13", "numpy<2", "scipy<1.13")
-NOTES = """FedAvg of the paper's CNN on Fashion-MNIST: 200 clients of 50 images, one epoch, batches of 64, SGD with
+REPORT = Report(
+    "simulator",
+    "Simulators: clients per second",
+    "python -m benchmarks.bench_simulator",
+    """\
+FedAvg of the paper's CNN on Fashion-MNIST: 200 clients of 50 images, one epoch, batches of 64, SGD with
 momentum. Measured is training and aggregation of all clients, without evaluation, starting and the first round.
 *clients/s* is the median over rounds and repeats, which take turns; *spread* the smallest and largest. *x* is the rate
 of our row over that of the peer: a peer of one process is compared with one process of ours, all others with one of
 ours per core. Every process has one thread, "threads" are those of one process, and FedJAX takes what it wants. Of pfl,
 as many processes run at once as there are cores, each with all clients, and their rates are added. FDCR's clients also
-compute and send a Fisher. Flower and naive FDCR, which are slow, run one timed round per repeat."""
+compute and send a Fisher. Flower and naive FDCR, which are slow, run one timed round per repeat.""",
+)
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="processes of every contender, which take turns")
     parser.add_argument("--only", action="append", help="part of a contender's name; may be given several times")
     parser.add_argument("--timeout", type=float, default=120, help="seconds of one process")
+    parser.add_argument("--write-results", action="store_true", help=f"write the table in {RESULTS}")
     parser.add_argument("--environments", type=Path, default=Path.home() / ".cache" / "fdcr_fast" / "simulators")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs ends with it
@@ -158,9 +165,7 @@ def main() -> None:
                     del pythons[name]
                 print(f"{name}: {', '.join(f'{rate:.0f}' for rate in rates[name])} ({versions[name]})", flush=True)
 
-    report = Report(
-        "simulator", "Simulators: clients per second", "python -m benchmarks.bench_simulator", NOTES.replace("\n", " ")
-    )
+    tables = Tables(RESULTS if options.write_results else None, print)
     medians = {name: statistics.median(found) for name, found in rates.items() if found}
     for name in chosen:
         server = "FDCR" if "FDCR" in name else "FedAvg"
@@ -172,7 +177,7 @@ def main() -> None:
             cells["spread"] = f"{min(rates[name]):.0f} - {max(rates[name]):.0f}"
             if ours is not None:
                 cells["x"] = f"{ours / medians[name]:.1f}"
-        report.add(name, cells, {"clients_per_second": rates[name]})
+        tables.add(REPORT, name, cells, {"clients_per_second": rates[name]})
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_aggregation
-from benchmarks.harness import Report, interleave
 from benchmarks.rounds import require_memory
+from benchmarks.tables import Report
 from fdcr_fast import FDCR, StateStore, aggregate_state_dicts
 from fdcr_fast.rules.fdcr.clustering import kmeans
 
@@ -93,8 +93,10 @@ def by_vectors(w: State, states: list[State], fishers: list[State], num_samples:
     return dict(zip(w, new.split([value.numel() for value in w.values()]), strict=True))
 
 
+@pytest.mark.parametrize("name", ["at once", "one by one"])
 @pytest.mark.parametrize(("K", "P"), SHAPES)
-def test_state_dicts(K, P, seconds):
+def test_state_dicts(bench, sized, K, P, name):
+    K, P = sized(K, P)
     require_memory(6 * 8 * K * P)  # the published algorithm's vectors, and what it computes from them
     w, states, fishers, num_samples = uploads(K, P)
     clients = [*states, *fishers]
@@ -115,32 +117,30 @@ def test_state_dicts(K, P, seconds):
             for name, value in client.items():
                 to[name].copy_(value)
 
-    contenders: dict[str, Callable[[], Any]] = {
+    ours: dict[str, dict[str, Callable[[], Any]]] = {
+        "at once": {"at once": lambda: aggregate_state_dicts(w, states, fishers, num_samples, rule=RULE)},
+        "one by one": {"one by one": one_by_one, "put": put, "copy": copy},
+    }
+    contenders = ours[name] | {
         "published": lambda: published(w, states, fishers, num_samples),
         "vectors": lambda: by_vectors(w, states, fishers, num_samples),
-        "at once": lambda: aggregate_state_dicts(w, states, fishers, num_samples, rule=RULE),
-        "one by one": one_by_one,
-        "put": put,
-        "copy": copy,
         "raw": lambda: [value.sum() for client in clients for value in client.values()],
     }
     expected = contenders["published"]()
-    for name in ("vectors", "at once", "one by one"):
-        for entry, value in contenders[name]().items():
+    for checked in ("vectors", name):
+        for entry, value in contenders[checked]().items():
             torch.testing.assert_close(value, expected[entry], rtol=1e-4, atol=1e-6)
-    times = interleave(contenders, seconds)
-    for name in ("at once", "one by one"):
-        low, high = times["published"].spread_over(times[name])
-        cells = {
-            "": name,
-            "K": str(K),
-            "P": f"{P:,}",
-            "ms": f"{times[name].median * 1e3:,.1f}",
-            "x published": f"**{times['published'].over(times[name]):.1f}** ({low:.1f} to {high:.1f})",
-            "x vectors": f"{times['vectors'].over(times[name]):.1f}",
-            "of a raw read": f"{times['raw'].over(times[name]):.2f}",
-            "put, of a copy": f"{times['copy'].over(times['put']):.2f}" if name == "one by one" else "",
-            "rounds": str(len(times[name].seconds)),
-        }
-        REPORT.add(f"{name}, {K}, {P}", cells, {key: t.seconds for key, t in times.items()})
-        print("\n" + ", ".join(f"{k} {v}" for k, v in cells.items()))
+    times = bench.compare(contenders).times
+    low, high = times["published"].spread_over(times[name])
+    cells = {
+        "": name,
+        "K": str(K),
+        "P": f"{P:,}",
+        "ms": f"{times[name].median * 1e3:,.1f}",
+        "x published": f"**{times['published'].over(times[name]):.1f}** ({low:.1f} to {high:.1f})",
+        "x vectors": f"{times['vectors'].over(times[name]):.1f}",
+        "of a raw read": f"{times['raw'].over(times[name]):.2f}",
+        "put, of a copy": f"{times['copy'].over(times['put']):.2f}" if "put" in times else "",
+        "rounds": str(len(times[name].seconds)),
+    }
+    bench.add(f"{name}, {K}, {P}", cells, {key: t.seconds for key, t in times.items()})

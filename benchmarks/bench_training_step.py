@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Report, interleave
+from benchmarks.harness import Bench, Times
+from benchmarks.tables import Report
 from fdcr_fast import diagonal_fisher
-from fdcr_fast.sim.training.classifier import classifier_of
+from fdcr_fast.sim.training.classifier import Classifier, classifier_of
 from fdcr_fast.sim.training.models import build_model
 from fdcr_fast.sim.training.sgd import SGD, shuffled
 
@@ -61,16 +63,35 @@ def plain_step(
     return step
 
 
-@pytest.mark.parametrize(("name", "shape"), PROBLEMS)
-def test_training_step(name, shape, seconds):
+class Client(NamedTuple):
+    """Before its round, with a model of its own for autograd."""
+
+    model: nn.Module
+    classifier: Classifier
+    start: Tensor
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+def client(name: str, shape: tuple[int, ...]) -> Client:
     torch.manual_seed(0)
     model = build_model(name, shape, 10, seed=0)
     images, labels = torch.randn(4 * SAMPLES, *shape), torch.randint(10, (4 * SAMPLES,))
     rows = torch.randperm(len(images))[:SAMPLES]
-    last = images.contiguous(memory_format=torch.channels_last)
-    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     classifier = classifier_of(copy.deepcopy(model))
-    start = classifier.params()
+    return Client(model, classifier, classifier.params(), images, labels, rows)
+
+
+def channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("name", "shape"), PROBLEMS)
+def test_training_step(bench, name, shape):
+    model, classifier, start, images, labels, rows = client(name, shape)
+    last = channels_last(images)
+    model_of_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
 
     def ours() -> Tensor:
         order = shuffled(rows, 1, torch.Generator().manual_seed(0))
@@ -79,22 +100,31 @@ def test_training_step(name, shape, seconds):
     steps = {
         "ours": ours,
         "eager": plain_step(model, start, images, labels, rows, compiled=False),
-        "eager, channels-last": plain_step(channels_last, start, last, labels, rows, compiled=False),
+        "eager, channels-last": plain_step(model_of_last, start, last, labels, rows, compiled=False),
         "compiled": plain_step(copy.deepcopy(model), start, images, labels, rows, compiled=True),
     }
     expected = steps["eager"]() - start
     for step in steps.values():
         assert (step() - start - expected).norm() < 1e-4 * expected.norm()
-    fishers = {
-        "Fisher, ours": lambda: classifier.fisher(start, last, labels, rows),
+    row(bench, name, shape, bench.compare(steps).times)
+
+
+@pytest.mark.parametrize(("name", "shape"), PROBLEMS)
+def test_fisher(bench, name, shape):
+    model, classifier, start, images, labels, rows = client(name, shape)
+    last = channels_last(images)
+    contenders = {
+        "ours": lambda: classifier.fisher(start, last, labels, rows),
         "Fisher": lambda: diagonal_fisher(model, (images[rows], labels[rows])),
     }
-    times = interleave({**steps, **fishers}, seconds)
+    row(bench, f"{name}, Fisher", shape, bench.compare(contenders).times)
+
+
+def row(bench: Bench, name: str, shape: tuple[int, ...], times: dict[str, Times]) -> None:
     own = times["ours"]
     cells = {"": name, "images": "x".join(map(str, shape)), "ms": f"{1e3 * own.median:.2f}"}
-    for contender, over in [(c, "ours") for c in steps if c != "ours"] + [("Fisher", "Fisher, ours")]:
-        low, high = times[contender].spread_over(times[over])
-        cells[contender] = f"**{times[contender].over(times[over]):.1f}** ({low:.1f} to {high:.1f})"
+    for peer in list(times)[1:]:
+        low, high = times[peer].spread_over(own)
+        cells[peer] = f"**{times[peer].over(own):.1f}** ({low:.1f} to {high:.1f})"
     cells["rounds"] = str(len(own.seconds))
-    REPORT.add(f"{name}, {shape}", cells, {key: t.seconds for key, t in times.items()})
-    print("\n" + ", ".join(f"{k} {v}" for k, v in cells.items()))
+    bench.add(f"{name}, {shape}", cells, {key: t.seconds for key, t in times.items()})

@@ -1,27 +1,66 @@
-"""The machine while it is measured: its caches, and what other processes take of it."""
+"""The machine that is measured: what it is, and what other processes take of it."""
 
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+
+import fdcr_fast
 
 _BUSY_CORES, _BUSY_SPREAD = 0.2, 0.2
 _IDLE_COLUMNS = {3, 4}  # of /proc/stat: idle, and waiting for the disk
 _GUEST_COLUMNS = {8, 9}  # counted by the kernel as user time as well
 
 
-def caches() -> str:
-    """``L1d 32K, L2 512K, L3 32768K (shared by 0-1)`` of the first core; empty where the system does not say."""
+@dataclass(frozen=True)
+class Machine:
+    """What times depend on besides the code: the processor, how much of it is used, and by which kernels."""
+
+    cpu: str
+    caches: str
+    cores: int
+    threads: int
+    kernels: str
+
+    @classmethod
+    def this(cls) -> Machine:
+        return cls(
+            cpu=_cpu_model(),
+            caches=_caches(),
+            cores=torch.multiprocessing.cpu_count(),
+            threads=torch.get_num_threads(),
+            kernels=fdcr_fast.backends()["cpu"].reason,
+        )
+
+    def __str__(self) -> str:
+        caches = f" ({self.caches})" if self.caches else ""
+        return f"{self.cpu}{caches}, {self.cores} cores, {self.threads} threads; {self.kernels}"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _caches() -> str:
+    """``L1d 32K, L2 512K, L3 32768K shared by cores 0-1`` of the first core; empty where the system does not say."""
     found = []
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         kind, level, size, cores = (
             folder.joinpath(name).read_text().strip() for name in ("type", "level", "size", "shared_cpu_list")
         )
         if kind != "Instruction":
-            shared = "" if cores == "0" else f" (shared by cores {cores})"
+            shared = "" if cores == "0" else f" shared by cores {cores}"
             found.append(f"L{level}{'d' if kind == 'Data' else ''} {size}{shared}")
     return ", ".join(found)
 

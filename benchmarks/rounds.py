@@ -59,6 +59,11 @@ def sum_of(store: UpdateStore, numbers: int | None = None) -> Callable[[], Tenso
     return everything[:numbers].view(torch.float32).sum
 
 
+def name_of(size: tuple[int, int]) -> str:
+    """Of a round of so many clients and parameters, in the names of benchmarks."""
+    return "{}x{}".format(*size)
+
+
 def fits(nbytes: float) -> bool:
     """Whether so much fits into the memory that is left."""
     available = available_memory()

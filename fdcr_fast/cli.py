@@ -18,30 +18,44 @@ from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.execution.ranks import torchrun_group
 from fdcr_fast.sim.notation import OneOf
+from fdcr_fast.sim.page.write import write_page
 from fdcr_fast.sim.run.ending import Commands, clear_ending, command_line, resume_command
-from fdcr_fast.sim.run.figures import accuracy_figure, save_figure
 from fdcr_fast.sim.run.folder import RunFolder
 from fdcr_fast.sim.run.records import Summary
-from fdcr_fast.sim.run.report import DEAD_MODELS, comparison_table, cost_line, problem_lines, progress_bar
+from fdcr_fast.sim.run.report import DEAD_MODELS, cost_line, problem_lines, progress_bar, summary_table
 from fdcr_fast.sim.run.result import Progress
 from fdcr_fast.sim.run.simulation import resume, simulate
 from fdcr_fast.sim.study import SCALES, Study, check, execute, pending, select, shipped_studies
 from fdcr_fast.sim.study.figures import write_figures
 from fdcr_fast.sim.study.pool import StudyEvent
-from fdcr_fast.sim.study.progress import study_progress
+from fdcr_fast.sim.study.progress import results_tables, study_progress
+from fdcr_fast.sim.study.record import StudyRecord
 from fdcr_fast.sim.study.results import StudyResults
 
-# The first seed of docs/studies/digits.yaml, whose figure is in the README.
-DEMO = SimulationConfig(
-    beta=0.5, malicious=0.3, rounds=15, local_epochs=5, lr=0.05, trigger=((0, 0), (0, 1), (1, 0), (1, 1))
+# The setting of docs/studies/digits.yaml.
+DEMO = Study.model_validate(
+    {
+        "title": "A backdoor on digits: ten clients, three of them malicious",
+        "note": "FedAvg does not defend, and the oracle is told who is malicious.",
+        "base": {
+            "beta": 0.5,
+            "malicious": 0.3,
+            "rounds": 15,
+            "local_epochs": 5,
+            "lr": 0.05,
+            "trigger": "0:0,0:1,1:0,1:1",
+        },
+        "rows": [
+            {"name": "FedAvg", "server": "fedavg"},
+            {"name": "FLAME", "server": "flame"},
+            {"name": "FDCR", "server": "fdcr"},
+            {"name": "CoalitionFDCR", "server": "coalition-fdcr"},
+            {"name": "oracle", "server": "oracle"},
+        ],
+        "seeds": 1,
+        "figures": ["attack-success"],
+    }
 )
-DEMO_RUNS = {
-    "fedavg": DEMO.model_copy(update={"server": "fedavg"}),
-    "fdcr": DEMO,
-    "fdcr-random-fisher": DEMO.model_copy(update={"attacker_fisher": "random"}),
-    "coalition-fdcr": DEMO.model_copy(update={"server": "coalition-fdcr"}),
-    "oracle": DEMO.model_copy(update={"server": "oracle"}),
-}
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -125,7 +139,7 @@ def simulate_command(config: Path | None, out: Path | None, resumed: Path | None
     if not first:
         return
     console = Console()
-    console.print(comparison_table({settings.server: result.summary}))
+    console.print(summary_table(settings.server, result.summary))
     console.print(cost_line(result.summary))
     if out or resumed:
         console.print(f"Results and figures are in {out or resumed}")
@@ -133,41 +147,6 @@ def simulate_command(config: Path | None, out: Path | None, resumed: Path | None
 
 
 simulate_command.params += [config_option(name, field) for name, field in SimulationConfig.model_fields.items()]
-
-
-@cli.command()
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("fdcr-demo"),
-    show_default=True,
-    help="New folder for results and figures.",
-)
-@click.option("--resume", "resumed", is_flag=True, help="Continue the demo in that folder.")
-def demo(out: Path, resumed: bool) -> None:
-    """Compare FedAvg, FDCR, CoalitionFDCR and an oracle against a backdoor on the digits data; takes about a minute."""
-    results = {}
-    with clear_ending(lambda: f"Resume with: {command_line('demo', '--out', out, '--resume')}"):
-        for name, config in DEMO_RUNS.items():
-            with _progress(name, config) as progress:
-                if resumed and RunFolder(out / name).config_path.exists():
-                    results[name] = resume(out / name, progress)
-                else:
-                    results[name] = simulate(config, out / name, progress)
-        comparison = accuracy_figure({name: result.rounds for name, result in results.items()})
-        save_figure(comparison, out / "comparison.png")
-    console = Console()
-    console.print(comparison_table({name: result.summary for name, result in results.items()}))
-    console.print(
-        "fdcr: malicious clients upload the honest Fisher of their poisoned data.\n"
-        "fdcr-random-fisher: they upload noise, as in the paper's published code.\n"
-        "One seed is one seed: of five, coalition-fdcr loses one and fdcr four (docs/results/digits).\n"
-        "oracle: a baseline that is told who is malicious.\n"
-        f"Figures: {out / 'comparison.png'}, and accuracy.png, clients.png, similarity.png in each of\n"
-        + "\n".join(f"  {out / name}" for name in results)
-    )
-    for name, result in results.items():
-        _warn(name, result.summary)
 
 
 def _same_command() -> str:
@@ -200,43 +179,37 @@ def _study_options(command: F) -> F:
 
 
 def _run_study(
-    study: Study,
-    command: str,
-    *,
-    scale: str | None,
-    overrides: dict[str, Any],
-    seeds: int | None,
-    rows: tuple[str, ...],
-    settings: tuple[str, ...],
-    data_dir: Path | None,
-    workers: int | None,
-    runs_folder: Path,
+    record: StudyRecord,
     out: Path,
+    *,
+    rows: tuple[str, ...] = (),
+    settings: tuple[str, ...] = (),
+    workers: int | None = None,
 ) -> None:
     """Execute what has no result yet, and write the results of all there is whenever a run has ended."""
-    if seeds is not None:
-        study = study.model_copy(update={"seeds": tuple(range(seeds))})
-        command += f" --seeds {seeds}"
-    if data_dir is not None:
-        overrides["data_dir"] = data_dir
-    runs = study.runs(scale, overrides)
+    runs, runs_folder = record.runs(), out / record.runs_folder
     chosen = pending(select(runs, rows, settings), runs_folder)
     check(chosen)
-    results = StudyResults.read(study, runs, runs_folder)
-    results.write(out, command)
+    record.write(out)
+    results = record.results(out)
+    results.write(out, record.command)
     with study_progress(Console(stderr=True), chosen) as progress:
 
         def tell(event: StudyEvent) -> None:
             nonlocal results
             progress(event)
             if event.ended:
-                results = StudyResults.read(study, runs, runs_folder, results)
-                results.write(out, command)
+                results = StudyResults.read(record.study, runs, runs_folder, results)
+                results.write(out, record.command)
 
         execute(chosen, runs_folder, workers, tell)
     write_figures(results, out)
+    console = Console()
+    for table in results_tables(results):
+        console.print(table)
     click.echo(
-        f"{len(results.finished)} of {len(runs)} runs have finished; results.md, results.csv and figures are in {out}"
+        f"{len(results.finished)} of {len(runs)} runs have finished; results.md, results.csv and figures are in {out}\n"
+        f"All on one page: {command_line('report', out)}"
     )
     if results.dead:
         click.echo(f"Warning: {len(results.dead)} of them have a dead global model: see results.md", err=True)
@@ -250,12 +223,14 @@ def _run_study(
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for everything.")
 @click.option("--scale", type=click.Choice(list(SCALES)), help="Sizes for known data sets, over those of base.")
 @_study_options
-def study_command(file: Path, out: Path, scale: str | None, **options: Any) -> None:
+def study_command(file: Path, out: Path, seeds: int | None, data_dir: Path | None, **options: Any) -> None:
     """Run all rows of a study, a YAML file, side by side; the same command resumes after a kill."""
+    scale = options.pop("scale")
     command = f"fdcr-fast study {file.name} --out DIR" + (f" --scale {scale}" if scale else "")
     with clear_ending(_same_command):
         study = Study.from_yaml(file.read_text())
-        _run_study(study, command, scale=scale, overrides={}, runs_folder=out / "runs", out=out, **options)
+        record = StudyRecord.of(study, command, "runs", scale=scale, seeds=seeds, data_dir=data_dir)
+        _run_study(record, out, **options)
 
 
 @cli.command()
@@ -276,16 +251,52 @@ def study_command(file: Path, out: Path, scale: str | None, **options: Any) -> N
     help="Folder for NAME-SCALE[-leak], and for the runs, which all tables and figures share.",
 )
 @_study_options
-def reproduce(name: str, scale: str, leak: bool, out: Path, **options: Any) -> None:
+def reproduce(
+    name: str, scale: str, leak: bool, out: Path, seeds: int | None, data_dir: Path | None, **options: Any
+) -> None:
     """Rerun a table or figure of the paper; the same command resumes after a kill."""
     command = f"fdcr-fast reproduce {name} --scale {scale} --data-dir DIR" + (" --leak" if leak else "")
+    overrides = {"attacker_fisher": "random"} if leak else {}
     with clear_ending(_same_command):
-        _run_study(
-            Study.shipped(name),
-            command,
-            scale=scale,
-            overrides={"attacker_fisher": "random"} if leak else {},
-            runs_folder=out / "runs",
-            out=out / (f"{name}-{scale}-leak" if leak else f"{name}-{scale}"),
-            **options,
+        study = Study.shipped(name)
+        record = StudyRecord.of(
+            study, command, "../runs", scale=scale, seeds=seeds, data_dir=data_dir, overrides=overrides
         )
+        _run_study(record, out / (f"{name}-{scale}-leak" if leak else f"{name}-{scale}"), **options)
+
+
+@cli.command()
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("fdcr-demo"),
+    show_default=True,
+    help="Folder for everything.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="How many, counted from 0.")
+@click.option("--workers", type=click.IntRange(min=1), help="Runs at a time. [default: number of cores]")
+def demo(out: Path, seeds: int, workers: int | None) -> None:
+    """Compare FedAvg, FLAME, FDCR, CoalitionFDCR and an oracle against a backdoor; takes half a minute.
+
+    The data are the digits of scikit-learn. The same command resumes after a kill.
+    """
+    with clear_ending(_same_command):
+        _run_study(StudyRecord.of(DEMO, "fdcr-fast demo", "runs", seeds=seeds), out, workers=workers)
+    click.echo(
+        "oracle: a baseline that is told who is malicious. One seed is one seed: of five, CoalitionFDCR loses one and\n"
+        f"FDCR four (--seeds 5, docs/results/digits). The figure: {out / 'attack-success.png'}, and .svg for slides."
+    )
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="HTML file. [default: report.html in the folder]"
+)
+def report(folder: Path, out: Path | None) -> None:
+    """Make one HTML page of the run or the study in a folder: tables, figures, who was dropped when and why.
+
+    The page needs no network and no other file.
+    """
+    with clear_ending(lambda: "The page was not written."):
+        click.echo(f"The report is {write_page(folder, out or folder / 'report.html')}")

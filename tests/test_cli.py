@@ -19,7 +19,8 @@ import fdcr_fast
 from fdcr_fast import __main__, cli
 from fdcr_fast.sim import ProgressEvent, SimulationConfig, SimulationResult, simulate
 from fdcr_fast.sim.run import figures
-from fdcr_fast.sim.study import Study
+from fdcr_fast.sim.study import Run, Study, StudyEvent, StudyProgress
+from fdcr_fast.sim.study.folder import StudyRunFolder
 
 SMALL = {"max_train_samples": 240, "max_test_samples": 60, "clients": 4, "rounds": 2, "local_epochs": 1}
 TINY = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -142,44 +143,34 @@ def test_unknown_settings_of_a_file_are_named(tmp_path: Path) -> None:
     ]
 
 
-def test_demo_compares_the_settings_of_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = {name: config.model_copy(update=SMALL) for name, config in cli.DEMO_RUNS.items()}
-    assert {(c.server, c.attacker_fisher) for c in runs.values()} == {
-        ("fedavg", "honest"),
-        ("fdcr", "honest"),
-        ("fdcr", "random"),
-        ("coalition-fdcr", "honest"),
-        ("oracle", "honest"),
-    }
+def test_demo_compares_the_settings_of_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [row.name for row in cli.DEMO.rows] == ["FedAvg", "FLAME", "FDCR", "CoalitionFDCR", "oracle"]
     study = Path(__file__).parents[1] / "docs" / "studies" / "digits.yaml"
     if study.exists():  # in a checkout
-        assert cli.DEMO in [run.config for run in Study.from_yaml(study.read_text()).runs()]
-    assert len({c.model_copy(update={"server": "", "attacker_fisher": ""}).to_yaml() for c in runs.values()}) == 1
-    monkeypatch.setattr(cli, "DEMO_RUNS", runs)
-    result = invoke("demo", "--out", str(tmp_path / "demo"))
-    assert result.exit_code == 0, result.output
-    for name in runs:
-        assert name in result.stdout
-        assert (tmp_path / "demo" / name / "similarity.png").exists()
-    assert (tmp_path / "demo" / "comparison.png").exists()
+        recorded = Study.from_yaml(study.read_text()).runs()
+        assert all((run.row, run.config) in [(r.row, r.config) for r in recorded] for run in cli.DEMO.runs())
 
+    def in_this_process(runs: list[Run], folder: Path, _: object, tell: StudyProgress) -> None:
+        for run in runs:
+            tell(StudyEvent(run))
+            StudyRunFolder(folder / run.folder).execute(run.config)
+            tell(StudyEvent(run, ended=True))
 
-def test_a_demo_that_was_interrupted_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = {name: cli.DEMO_RUNS[name].model_copy(update=SMALL) for name in ("fedavg", "fdcr")}
-    monkeypatch.setattr(cli, "DEMO_RUNS", runs)
+    monkeypatch.setattr(cli, "DEMO", cli.DEMO.model_copy(update={"base": {**cli.DEMO.base, **SMALL}}))
+    monkeypatch.setattr(cli, "execute", in_this_process)
     monkeypatch.setattr(figures, "write_figures", lambda *_: None)
     out = tmp_path / "demo"
-    with monkeypatch.context() as patch:
-        patch.setattr(cli, "simulate", interrupted_in("fdcr"))
-        result = invoke("demo", "--out", str(out))
-    assert result.exit_code == 130
-    assert f"Interrupted. Resume with: fdcr-fast demo --out {out} --resume" in result.output
-    assert "continue it with --resume" in invoke("demo", "--out", str(out)).output
-    begun = {name: (out / name / "rounds.csv").read_text() for name in runs}
-    assert {name: len(text.splitlines()) for name, text in begun.items()} == {"fedavg": 3, "fdcr": 2}
-    assert invoke("demo", "--out", str(out), "--resume").exit_code == 0
-    for name, text in begun.items():
-        assert (out / name / "rounds.csv").read_text().startswith(text), "what had finished was run again"
+    result = invoke("demo", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    for row in cli.DEMO.rows:
+        assert row.name in result.stdout
+    assert (out / "attack-success.png").exists()
+    assert "<svg" in (out / "attack-success.svg").read_text()
+    monkeypatch.setattr(cli, "execute", lambda runs, *_: runs and pytest.fail("what had finished is run again"))
+    assert invoke("demo", "--out", str(out)).exit_code == 0
+    page = out / "report.html"
+    assert str(page) in invoke("report", str(out)).stdout.replace("\n", "")
+    assert "CoalitionFDCR" in page.read_text()
 
 
 def test_an_interrupted_run_says_how_to_resume_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ ROOMS = {
     ),
     "fdcr_fast.sim": (
         "costs", "names", "seeding", "datasets", "training", "attacks", "notation", "server_data", "servers", "config",
-        "task", "clients", "execution", "run", "study", "__init__",
+        "task", "clients", "execution", "run", "study", "page", "__init__",
     ),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,6 +176,15 @@ class Federation:
                     weight=0.0 if index is None else weights[index],
                     kept=index is not None and kept[index],
                     reason=result.rejected.get(client, ""),
+                    explanation=_in_words(result.explanation.get(client)),
                 )
             )
         return records
+
+
+def _in_words(explanation: Any) -> str:
+    """``similarity 0.31, distance -0.2``: the numbers that a rule gives for a client, by name."""
+    if explanation is None:
+        return ""
+    named = explanation._asdict() if hasattr(explanation, "_asdict") else vars(explanation)
+    return ", ".join(f"{name} {value:.3g}" for name, value in named.items() if isinstance(value, float))

@@ -1,97 +1,149 @@
-"""Figures of a run, drawn without any global state of matplotlib."""
+"""Figures of a run."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from fdcr_fast.sim.run.folder import write_atomically
+from fdcr_fast.sim.run.drawing import (
+    BENIGN,
+    MALICIOUS,
+    MAX_LINES,
+    column,
+    label_lines,
+    new_figure,
+    percent_axis,
+    rounds_axis,
+    save_figure,
+)
+from fdcr_fast.sim.run.metrics import FINAL_ROUNDS
 from fdcr_fast.sim.run.records import RoundRecord
 from fdcr_fast.sim.run.result import SimulationResult
 
-BENIGN, MALICIOUS = "tab:blue", "tab:red"
-MAX_LINES = 40
 MAX_ANNOTATED = 15
+PANELS = 5  # in a line
 
 
-def _new(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+def title_of(result: SimulationResult) -> str:
+    """What was run, in a line."""
+    config = result.config
+    attackers = len({record.client for record in result.clients if record.malicious})
+    return f"{config.server} on {config.dataset}, {config.clients} clients, {attackers} of them malicious"
 
 
-def rounds_axis(axes: Axes, rounds: int) -> None:
-    """Label the horizontal axis with the numbers of the rounds."""
-    axes.set_xlabel("round")
-    axes.set_xlim(0.5, rounds + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
+def accuracy_figure(result: SimulationResult) -> Figure:
+    """Accuracy and attack success rate over the rounds."""
+    figure, (axes,) = new_figure(1, 1, 6.5, 3.6, title_of(result))
+    steps = [record.round for record in result.rounds]
+    lines = [
+        axes.plot(steps, column(result.rounds, name), f"{marker}-", color=colour, markersize=3.5, label=label)[0]
+        for name, label, colour, marker in (
+            ("accuracy", "accuracy", BENIGN, "o"),
+            ("attack_success_rate", "attack success", MALICIOUS, "s"),
+        )
+    ]
+    percent_axis(axes, "per cent")
+    rounds_axis(axes, len(result.rounds))
+    label_lines(axes, lines)
+    return figure
 
 
-def column(rounds: Sequence[RoundRecord], name: str) -> list[float]:
-    """One field of every round in per cent, NaN where it is undefined."""
-    values = [getattr(record, name) for record in rounds]
-    return [float("nan") if value is None else 100 * value for value in values]
+Seeds = Sequence[Sequence[RoundRecord]]  # the rounds of each seed
 
 
-def accuracy_figure(runs: Mapping[str, Sequence[RoundRecord]]) -> Figure:
-    """Accuracy and attack success rate over the rounds, one line per run."""
-    figure, panels = _new(2, 10, 4)
-    names = {"accuracy": "accuracy A (%)", "attack_success_rate": "attack success rate (%)"}
-    for axes, (name, label) in zip(panels, names.items(), strict=True):
-        for index, (run, rounds) in enumerate(runs.items()):
-            steps = [record.round for record in rounds]
-            axes.plot(steps, column(rounds, name), f"{'os^Dvx'[index % 6]}-", markersize=3.5, label=run)
-        axes.set_ylabel(label)
-        axes.set_ylim(-3, 103)
-        rounds_axis(axes, max(len(rounds) for rounds in runs.values()))
-    panels[0].legend(loc="best")
+def attack_success_figure(rows: Mapping[str, Seeds], title: str) -> Figure:
+    """Attack success rate and accuracy over the rounds, a panel for each row.
+
+    A thin line for each seed and a thick one for their mean; a panel is headed by the mean attack success rate of the
+    last rounds.
+    """
+    columns = min(PANELS, len(rows))
+    figure, panels = new_figure(-(-len(rows) // columns), columns, 2.3, 2.5, title)
+    for axes, (name, seeds) in zip(panels, rows.items(), strict=False):
+        steps = [record.round for record in max(seeds, key=len)]
+        for metric, colour in (("accuracy", BENIGN), ("attack_success_rate", MALICIOUS)):
+            values = np.array([column(rounds, metric) for rounds in seeds])
+            if len(seeds) > 1:
+                axes.plot(steps, values.T, color=colour, linewidth=0.7, alpha=0.5)
+            axes.plot(steps, values.mean(0), color=colour, linewidth=2.5)
+        last = np.mean([column(rounds, "attack_success_rate")[-FINAL_ROUNDS:] for rounds in seeds])
+        axes.set_title(f"{name}: {last:.0f} %", color=MALICIOUS, fontsize=10, fontweight="bold")
+        percent_axis(axes, "per cent" if axes in panels[::columns] else "")
+        rounds_axis(axes, len(steps))
+    for axes in panels[len(rows) :]:
+        axes.set_visible(False)
+    thin = "; thin: each seed" if max(map(len, rows.values())) > 1 else ""
+    success = f"attack success rate (number: last {FINAL_ROUNDS} rounds{thin})"
+    figure.legend(
+        handles=[
+            Line2D([], [], color=MALICIOUS, linewidth=2.5, label=success),
+            Line2D([], [], color=BENIGN, linewidth=2.5, label="accuracy"),
+        ],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
     return figure
 
 
 def clients_figure(result: SimulationResult) -> Figure:
-    """Score and weight of every client over the rounds, by kind: of FDCR the paper's figure 2, with ``V_k``."""
-    rounds = np.arange(1, len(result.rounds) + 1)
-    figure, panels = _new(2, 10, 4)
-    for axes, name in zip(panels, ("discrepancy", "weight"), strict=True):
+    """Weight of every client over the rounds, by kind, and its score where the rule computes one.
+
+    Of FDCR it is the paper's figure 2, with ``V_k``.
+    """
+    scored = [record.discrepancy for record in result.clients if record.discrepancy is not None]
+    names = (
+        {"discrepancy": "discrepancy $V_k$" if result.config.server == "fdcr" else "score of the rule"}
+        if scored
+        else {}
+    )
+    names["weight"] = "weight in the new model"
+    figure, panels = new_figure(1, len(names), 5, 3.6, title_of(result))
+    kinds: dict[str, Line2D] = {}
+    for axes, (name, label) in zip(panels, names.items(), strict=True):
         for malicious, kind, colour in ((False, "benign", BENIGN), (True, "malicious", MALICIOUS)):
-            lines: dict[int, NDArray[np.float64]] = {}  # of some clients; the mean is that of all
-            total, count = np.zeros((2, len(rounds)))
-            members = set()
-            for record in result.clients:
-                value = getattr(record, name)
-                if record.malicious != malicious or not record.sent or value is None:
-                    continue
-                members.add(record.client)
-                if record.client in lines or len(lines) < MAX_LINES:
-                    lines.setdefault(record.client, np.full(len(rounds), np.nan))[record.round - 1] = value
-                total[record.round - 1] += value
-                count[record.round - 1] += 1
-            if not members:
-                continue
-            axes.plot(rounds, np.stack(list(lines.values()), axis=1), color=colour, linewidth=0.8, alpha=0.4)
-            mean = np.divide(total, count, where=count > 0, out=np.full(len(rounds), np.nan))
-            axes.plot(rounds, mean, "o-", color=colour, markersize=3.5, label=f"{kind}, mean of {len(members)}")
-        rounds_axis(axes, len(rounds))
-    score, weight = panels
-    score.set_ylabel("discrepancy $V_k$" if result.config.server == "fdcr" else "score of the rule")
-    weight.set_ylabel("weight in the new model")
-    weight.set_ylim(bottom=0)
-    weight.legend(loc="best")
-    if score.lines:
-        positive = all(record.discrepancy is None or record.discrepancy > 0 for record in result.clients)
-        score.set_yscale("log" if positive else "linear")
-    else:
-        message = f"server {result.config.server} computes no scores"
-        score.text(0.5, 0.5, message, ha="center", transform=score.transAxes)
-        score.set_yticks([])
+            mean, members = _draw_clients(axes, result, name, malicious, colour)
+            if mean is not None:
+                kinds[f"{kind}, mean of {members}"] = mean
+        axes.set_ylabel(label)
+        rounds_axis(axes, len(result.rounds))
+    panels[-1].set_ylim(bottom=0)
+    if scored and min(scored) > 0:
+        panels[0].set_yscale("log")
+    figure.legend(kinds.values(), kinds.keys(), loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _draw_clients(
+    axes: Axes, result: SimulationResult, name: str, malicious: bool, colour: str
+) -> tuple[Line2D | None, int]:
+    """A thin line for each of some clients and a thick one for the mean of all, with how many they are."""
+    rounds = np.arange(1, len(result.rounds) + 1)
+    lines: dict[int, NDArray[np.float64]] = {}
+    total, count = np.zeros((2, len(rounds)))
+    members = set()
+    for record in result.clients:
+        value = getattr(record, name)
+        if record.malicious != malicious or not record.sent or value is None:
+            continue
+        members.add(record.client)
+        if record.client in lines or len(lines) < MAX_LINES:
+            lines.setdefault(record.client, np.full(len(rounds), np.nan))[record.round - 1] = value
+        total[record.round - 1] += value
+        count[record.round - 1] += 1
+    if not members:
+        return None, 0
+    axes.plot(rounds, np.stack(list(lines.values()), axis=1), color=colour, linewidth=0.8, alpha=0.4)
+    mean = np.divide(total, count, where=count > 0, out=np.full(len(rounds), np.nan))
+    return axes.plot(rounds, mean, "s-" if malicious else "o-", color=colour, markersize=3.5)[0], len(members)
 
 
 def similarity_figure(result: SimulationResult) -> Figure:
@@ -101,7 +153,7 @@ def similarity_figure(result: SimulationResult) -> Figure:
     compared = last[: len(result.similarity)]
     order = sorted(range(len(compared)), key=lambda index: (compared[index].malicious, index))
     matrix = result.similarity.numpy()[np.ix_(order, order)]
-    figure, (axes,) = _new(1, 6, 5)
+    figure, (axes,) = new_figure(1, 1, 6, 5, title_of(result))
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
     figure.colorbar(image, ax=axes, label="cosine similarity of importance")
     axes.set_xlabel("client (malicious in red)")
@@ -118,6 +170,13 @@ def similarity_figure(result: SimulationResult) -> Figure:
     return figure
 
 
+# What lines and areas of ranks look like, in panels and in their legend.
+_ATTACKER: dict[str, Any] = {"color": MALICIOUS, "marker": "o", "linewidth": 0.8, "markersize": 2.5, "alpha": 0.6}
+_SET: dict[str, Any] = {"color": "black", "marker": "s", "markersize": 3.5}
+_SUCCESS: dict[str, Any] = {"color": "grey", "alpha": 0.25, "linewidth": 0}
+_DROPPED: dict[str, Any] = {"color": "tab:green", "linestyle": "--", "linewidth": 1}
+
+
 def watched_rules(result: SimulationResult) -> list[str]:
     """The rules that looked on, by name."""
     return list(dict.fromkeys(record.rule for record in result.ranks))
@@ -128,7 +187,7 @@ def ranks_panel(axes: Axes, result: SimulationResult, rule: str) -> None:
 
     On a scale that is logarithmic from 1 on: the set of the attackers among all minorities (black), and each attacker
     among the clients (red); 0 is the most suspected. Shaded, the attack success rate; dashed, the share of the
-    attackers that the rule dropped, both in per cent.
+    attackers that the rule dropped, both in per cent. :func:`ranks_legend` says so.
     """
     ranks = [record for record in result.ranks if record.rule == rule]
     by_attacker: dict[int, list[tuple[int, int]]] = {}
@@ -136,49 +195,60 @@ def ranks_panel(axes: Axes, result: SimulationResult, rule: str) -> None:
         if record.rule == rule and record.malicious and record.rank is not None:
             by_attacker.setdefault(record.client, []).append((record.round, record.rank))
     for points in list(by_attacker.values())[:MAX_LINES]:
-        axes.plot(*zip(*points, strict=True), "o-", color=MALICIOUS, linewidth=0.8, markersize=2.5, alpha=0.6)
+        axes.plot(*zip(*points, strict=True), **_ATTACKER)
     sets = [(record.round, record.set_rank) for record in ranks if record.set_rank is not None]
     if sets:
-        axes.plot(*zip(*sets, strict=True), "s-", color="black", markersize=3.5)
+        axes.plot(*zip(*sets, strict=True), **_SET)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(-0.2, 1.3 * max([record.sets or 0 for record in ranks] + [result.config.cohort()]))
     axes.set_ylabel("rank, 0 is most suspected")
     share = axes.twinx()
     steps = [record.round for record in result.rounds]
-    share.fill_between(steps, column(result.rounds, "attack_success_rate"), color="grey", alpha=0.25, linewidth=0)
+    share.fill_between(steps, column(result.rounds, "attack_success_rate"), **_SUCCESS)
     dropped = [float("nan") if r.true_positive_rate is None else 100 * r.true_positive_rate for r in ranks]
-    share.plot([record.round for record in ranks], dropped, "--", color="tab:green", linewidth=1)
+    share.plot([record.round for record in ranks], dropped, **_DROPPED)
     share.set_ylim(0, 103)
-    share.set_ylabel("ASR (shaded), TPR (dashed), %")
+    share.set_ylabel("per cent")
     rounds_axis(axes, result.config.rounds)
+
+
+def ranks_legend(figure: Figure) -> None:
+    """What :func:`ranks_panel` draws, below all panels."""
+    figure.legend(
+        handles=[
+            Line2D([], [], **_ATTACKER, label="each attacker, among the clients"),
+            Line2D([], [], **_SET, label="all attackers, among the minorities"),
+            Patch(**_SUCCESS, label="attack success rate (right)"),
+            Line2D([], [], **_DROPPED, label="attackers dropped (right)"),
+        ],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
 
 
 def ranks_figure(result: SimulationResult) -> Figure:
     """How each of the rules that looked on ranked the attackers; see :func:`ranks_panel`."""
     rules = watched_rules(result)
-    figure, panels = _new(len(rules), 5.5 * len(rules), 4)
+    figure, panels = new_figure(1, len(rules), 5.5, 4, title_of(result))
     for axes, rule in zip(panels, rules, strict=True):
         ranks_panel(axes, result, rule)
-        axes.set_title(f"{rule} under {result.config.server}", fontsize=10)
+        axes.set_title(f"ranked by {rule}", fontsize=10)
+    ranks_legend(figure)
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG file.
-
-    Raises:
-        OSError: naming the file, such as where the disk is full; there is no part of it then.
-    """
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_atomically(path, image.getvalue())
-
-
 def write_figures(result: SimulationResult, folder: Path) -> None:
-    """Write accuracy.png, clients.png, similarity.png where there are Fishers and ranks.png where rules looked on."""
-    save_figure(accuracy_figure({result.config.server: result.rounds}), folder / "accuracy.png")
-    save_figure(clients_figure(result), folder / "clients.png")
+    """Write the figures that the run has, as PNG and SVG: see :func:`figures_of`."""
+    for name, figure in figures_of(result).items():
+        save_figure(figure, folder / name)
+
+
+def figures_of(result: SimulationResult) -> dict[str, Figure]:
+    """``accuracy``, ``clients``, ``similarity`` where there are Fishers and ``ranks`` where rules looked on."""
+    figures = {"accuracy": accuracy_figure(result), "clients": clients_figure(result)}
     if result.similarity is not None:
-        save_figure(similarity_figure(result), folder / "similarity.png")
+        figures["similarity"] = similarity_figure(result)
     if result.ranks:
-        save_figure(ranks_figure(result), folder / "ranks.png")
+        figures["ranks"] = ranks_figure(result)
+    return figures

@@ -77,21 +77,26 @@ def append_records(path: Path, records: Sequence[BaseModel]) -> int:
         return file.tell()
 
 
-def read_records(path: Path, record_type: type[Record]) -> list[Record]:
+def read_records(path: Path, record_type: type[Record], size: int | None = None) -> list[Record]:
     """Rows of a CSV file that :func:`append_records` wrote; columns that it lacks have their defaults.
+
+    Args:
+        path: The file; where there is none, no row was ever added.
+        record_type: What a row holds.
+        size: Bytes of the file that count, by default all.
 
     Raises:
         ValueError: it lacks a column without a default, or has one that is not known.
     """
     fields = record_type.model_fields
     required = {name for name, field in fields.items() if field.is_required()}
-    if not path.exists():  # no row was ever added
+    text = path.read_bytes()[:size].decode() if path.exists() else ""
+    if not text:
         return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if not required <= set(reader.fieldnames or ()) <= set(fields):
-            raise ValueError(f"{path} has other columns than this version of fdcr_fast writes: run it anew")
-        return [record_type.model_validate(row) for row in reader]
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if not required <= set(reader.fieldnames or ()) <= set(fields):
+        raise ValueError(f"{path} has other columns than this version of fdcr_fast writes: run it anew")
+    return [record_type.model_validate(row) for row in reader]
 
 
 class RunFolder:
@@ -168,15 +173,27 @@ class RunFolder:
         write_atomically(self.checkpoint_path, buffer.getvalue())
 
     def load(self) -> RunState | None:
-        """The state after the last checkpoint, None before the first; removes rows of an unfinished round.
+        """What :meth:`read` gives, to go on from there: rows of an unfinished round are removed."""
+        state, sizes = self._read()
+        for path, size in zip(self._tables, sizes, strict=True):
+            if size:
+                os.truncate(path, size)
+            else:
+                path.unlink(missing_ok=True)
+        return state
+
+    def read(self) -> RunState | None:
+        """The state after the last checkpoint, None before the first.
 
         Raises:
             ValueError: the CSV files are shorter than when the checkpoint was made, or another version wrote them.
         """
+        return self._read()[0]
+
+    def _read(self) -> tuple[RunState | None, list[int]]:
+        """The state, and how many bytes of each table belong to it."""
         if not self.checkpoint_path.exists():
-            for path in self._tables:
-                path.unlink(missing_ok=True)
-            return None
+            return None, [0] * len(self._tables)
         with np.load(self.checkpoint_path, allow_pickle=False) as arrays:
             params, last_update, similarity = (
                 torch.from_numpy(arrays[name]) for name in ("params", "last_update", "similarity")
@@ -190,21 +207,18 @@ class RunFolder:
             found = path.stat().st_size if path.exists() else 0
             if found < size:
                 raise ValueError(f"{path} has {found} bytes, its checkpoint expects at least {size}: cannot resume")
-            if size:
-                os.truncate(path, size)
-            else:
-                path.unlink(missing_ok=True)
-        return RunState(
+        state = RunState(
             params,
-            read_records(self.rounds_path, RoundRecord),
-            read_records(self.clients_path, ClientRecord),
+            read_records(self.rounds_path, RoundRecord, sizes[0]),
+            read_records(self.clients_path, ClientRecord, sizes[1]),
             last_update,
             similarity if similarity.numel() else None,
             memory,
-            read_records(self.scores_path, ScoreRecord),
-            read_records(self.ranks_path, RankRecord),
+            read_records(self.scores_path, ScoreRecord, sizes[2]),
+            read_records(self.ranks_path, RankRecord, sizes[3]),
             watched,
         )
+        return state, sizes
 
     def finish(self, summary: Summary) -> None:
         """Write the summary, which a finished run has."""

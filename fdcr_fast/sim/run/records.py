@@ -85,6 +85,8 @@ class ClientRecord(BaseModel):
             rejected.
         weight: Weight of its update in the new global model.
         reason: Why it sent nothing or was rejected, else empty. A client can be valid and yet not kept.
+        explanation: What the rule says about the client, such as each figure of a
+            :class:`fdcr_fast.CoalitionShare`; empty under rules that say nothing.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -98,6 +100,7 @@ class ClientRecord(BaseModel):
     weight: float
     kept: bool
     reason: str
+    explanation: str = ""
 
 
 class ScoreRecord(BaseModel):

@@ -1,14 +1,15 @@
-"""Tables and progress for the terminal."""
+"""Tables, and progress for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from rich import table as rich_table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from fdcr_fast.sim.run.evaluation import PROBLEMS
 from fdcr_fast.sim.run.metrics import MEASURES
@@ -23,7 +24,37 @@ COMPARED = (  # measures that a line of a terminal has room for
     "true_positive_rate",
     "false_positive_rate",
 )
+MEANINGS = "A accuracy, ASR attack success rate, R = 100 - ASR,\nTPR/FPR malicious/benign clients excluded"
 DEAD_MODELS = "A low attack success rate of such a model is no sign of a defence."
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts, which a terminal, a Markdown file or a page shows.
+
+    Attributes:
+        headings: Of the columns.
+        lines: Cells, as many in each line.
+        texts: Which columns hold words, to be read from the left; the others hold numbers.
+    """
+
+    headings: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    texts: Collection[int] = (0,)
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        rules = ["---" if column in self.texts else "---:" for column in range(len(self.headings))]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (self.headings, rules, *self.lines))
+
+    def to_rich(self, title: str = "", caption: str = "") -> rich_table.Table:
+        """The table for a terminal."""
+        shown = rich_table.Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+        for column, heading in enumerate(self.headings):
+            shown.add_column(heading, justify="left" if column in self.texts else "right")
+        for line in self.lines:
+            shown.add_row(*(cell.replace(" ± ", "±") for cell in line))
+        return shown
 
 
 def percent(value: float | None) -> str:
@@ -53,26 +84,13 @@ def figures_of(record: RoundRecord) -> str:
     return f"A {percent(record.accuracy)} ASR {percent(record.attack_success_rate)}{problem}"
 
 
-def comparison_table(summaries: Mapping[str, Summary]) -> Table:
-    """One row per run, figures in per cent; with a column for the state of the global models if one is dead."""
-    averaged = max(summary.averaged_rounds for summary in summaries.values())
-    table = Table(title=f"Mean of the last {averaged} rounds, in per cent", title_justify="left")
-    table.add_column("server")
-    for heading in [*(MEASURES[measure].heading for measure in COMPARED), "seconds"]:
-        table.add_column(heading, justify="right")
-    dead = any(summary.problems for summary in summaries.values())
-    if dead:
-        table.add_column("model")
-    for name, summary in summaries.items():
-        table.add_row(
-            name,
-            *(percent(getattr(summary, measure)) for measure in COMPARED),
-            f"{summary.seconds:.1f}",
-            *([model_state(summary)] if dead else []),
-        )
-    table.caption = "A accuracy, ASR attack success rate, R = 100 - ASR,\nTPR/FPR malicious/benign clients excluded"
-    table.caption_justify = "left"
-    return table
+def summary_table(server: str, summary: Summary) -> rich_table.Table:
+    """What a run gave, in per cent; with a column for the state of the global model if it is dead."""
+    headings = ["server", *(MEASURES[measure].heading for measure in COMPARED), "seconds"]
+    line = [server, *(percent(getattr(summary, measure)) for measure in COMPARED), f"{summary.seconds:.1f}"]
+    if summary.problems:
+        headings, line = [*headings, "model"], [*line, model_state(summary)]
+    return Table(headings, [line]).to_rich(f"Mean of the last {summary.averaged_rounds} rounds, in per cent", MEANINGS)
 
 
 def cost_line(summary: Summary) -> str:

@@ -83,7 +83,7 @@ class StudyRunFolder:
         """
         folder = RunFolder(self.path)
         found = _check_same(folder, config)
-        state = folder.load()
+        state = folder.read()
         assert state is not None
         return state.result(found, folder.summary())
 

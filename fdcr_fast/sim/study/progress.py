@@ -1,16 +1,22 @@
-"""Progress of a study on the terminal."""
+"""A study on the terminal: its progress, and its tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rich import table as rich_table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fdcr_fast.sim.run.report import figures_of
+from fdcr_fast.sim.run.metrics import FINAL_ROUNDS
+from fdcr_fast.sim.run.report import MEANINGS, figures_of
 from fdcr_fast.sim.study.pool import StudyEvent, StudyProgress
+from fdcr_fast.sim.study.results import StudyResults
 from fdcr_fast.sim.study.spec import Run
+
+# Measures that a line of a terminal has room for with their spread.
+SHOWN = ("accuracy", "attack_success_rate", "true_positive_rate", "false_positive_rate")
 
 
 def _size(run: Run) -> int:
@@ -52,3 +58,11 @@ def study_progress(console: Console, runs: Sequence[Run]) -> Iterator[StudyProgr
                     bar.update(tasks[name], figures=figures_of(progress.record))
 
         yield update
+
+
+def results_tables(results: StudyResults) -> Iterator[rich_table.Table]:
+    """What has finished in each setting, in the measures that a terminal has room for."""
+    for setting in results.study.settings:
+        if any(done.run.setting == setting.name for done in results.finished):
+            title = f"{setting.name or results.study.title}: mean of the last {FINAL_ROUNDS} rounds, in per cent"
+            yield results.table(setting.name, SHOWN).to_rich(title, MEANINGS)

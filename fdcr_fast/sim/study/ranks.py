@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fdcr_fast.sim.run.records import RankRecord, ScoreRecord
-from fdcr_fast.sim.run.report import percent
+from fdcr_fast.sim.run.report import Table, percent
 from fdcr_fast.sim.run.result import SimulationResult
 from fdcr_fast.sim.study.spec import Run
 
@@ -38,13 +38,10 @@ def records_csv(runs: Runs, name: str) -> str:
     return text.getvalue()
 
 
-def ranks_table(runs: Runs) -> str:
-    """A line of Markdown per run and rule that looked on, with what it said in some rounds."""
+def ranks_table(runs: Runs) -> Table:
+    """A line per run and rule that looked on, with what it said in some rounds."""
     rounds = _shown(max(len(result.rounds) for _, result in runs))
-    lines = [
-        ["", "seed", "rule", "ASR", "", *map(str, rounds)],
-        ["---", "---:", "---", "---:", "---", *["---:"] * len(rounds)],
-    ]
+    lines = []
     for run, result in runs:
         by_rule: dict[str, dict[int, RankRecord]] = {}
         for record in result.ranks:
@@ -55,7 +52,7 @@ def ranks_table(runs: Runs) -> str:
             success = percent(result.rounds[-1].attack_success_rate)
             what = f"rank of {sets}" if sets else "AUC"
             lines.append([run.row, str(run.config.seed), rule, success, what, *figures])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return Table(["row", "seed", "rule", "ASR", "what", *map(str, rounds)], lines, texts=(0, 2, 4))
 
 
 def _shown(last: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.run.folder import write_atomically
 from fdcr_fast.sim.run.metrics import FINAL_ROUNDS, MEASURES
-from fdcr_fast.sim.run.report import DEAD_MODELS, model_state, percent, problem_lines
+from fdcr_fast.sim.run.report import DEAD_MODELS, Table, model_state, problem_lines
 from fdcr_fast.sim.run.result import SimulationResult
 from fdcr_fast.sim.study import ranks
 from fdcr_fast.sim.study.folder import Origin, StudyRunFolder
@@ -92,6 +92,11 @@ class StudyResults:
         """The finished runs of one row in one setting."""
         return [done for done in self.finished if (done.run.setting, done.run.row) == (setting, row)]
 
+    def percents(self, setting: str, row: str, measure: str) -> list[float]:
+        """A figure of ``MEASURES`` of each of them in per cent, where it is defined."""
+        values = [done.measures[measure] for done in self.seeds(setting, row)]
+        return [100 * value for value in values if value is not None]
+
     def write(self, out: Path, command: str) -> None:
         """Write results.csv and results.md, which tells the command that made them.
 
@@ -139,17 +144,17 @@ class StudyResults:
 
     def to_markdown(self, command: str) -> str:
         """A table for every setting that was run, one line per row of the study."""
-        parts = [f"# {self.study.title}", self.study.note.strip(), f"`{command}`", self._provenance(), LEGEND]
+        parts = [f"# {self.study.title}", self.study.note.strip(), f"`{command}`", self.provenance, LEGEND]
         known = {done.run for done in self.finished} | {run for run in self.runs if run.folder in self.errors}
         tried = {run.setting for run in known}
-        for index, setting in enumerate(self.study.settings):
+        for setting in self.study.settings:
             if setting.name in tried:
-                parts += [f"## {setting.name}" if setting.name else "", self._table(index, setting.name)]
+                parts += [f"## {setting.name}" if setting.name else "", self.table(setting.name).to_markdown()]
         if self.watched:
             parts += ["## Rules that looked on", ranks.LEGEND]
             for name in dict.fromkeys(run.setting for run, _ in self.watched):
                 of_setting = [(run, result) for run, result in self.watched if run.setting == name]
-                parts += [f"**{name}**" if name else "", ranks.ranks_table(of_setting)]
+                parts += [f"**{name}**" if name else "", ranks.ranks_table(of_setting).to_markdown()]
         untried = [setting.name for setting in self.study.settings if setting.name and setting.name not in tried]
         if untried:
             parts.append(f"Not run yet: {'; '.join(untried)}.")
@@ -165,7 +170,9 @@ class StudyResults:
             parts += ["## Failed runs", "\n".join(lines)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
-    def _provenance(self) -> str:
+    @property
+    def provenance(self) -> str:
+        """How many runs have finished, and when, where and with what they were made."""
         if not self.finished:
             return "No run has finished yet."
         origins = [done.origin for done in self.finished]
@@ -177,28 +184,25 @@ class StudyResults:
             f"{made}; {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
         )
 
-    def _table(self, index: int, setting: str) -> str:
+    def table(self, setting: str, measures: Collection[str] = tuple(MEASURES)) -> Table:
+        """A line per row of the study: figures of ``MEASURES`` in one setting, and what the paper reports."""
+        index = [each.name for each in self.study.settings].index(setting)
         reported = any(row.paper for row in self.study.rows)
-        headings = [
-            "",
-            "seeds",
-            *(measure.heading for measure in MEASURES.values()),
-            *(["paper A", "paper R", "paper (A+R)/2"] if reported else []),
-        ]
-        lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+        headings = ["row", "seeds", *(MEASURES[name].heading for name in measures)]
+        headings += ["paper A", "paper R", "paper (A+R)/2"] if reported else []
+        lines = []
         for row in self.study.rows:
-            runs = self.seeds(setting, row.name)
-            cells = [_mean_and_spread([done.measures[name] for done in runs]) for name in MEASURES]
-            lines.append([row.name, str(len(runs)), *cells, *(_reported(row, index) if reported else [])])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            cells = [_mean_and_spread(self.percents(setting, row.name, name)) for name in measures]
+            seeds = str(len(self.seeds(setting, row.name)))
+            lines.append([row.name, seeds, *cells, *(_reported(row, index) if reported else [])])
+        return Table(headings, lines)
 
 
-def _mean_and_spread(values: Sequence[float | None]) -> str:
-    defined = [value for value in values if value is not None]
-    if not defined:
+def _mean_and_spread(percents: Sequence[float]) -> str:
+    if not percents:
         return "-"
-    mean = percent(statistics.mean(defined))
-    return mean if len(defined) < 2 else f"{mean} ± {percent(statistics.stdev(defined))}"
+    mean = f"{statistics.mean(percents):.1f}"
+    return mean if len(percents) < 2 else f"{mean} ± {statistics.stdev(percents):.1f}"
 
 
 def _reported(row: Row, index: int) -> list[str]:

@@ -26,7 +26,7 @@ from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.names import check_keys, did_you_mean
 from fdcr_fast.sim.notation import OneOf, explain
 
-FIGURES = ("summary", "rounds", "ranks", "clients", "similarity")  # which ``study.figures`` draws
+FIGURES = ("summary", "rounds", "attack-success", "ranks", "clients", "similarity")  # which ``study.figures`` draws
 
 # Fields by data set that lie over a study's own ``base``. "paper" is the paper's setting: of every training set it puts
 # a tenth aside; all else are the defaults. "small" takes half a minute to a minute per run on one core.
@@ -118,8 +118,8 @@ class Study(BaseModel):
         settings: Every row is run in each of them.
         rows: What is compared.
         seeds: Seeds of every row in every setting: a list, or how many, counted from 0.
-        figures: Drawn beside the tables: ``summary`` and ``rounds`` of all runs, ``ranks`` of those in which rules
-            looked on, ``clients`` and ``similarity`` of each row's first seed.
+        figures: Drawn beside the tables: ``summary``, ``rounds`` and ``attack-success`` of all runs, ``ranks`` of those
+            in which rules looked on, ``clients`` and ``similarity`` of each row's first seed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

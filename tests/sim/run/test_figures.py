@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from fdcr_fast.sim import SimulationResult, simulate
-from fdcr_fast.sim.run.figures import accuracy_figure, clients_figure, similarity_figure
+from fdcr_fast.sim.run.drawing import label_lines, new_figure, rendered
+from fdcr_fast.sim.run.figures import accuracy_figure, attack_success_figure, clients_figure, similarity_figure
 from tests.support.tiny import tiny_config
 
 
@@ -13,12 +16,43 @@ def result() -> SimulationResult:
 
 
 def test_accuracy_lines_are_the_records(result: SimulationResult) -> None:
-    panels = accuracy_figure({"one": result.rounds, "two": result.rounds[:2]}).axes
-    for axes, name in zip(panels, ("accuracy", "attack_success_rate"), strict=True):
-        lines = [line.get_ydata().tolist() for line in axes.get_lines()]
-        expected = [100 * getattr(record, name) for record in result.rounds]
-        assert lines == [expected, expected[:2]]
-    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == ["one", "two"]
+    figure = accuracy_figure(result)
+    (axes,) = figure.axes
+    for line, name in zip(axes.get_lines(), ("accuracy", "attack_success_rate"), strict=True):
+        assert line.get_ydata().tolist() == [100 * getattr(record, name) for record in result.rounds]
+    assert {text.get_text() for text in axes.texts} == {"accuracy", "attack success"}
+    assert axes.get_ylim() == (0, 100)
+    assert "fdcr on digits, 4 clients, 2 of them malicious" in figure.get_suptitle()
+
+
+def test_labels_beside_lines_keep_apart() -> None:
+    _, (axes,) = new_figure(1, 1, 3, 3)
+    ends = {"a": 50.0, "b": 51.0, "c": 99.0, "d": 100.0, "gone": float("nan")}
+    lines = [axes.plot([1, 2], [end, end], label=name)[0] for name, end in ends.items()]
+    label_lines(axes, lines, height=5)
+    places = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert list(places) == ["a", "b", "c", "d"]
+    heights = list(places.values())
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= 5
+    assert max(heights) <= 100
+
+
+def test_panels_of_attack_success(result: SimulationResult) -> None:
+    two = [result.rounds, [record.model_copy(update={"attack_success_rate": 0.5}) for record in result.rounds]]
+    figure = attack_success_figure({"one": [result.rounds], "two": two}, "a title")
+    one, both = figure.axes
+    values = [100 * record.attack_success_rate for record in result.rounds]
+    assert one.get_lines()[-1].get_ydata().tolist() == values
+    assert both.get_lines()[-1].get_ydata() == pytest.approx([(value + 50) / 2 for value in values])
+    assert both.get_title() == f"two: {(sum(values) / len(values) + 50) / 2:.0f} %"
+    assert figure.get_suptitle() == "a title"
+    assert not one.get_legend(), "it would lie over the lines"
+
+
+def test_a_figure_is_the_same_bytes_every_time(result: SimulationResult) -> None:
+    image = rendered(accuracy_figure(result), "svg")
+    assert rendered(accuracy_figure(result), "svg") == image
+    assert b">accuracy<" in image, "text is text"
 
 
 def test_client_lines_are_grouped_by_kind(result: SimulationResult) -> None:
@@ -41,8 +75,6 @@ def test_the_similarity_matrix_puts_malicious_clients_last(result: SimulationRes
 
 def test_figures_without_discrepancy_and_with_many_clients() -> None:
     crowd = simulate(tiny_config(server="fedavg", clients=50, min_samples=2, rounds=1, malicious=0))
-    discrepancy, weight = clients_figure(crowd).axes
-    assert not discrepancy.get_lines()
-    assert "no scores" in discrepancy.texts[0].get_text()
+    (weight,) = clients_figure(crowd).axes
     assert len(weight.get_lines()) == 41
     assert not similarity_figure(crowd).axes[0].texts

@@ -136,9 +136,12 @@ WRITES_OF_A_RUN = {
     "clients.csv": 6,
     "checkpoint.npz": 7,
     "accuracy.png": 8,
-    "clients.png": 9,
-    "similarity.png": 10,
-    "summary.json": 11,
+    "accuracy.svg": 9,
+    "clients.png": 10,
+    "clients.svg": 11,
+    "similarity.png": 12,
+    "similarity.svg": 13,
+    "summary.json": 14,
 }
 
 
@@ -147,7 +150,7 @@ def test_a_full_disk_is_said_by_file_and_leaves_a_run_that_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     config, folder = tiny_config(), tmp_path / "run"
-    monkeypatch.setattr(Figure, "savefig", lambda _figure, file, format: file.write(b"pixels"))  # which takes a second
+    monkeypatch.setattr(Figure, "savefig", lambda _figure, file, **_: file.write(b"pixels"))  # which takes a second
     with monkeypatch.context() as patch:
         fill_the_disk(patch, after=WRITES_OF_A_RUN[name] - 1)
         with pytest.raises(OSError, match=rf"No space left on device: '{folder / name}'"):

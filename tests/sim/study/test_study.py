@@ -189,11 +189,15 @@ def test_every_figure_that_a_study_may_name_is_drawn() -> None:
 
 
 def test_figures_of_a_study(runs_folder: Path, tmp_path: Path) -> None:
-    drawn = study(figures=["summary", "rounds", "clients", "similarity"])
+    drawn = study(figures=["summary", "rounds", "attack-success", "clients", "similarity"])
     write_figures(StudyResults.read(drawn, drawn.runs(), runs_folder), tmp_path)
-    names = {"summary", "rounds", "clients-mean", "similarity-mean", "clients-coalition", "similarity-coalition"}
-    assert {path.stem for path in tmp_path.iterdir()} == names
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+    names = {"summary", "rounds", "attack-success"}
+    names |= {f"{name}-{row}" for name in ("clients", "similarity") for row in ("mean", "coalition")}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{form}" for name in names for form in ("png", "svg")}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    write_figures(StudyResults.read(drawn, drawn.runs(), runs_folder), tmp_path)
+    assert {path: path.read_bytes() for path in before} == before, "the same figures are other bytes"
     write_figures(StudyResults.read(drawn, drawn.runs(), tmp_path / "none"), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -438,7 +442,10 @@ def test_the_command_runs_a_study_and_reports(tmp_path: Path, monkeypatch: pytes
     done = CliRunner().invoke(cli.cli, [*arguments, "--row", "mean"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "1 of 3 runs have finished" in done.output
-    assert {path.name for path in out.iterdir()} == {"runs", "results.csv", "results.md", "summary.png", "rounds.png"}
+    figures = {f"{name}.{form}" for name in ("summary", "rounds") for form in ("png", "svg")}
+    assert {path.name for path in out.iterdir()} == {"runs", "study.json", "results.csv", "results.md"} | figures
+    (row,) = [line for line in done.stdout.splitlines() if "mean" in line and "│" in line]
+    assert row.split("│")[2].strip() == "1", "of one seed"
     assert "`fdcr-fast study study.yaml --out DIR --seeds 1`" in (out / "results.md").read_text()
     bad = [*arguments, "--row", "bad"]
     refused = CliRunner().invoke(cli.cli, bad, catch_exceptions=False)
