@@ -11,6 +11,7 @@ from pydantic import AfterValidator, ValidationError
 from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER, Pixels
 from fdcr_fast.sim.attacks.schedule import parse_rounds
 from fdcr_fast.sim.datasets.readers import DATASETS
+from fdcr_fast.sim.imports import installed, is_path
 from fdcr_fast.sim.names import did_you_mean
 
 
@@ -26,6 +27,24 @@ class OneOf(AfterValidator):
             return name
 
         super().__init__(check)
+        object.__setattr__(self, "choices", choices)
+
+
+class PartName(OneOf):
+    """Validator that a name is in a table, is one that an installed package has added, or is an import path.
+
+    What is imported is not looked at before a run begins.
+    """
+
+    def __init__(self, kind: str, *choices: str) -> None:
+        def check(name: str) -> str:
+            known = (*choices, *installed(kind))
+            if name not in known and not is_path(name):
+                also = f"{did_you_mean(name, known)} (or package.module:name)"
+                raise ValueError(f"expected one of {', '.join(known)}{also}")
+            return name
+
+        AfterValidator.__init__(self, check)
         object.__setattr__(self, "choices", choices)
 
 
@@ -125,12 +144,15 @@ def check_trigger(value: Pixels) -> Pixels:
 
 
 def check_dataset(name: str) -> str:
-    """The name of a data set, or a file's absolute path."""
-    if name in DATASETS:
-        return name
+    """The name of a data set, a file's absolute path, or an import path."""
     if name.endswith(".npz"):
         return str(absolute(Path(name)))
-    raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz{did_you_mean(name, DATASETS)}")
+    known = (*DATASETS, *installed("datasets"))
+    if name in known or is_path(name):
+        return name
+    raise ValueError(
+        f"expected one of {', '.join(known)} or a file FILE.npz{did_you_mean(name, known)} (or package.module:name)"
+    )
 
 
 def explain(error: ValidationError) -> str:
