@@ -25,7 +25,7 @@ ROOMS = {
     ),
     "fdcr_fast.sim": (
         "costs", "names", "imports", "seeding", "datasets", "training", "attacks", "notation", "server_data", "servers",
-        "settings", "config", "parts", "task", "clients", "execution", "run", "study", "__init__",
+        "settings", "config", "parts", "task", "clients", "execution", "run", "loggers", "study", "__init__",
     ),
 }  # fmt: skip
 

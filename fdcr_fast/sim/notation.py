@@ -66,10 +66,15 @@ def parse_mapping(value: object) -> object:
         raise ValueError("expected a mapping such as {eps: 0.3, min_samples: 3}") from None
 
 
+def parse_names(value: object) -> object:
+    """Text is names with commas."""
+    return list(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+
 def parse_rules(value: object) -> object:
     """Names of rules, in a list or with commas, or a mapping from names to options, which may be left empty."""
     if isinstance(value, str):
-        value = parse_mapping(value) if "{" in value else list(filter(None, map(str.strip, value.split(","))))
+        value = parse_mapping(value) if "{" in value else parse_names(value)
     if isinstance(value, list | tuple):
         value = dict.fromkeys(value)
     return {name: options or {} for name, options in value.items()} if isinstance(value, Mapping) else value

@@ -37,6 +37,7 @@ from fdcr_fast.sim.notation import (
     parse_auto,
     parse_malicious,
     parse_mapping,
+    parse_names,
     parse_none,
     parse_participants,
     parse_rules,
@@ -45,6 +46,13 @@ from fdcr_fast.sim.notation import (
 )
 from fdcr_fast.sim.servers import INFORMED_BASELINES
 from fdcr_fast.sim.training.models import MODELS
+
+# Loggers by name, with where they are imported from if they are asked for, as each needs an extra of its name.
+CALLBACKS = {
+    "tensorboard": "fdcr_fast.sim.loggers.tensorboard:TensorBoardLogger",
+    "wandb": "fdcr_fast.sim.loggers.wandb:WandbLogger",
+    "mlflow": "fdcr_fast.sim.loggers.mlflow:MLflowLogger",
+}
 
 
 class Settings(BaseModel):
@@ -241,6 +249,13 @@ class Settings(BaseModel):
         default=None,
         description="Fisher of at most so many of a client's images, drawn anew in each round, instead of all: faster "
         "and not exact.",
+    )
+    callbacks: Annotated[
+        tuple[Annotated[str, PartName("callbacks", *CALLBACKS)], ...], BeforeValidator(parse_names)
+    ] = Field(
+        default=(),
+        description=f"What is told of every round: {', '.join(CALLBACKS)}, or package.module:name of a Callback of "
+        "your own, with commas.",
     )
     seed: NonNegativeInt = Field(default=0, description="Seed of every random draw.")
     workers: PositiveInt = Field(

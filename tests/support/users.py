@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,15 @@ class Stop(Callback):
     def on_round(self, round: FinishedRound) -> None:
         if round.record.round == self.round:
             self.end()
+
+
+class Told(Callback):
+    """Tells a list, if there is one, of every round."""
+
+    to: ClassVar[list[int]] = []
+
+    def on_round(self, round: FinishedRound) -> None:
+        self.to.append(round.record.round)
 
 
 EVERYTHING: dict[str, Any] = {

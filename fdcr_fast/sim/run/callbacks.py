@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.imports import one_line, title
+from fdcr_fast.sim.imports import imported, one_line, title
 from fdcr_fast.sim.run.records import ClientRecord, RoundRecord
 from fdcr_fast.sim.run.result import SimulationResult
+from fdcr_fast.sim.settings import CALLBACKS
 
 
 class PartError(RuntimeError):
@@ -82,6 +83,23 @@ class Callbacks:
         for callback in self._callbacks:
             with users_code(f"callback {title(callback)}, {hook}"):
                 getattr(callback, hook)(*event)
+
+
+def named_callbacks(config: SimulationConfig) -> list[Any]:
+    """Those that a configuration names, each called without arguments.
+
+    Raises:
+        ValueError: one cannot be imported, such as a logger whose extra is not installed.
+    """
+    return [_named(name) for name in config.callbacks]
+
+
+def _named(name: str) -> Any:
+    try:
+        return imported("callbacks", CALLBACKS.get(name, name))()
+    except ValueError as error:
+        advice = f"; pip install 'fdcr_fast[{name}]'" if name in CALLBACKS else ""
+        raise ValueError(f"callbacks: {error}{advice}") from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.datasets.federated import FederatedData
 from fdcr_fast.sim.parts import Given, Parts, named
-from fdcr_fast.sim.run.callbacks import Callback, Callbacks, FinishedRound
+from fdcr_fast.sim.run.callbacks import Callback, Callbacks, FinishedRound, named_callbacks
 from fdcr_fast.sim.run.federation import Federation
 from fdcr_fast.sim.run.folder import RunFolder
 from fdcr_fast.sim.run.metrics import summarize
@@ -88,11 +88,12 @@ def simulate(
     given = Given(model, data, rule, attack, loss, optimizer)
     parts = Parts.of(config, given)
     config = named(config, given)
+    told = Callbacks([*named_callbacks(config), *callbacks])
     with num_threads(config.threads), closing(Federation(config, group, parts)) as federation:
         folder = None if out is None else RunFolder(Path(out))
         if folder is not None:
             federation.processes.from_first(partial(folder.create, config))
-        return _run(federation, RunState(federation.initial_params, [], []), folder, progress, callbacks)
+        return _run(federation, RunState(federation.initial_params, [], []), folder, progress, told)
 
 
 def resume(
@@ -126,6 +127,7 @@ def resume(
         if value != getattr(config, setting):
             raise ValueError(f"{setting}: the run in {out} was begun with {getattr(config, setting)}, got {value}")
     parts = Parts.of(config, given)
+    told = Callbacks([*named_callbacks(config), *callbacks])
     with num_threads(config.threads), closing(Federation(config, group, parts)) as federation:
         state = folder.load() or RunState(federation.initial_params, [], [])
         if state.memory:
@@ -133,7 +135,7 @@ def resume(
         if state.buffers is not None:
             federation.buffers = state.buffers
         federation.watch.remember(state.watched)
-        return _run(federation, state, folder, progress, callbacks)
+        return _run(federation, state, folder, progress, told)
 
 
 def _run(
@@ -141,13 +143,12 @@ def _run(
     state: RunState,
     folder: RunFolder | None,
     progress: Progress | None,
-    callbacks: Sequence[Callback],
+    told: Callbacks,
 ) -> SimulationResult:
     config = federation.config
     if not federation.processes.first:
-        folder, progress, callbacks = None, None, ()
+        folder, progress, told = None, None, Callbacks(())
     path = None if folder is None else folder.path
-    told = Callbacks(callbacks)
     told.tell("on_start", config, path, len(state.rounds))
     for number in range(len(state.rounds) + 1, config.rounds + 1):
         before = state.params
