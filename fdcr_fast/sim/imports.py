@@ -16,6 +16,27 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 GIVEN = "given"  # stands for the module of what cannot be imported
+# Names of what the library has beside its tables, by kind: imported where it is asked for, as some needs an extra.
+SHIPPED = {
+    "attacks": {"trigger-words": "fdcr_fast.sim.attacks.text:TriggerWords"},
+    "callbacks": {
+        "tensorboard": "fdcr_fast.sim.loggers.tensorboard:TensorBoardLogger",
+        "wandb": "fdcr_fast.sim.loggers.wandb:WandbLogger",
+        "mlflow": "fdcr_fast.sim.loggers.mlflow:MLflowLogger",
+    },
+    "datasets": {
+        "femnist": "fdcr_fast.sim.datasets.folders:femnist",
+        "image-folder": "fdcr_fast.sim.datasets.folders:image_folder",
+        "tiny-imagenet": "fdcr_fast.sim.datasets.folders:tiny_imagenet",
+        "next-byte": "fdcr_fast.sim.datasets.text:next_byte",
+        "python-topics": "fdcr_fast.sim.datasets.text:python_topics",
+        "text-classes": "fdcr_fast.sim.datasets.text:text_classes",
+    },
+    "models": {
+        "lstm": "fdcr_fast.sim.training.text:lstm",
+        "transformer": "fdcr_fast.sim.training.text:transformer",
+    },
+}
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[\w.<>-]+")
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -39,8 +60,9 @@ def is_path(name: str) -> bool:
 
 @cache
 def installed(kind: str) -> Mapping[str, str]:
-    """Import paths by name of what installed packages add, by entry points of the group ``fdcr_fast.<kind>``."""
-    return {entry.name: entry.value for entry in entry_points(group=f"fdcr_fast.{kind}")}
+    """Import paths by name: ``SHIPPED``, and what installed packages add by entry points ``fdcr_fast.<kind>``."""
+    added = {entry.name: entry.value for entry in entry_points(group=f"fdcr_fast.{kind}")}
+    return {**added, **SHIPPED.get(kind, {})}
 
 
 def is_users(kind: str, name: str) -> bool:

@@ -38,10 +38,10 @@ class PartName(OneOf):
 
     def __init__(self, kind: str, *choices: str) -> None:
         def check(name: str) -> str:
-            known = (*choices, *installed(kind))
-            if name not in known and not is_path(name):
-                also = f"{did_you_mean(name, known)} (or package.module:name)"
-                raise ValueError(f"expected one of {', '.join(known)}{also}")
+            more = [other for other in installed(kind) if other not in choices]
+            if name not in (*choices, *more) and not is_path(name):
+                also = did_you_mean(name, (*choices, *more)) + f" (or {', '.join([*more, 'package.module:name'])})"
+                raise ValueError(f"expected one of {', '.join(choices or more)}{also}")
             return name
 
         AfterValidator.__init__(self, check)
@@ -155,9 +155,8 @@ def check_dataset(name: str) -> str:
     known = (*DATASETS, *installed("datasets"))
     if name in known or is_path(name):
         return name
-    raise ValueError(
-        f"expected one of {', '.join(known)} or a file FILE.npz{did_you_mean(name, known)} (or package.module:name)"
-    )
+    also = f"(or {', '.join([*installed('datasets'), 'package.module:name'])})"
+    raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz{did_you_mean(name, known)} {also}")
 
 
 def explain(error: ValidationError) -> str:

@@ -128,20 +128,19 @@ class Parts:
                     raise ValueError(f"{setting}: {error}") from error
             return value
 
-        model, loss, optimizer = found("model"), found("loss"), found("optimizer")
-        for name, value in (("model", model), ("loss", loss), ("optimizer", optimizer)):
-            if value is not None and ((isinstance(value, nn.Module) and name == "model") or not callable(value)):
-                raise TypeError(f"{name}: expected a function that {_EXPECTED[name]}, got a {type(value).__name__}")
-        if optimizer is not None and config.optimizer_options:
-            optimizer = partial(optimizer, **config.optimizer_options)
-        return cls(
-            None if model is None else partial(called, model, config.model_options),
-            _data(found("data"), config),
-            _rule(found("rule")),
-            _attack(found("attack"), config),
-            loss,
-            optimizer,
-        )
+        try:
+            return cls(
+                _function(found("model"), "model", config.model_options),
+                _data(found("data"), config),
+                _rule(found("rule")),
+                _attack(found("attack"), config),
+                _function(found("loss"), "loss"),
+                _function(found("optimizer"), "optimizer", config.optimizer_options),
+            )
+        except TypeError as error:
+            if given == NOTHING:  # names have no types: what is wrong is a value of a setting
+                raise ValueError(str(error)) from error
+            raise
 
     def dataset(self, config: SimulationConfig) -> Dataset:
         """The user's data, or those that the configuration names.
@@ -153,18 +152,28 @@ class Parts:
         return load_dataset(config.dataset, config.data_dir) if self.data is None else self.data.dataset
 
 
-_EXPECTED = {
-    "model": "returns an nn.Module",
-    "loss": "returns the losses [N] of outputs and labels",
-    "optimizer": "returns an optimizer for parameters and a learning rate",
+_RETURNS = {
+    "model": "an nn.Module",
+    "loss": "the losses [N] of outputs and labels",
+    "optimizer": "an optimizer for parameters and a learning rate",
 }
+
+
+def _function(value: Any, name: str, options: Mapping[str, Any] | None = None) -> Any:
+    if value is None:
+        return None
+    if not callable(value) or (isinstance(value, nn.Module) and name == "model"):
+        raise TypeError(f"{name}: expected a function that returns {_RETURNS[name]}, got a {type(value).__name__}")
+    if name == "model":
+        return partial(called, value, options or {})
+    return partial(value, **options) if options else value
 
 
 def _data(value: Any, config: SimulationConfig) -> FederatedData | None:
     if value is None:
         return None
     if callable(value):
-        value = called(value, config.dataset_options, {"data_dir": config.data_dir})
+        value = called(value, config.dataset_options, {"data_dir": config.data_dir, "clients": config.clients})
     if not isinstance(value, FederatedData):
         raise TypeError(f"data: expected a FederatedData, or a function that returns one, got a {type(value).__name__}")
     if value.num_clients not in (None, config.clients):

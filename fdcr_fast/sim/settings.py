@@ -25,6 +25,7 @@ from fdcr_fast.sim.attacks.training import ATTACKER_TRAININGS
 from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES
 from fdcr_fast.sim.datasets.readers import DATASETS
 from fdcr_fast.sim.datasets.splits import PARTITIONS
+from fdcr_fast.sim.imports import SHIPPED
 from fdcr_fast.sim.notation import (
     OneOf,
     PartName,
@@ -47,13 +48,6 @@ from fdcr_fast.sim.notation import (
 from fdcr_fast.sim.servers import INFORMED_BASELINES
 from fdcr_fast.sim.training.models import MODELS
 
-# Loggers by name, with where they are imported from if they are asked for, as each needs an extra of its name.
-CALLBACKS = {
-    "tensorboard": "fdcr_fast.sim.loggers.tensorboard:TensorBoardLogger",
-    "wandb": "fdcr_fast.sim.loggers.wandb:WandbLogger",
-    "mlflow": "fdcr_fast.sim.loggers.mlflow:MLflowLogger",
-}
-
 
 class Settings(BaseModel):
     """Each field is the flag of ``fdcr-fast simulate`` of the same name and a key of its YAML file."""
@@ -62,8 +56,8 @@ class Settings(BaseModel):
 
     dataset: Annotated[str, AfterValidator(check_dataset)] = Field(
         default="digits",
-        description=f"{', '.join(DATASETS)}, FILE.npz with x_train y_train x_test y_test, or package.module:name of a "
-        "function that returns a FederatedData.",
+        description=f"{', '.join([*DATASETS, *SHIPPED['datasets']])}, FILE.npz with x_train y_train x_test y_test, or "
+        "package.module:name of a function that returns a FederatedData.",
     )
     dataset_options: Annotated[dict[str, Any], BeforeValidator(parse_mapping)] = Field(
         default={}, description="Arguments of that function by name."
@@ -111,7 +105,8 @@ class Settings(BaseModel):
     warmup_rounds: NonNegativeInt = Field(default=0, description="First rounds, in which nobody attacks.")
     attack: Annotated[str, PartName("attacks", *ATTACKS)] = Field(
         default="badnets",
-        description="What the data of malicious clients say, or package.module:name of an attack of your own.",
+        description="What the data of malicious clients say; trigger-words, of texts; or package.module:name of an "
+        "attack of your own.",
     )
     attack_options: Annotated[dict[str, Any], BeforeValidator(parse_mapping)] = Field(
         default={}, description="Arguments of an attack of your own by name."
@@ -211,8 +206,8 @@ class Settings(BaseModel):
     rounds: PositiveInt = Field(default=50, description="Communication rounds.")
     model: Annotated[str, PartName("models", *MODELS)] = Field(
         default="auto",
-        description="auto is the paper's cnn for images of 16 pixels or more, else mlp; or package.module:name of a "
-        "function that returns an nn.Module.",
+        description="auto is the paper's cnn for images of 16 pixels or more, else mlp; lstm and transformer are for "
+        "texts; or package.module:name of a function that returns an nn.Module.",
     )
     model_options: Annotated[dict[str, Any], BeforeValidator(parse_mapping)] = Field(
         default={}, description="Arguments of that function by name."
@@ -250,12 +245,10 @@ class Settings(BaseModel):
         description="Fisher of at most so many of a client's images, drawn anew in each round, instead of all: faster "
         "and not exact.",
     )
-    callbacks: Annotated[
-        tuple[Annotated[str, PartName("callbacks", *CALLBACKS)], ...], BeforeValidator(parse_names)
-    ] = Field(
+    callbacks: Annotated[tuple[Annotated[str, PartName("callbacks")], ...], BeforeValidator(parse_names)] = Field(
         default=(),
-        description=f"What is told of every round: {', '.join(CALLBACKS)}, or package.module:name of a Callback of "
-        "your own, with commas.",
+        description=f"What is told of every round: {', '.join(SHIPPED['callbacks'])}, or package.module:name of a "
+        "Callback of your own, with commas.",
     )
     seed: NonNegativeInt = Field(default=0, description="Seed of every random draw.")
     workers: PositiveInt = Field(

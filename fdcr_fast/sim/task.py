@@ -76,7 +76,10 @@ class Task:
 
 def _poisoning(config: SimulationConfig, dataset: Dataset, parts: Parts) -> DataPoison:
     if parts.attack is not None:
-        return UsersPoison(parts.attack, getattr(parts.attack, "target", config.target))
+        target = getattr(parts.attack, "target", config.target)
+        if not 0 <= target < dataset.num_classes:
+            raise ValueError(f"attack: its target is class {target}, the classes are 0..{dataset.num_classes - 1}")
+        return UsersPoison(parts.attack, target)
     return ATTACKS[config.attack](
         PoisonOptions(
             target=config.target,

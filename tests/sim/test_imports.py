@@ -56,7 +56,7 @@ def test_what_cannot_be_imported_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             imported("models", path)
-    with pytest.raises(ValueError, match=r"expected one of auto, cnn, .*; did you mean 'cnn'\? \(or package"):
+    with pytest.raises(ValueError, match=r"expected one of auto, cnn, .*; did you mean 'cnn'\? \(or lstm, "):
         SimulationConfig(model="cnnn")
     with pytest.raises(ValueError, match=r"server: torch\.nn:Linear must be a subclass of AggregationRule"):
         SimulationConfig(server="torch.nn:Linear").rule()

@@ -216,9 +216,10 @@ class Shorter(users.Corner):
             TypeError,
             "model: expected a function that returns an nn.Module, got a Residual",
         ),
-        ({"model": lambda: 7}, TypeError, "returns an nn.Module, it returned a int"),
+        ({"model": lambda: 7}, ValueError, "returns an nn.Module, it returned a int"),
         ({"rule": "fedavg"}, TypeError, "rule: expected an AggregationRule"),
         ({"attack": Silent()}, TypeError, "attack: Silent has none of the methods poison, objective, update, fisher"),
+        ({"attack": users.Corner(target=3)}, ValueError, r"attack: its target is class 3, the classes are 0\.\.2"),
         ({"attack": Shapeless()}, ValueError, r"poison of Shapeless must return images like float32 \[\d+, 3, 8, 8\]"),
         (
             {"attack": Shorter()},
@@ -320,3 +321,23 @@ def test_colluding_attacks_see_the_others() -> None:
     by_object = simulate(users.config(attack_rounds="all"), data=users.data, attack=Opposite())
     by_name = simulate(users.config(attack="none", attacker_update="sign-flip"), data=users.data)
     assert torch.equal(by_object.params, by_name.params)
+
+
+def test_names_that_are_no_such_parts_are_errors_of_settings() -> None:
+    for fields, message in (
+        (
+            {"model": "tests.support.users:EVERYTHING"},
+            "model: expected a function that returns an nn.Module, got a dict",
+        ),
+        ({"attack": "torch.nn:Identity"}, "attack: Identity has none of the methods poison"),
+        ({"dataset": "builtins:dict"}, "data: expected a FederatedData, or a function that returns one, got a dict"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            simulate(users.config(**fields))
+
+
+def test_rules_of_the_users_look_on() -> None:
+    watch = {"tests.support.users:DropLargest": {"count": 2}, "fdcr": {}}
+    result = simulate(users.config(watch=watch), data=users.data)
+    kept = [record.kept for record in result.scores if record.rule == "tests.support.users:DropLargest"]
+    assert (len(kept), kept.count(False)) == (3 * 5, 3 * 2)

@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.imports import imported, one_line, title
+from fdcr_fast.sim.imports import SHIPPED, imported, one_line, title
 from fdcr_fast.sim.run.records import ClientRecord, RoundRecord
 from fdcr_fast.sim.run.result import SimulationResult
-from fdcr_fast.sim.settings import CALLBACKS
 
 
 class PartError(RuntimeError):
@@ -96,9 +95,9 @@ def named_callbacks(config: SimulationConfig) -> list[Any]:
 
 def _named(name: str) -> Any:
     try:
-        return imported("callbacks", CALLBACKS.get(name, name))()
+        return imported("callbacks", name)()
     except ValueError as error:
-        advice = f"; pip install 'fdcr_fast[{name}]'" if name in CALLBACKS else ""
+        advice = f"; pip install 'fdcr_fast[{name}]'" if name in SHIPPED["callbacks"] else ""
         raise ValueError(f"callbacks: {error}{advice}") from error
 
 

@@ -54,8 +54,10 @@ def _obstacle(config: SimulationConfig, dataset: Dataset) -> str | None:
     return None
 
 
-def _source(run: Run) -> tuple[str, str, str]:
-    return run.config.dataset, str(run.config.dataset_options), str(run.config.data_dir)
+def _source(run: Run) -> tuple[str, ...]:
+    config = run.config
+    own = (str(config.dataset_options), str(config.clients)) if is_users("datasets", config.dataset) else ()
+    return config.dataset, str(config.data_dir), *own
 
 
 def _some(runs: Sequence[Run]) -> str:

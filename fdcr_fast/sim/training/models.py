@@ -96,8 +96,8 @@ def build_model(
         options: Further arguments of the function of a name.
 
     Raises:
-        TypeError: what a function returns is no module.
-        ValueError: the function of a name takes no such options, or cannot make a model for such inputs.
+        ValueError: the function of a name takes no such options, or cannot make a model for such inputs, or a function
+            returns no module.
     """
     known = {"image_shape": image_shape, "num_classes": num_classes}
 
@@ -111,5 +111,5 @@ def build_model(
 
     built = with_torch_seed(derive_seed(seed, "model"), build)
     if not isinstance(built, nn.Module):
-        raise TypeError(f"model: expected a function that returns an nn.Module, it returned a {type(built).__name__}")
+        raise ValueError(f"model: expected a function that returns an nn.Module, it returned a {type(built).__name__}")
     return built
