@@ -138,8 +138,7 @@ class SimulationConfig(Settings):
             TypeError: an option is of a type that it cannot have.
             ValueError: an option has a value that it cannot have, or the rule needs data of the server.
         """
-        options = self.server_options if row is None else {**self.server_options, **row.options}
-        return self._rule(self.server, options, groups, data, row)
+        return self._rule(self.server, self.server_options, groups, data, row)
 
     def watched(self, groups: ParamGroups | None = None, data: ServerData | None = None) -> dict[str, AggregationRule]:
         """The rules that look on, by name, as servers of the same settings would have them; see :meth:`rule`."""

@@ -62,6 +62,8 @@ def test_everything_of_the_users_counts(expected: Any) -> None:
 def test_names_in_a_configuration_give_the_same_bits(expected: Any) -> None:
     options = {"server_options": {"count": 2}, "attack_options": {"factor": 1.25}}
     assert_same(simulate(users.config(**PATHS, **options)), expected)
+    by_object = {**PATHS, "server": "tests.support.users:DROP_TWO", "attack_options": {"factor": 1.25}}
+    assert_same(simulate(users.config(**by_object)), expected)
     assert {name: getattr(expected.config, name) for name in PATHS} == PATHS
 
 

@@ -91,6 +91,9 @@ class Corner:
         return known.update * self.factor
 
 
+DROP_TWO = DropLargest(count=2)
+
+
 def smooth(output: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(output, labels, label_smoothing=0.1, reduction="none")
 
@@ -122,7 +125,7 @@ class Told(Callback):
 EVERYTHING: dict[str, Any] = {
     "model": Residual,
     "data": data,
-    "rule": DropLargest(count=2),
+    "rule": DROP_TWO,
     "attack": Corner(factor=1.25),
     "loss": smooth,
     "optimizer": nesterov,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,10 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimiz
 
 
 class AutogradClassifier(Classifier):
-    """Any model, by autograd; images channels last, as convolutions and pooling are faster so on CPU.
+    """Any model, by autograd; images and filters channels last, as convolutions and pooling are faster so on CPU.
+
+    So the parameters of a convolution lie in its part of the model's own vector as ``[O, H, W, I]``. Whatever comes and
+    goes is in the order of ``layout``.
 
     Args:
         model: See :class:`Classifier`.
@@ -37,7 +40,24 @@ class AutogradClassifier(Classifier):
         super().__init__(model)
         self._loss = loss
         self._optimizer = optimizer
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        filters = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d)}
+        self._filters = {name for name, value in self._trained.items() if id(value) in filters}
+        given = self._params.clone()
+        for name in self._filters:
+            out, into, height, width = self._trained[name].shape
+            slot = self._params[self.layout.slices[name]].view(out, height, width, into)
+            self._trained[name].data = slot.permute(0, 3, 1, 2)
+        self.load(given)
+
+    def params(self) -> Tensor:
+        """The model's own parameters."""
+        return self.layout.flatten(self._trained)
+
+    def load(self, params: Tensor) -> None:
+        """Set the model's own parameters."""
+        for name, values in self.layout.unflatten(params).items():
+            self._trained[name].data.copy_(values)
 
     @torch.no_grad()
     def logits(self, params: Tensor, images: Tensor, buffers: Tensor | None = None) -> Tensor:
@@ -51,13 +71,17 @@ class AutogradClassifier(Classifier):
         """Loss and gradient of the model in training mode."""
         self.load(params)
         self.model.train()
-        return self._grad(images[indices], labels[indices])
+        loss, grads = self._grads(images[indices], labels[indices])
+        return loss, _flat(grads)
 
-    def _grad(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _grads(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradients, one for each parameter, at the model's own parameters."""
         output = output_of(self.model, images)
         loss = F.cross_entropy(output, labels) if self._loss is None else self._loss(output, labels).mean()
-        grads = torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
-        return loss.detach(), torch.cat([grad.reshape(-1) for grad in grads])
+        loss.backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained.values()]
+        self.model.zero_grad(set_to_none=True)
+        return loss.detach(), grads
 
     def fisher(
         self, params: Tensor, images: Tensor, labels: Tensor, indices: Tensor, buffers: Tensor | None = None
@@ -80,18 +104,19 @@ class AutogradClassifier(Classifier):
         buffers: Tensor | None = None,
         seed: int = 0,
     ) -> Tensor:
-        """All steps on the model's own vector of parameters."""
+        """All steps on the model's own parameters."""
 
         def steps() -> None:
             step = self._stepper(sgd)
             for epoch in order:
                 for batch in epoch.split(sgd.batch_size):
-                    loss, grad = self._grad(images[batch], labels[batch])
-                    if objective is not None:
-                        grad = objective.grad(loss, grad, self._params)
-                    step(grad)
-                    if objective is not None:
-                        self._params.copy_(objective.project(self._params))
+                    loss, grads = self._grads(images[batch], labels[batch])
+                    if objective is None:
+                        step(grads)
+                        continue
+                    grad = objective.grad(loss, _flat(grads), self.params())
+                    step(list(self.layout.unflatten(grad).values()))
+                    self.load(objective.project(self.params()))
 
         self.load(params)
         self.load_buffers(buffers)
@@ -101,20 +126,35 @@ class AutogradClassifier(Classifier):
             buffers.copy_(self.buffers())
         return self.params()
 
-    def _stepper(self, sgd: SGD) -> Callable[[Tensor], None]:
-        """A function that steps along a gradient ``[P]``, with what a new optimizer remembers."""
-        if self._optimizer is None:
-            velocity = torch.zeros_like(self._params)
-            return lambda grad: networks.sgd_step(self._params, velocity, grad, sgd.lr, sgd.momentum, sgd.weight_decay)
-        optimizer = self._optimizer(self._trained, sgd.lr)
+    def _stepper(self, sgd: SGD) -> Callable[[Sequence[Tensor]], None]:
+        """A function that steps along gradients, with what a new optimizer remembers."""
+        if self._optimizer is not None:
+            return self._step_of(self._optimizer(list(self._trained.values()), sgd.lr))
+        velocity = torch.zeros_like(self._params)
+        slots = [(self._params[part], velocity[part]) for part in self.layout.slices.values()]
 
-        def step(grad: Tensor) -> None:
-            for parameter, part in zip(self._trained, self.layout.unflatten(grad).values(), strict=True):
-                parameter.grad = part
+        def step(grads: Sequence[Tensor]) -> None:
+            for (name, grad), (values, own_velocity) in zip(self._named(grads), slots, strict=True):
+                along = grad.permute(0, 2, 3, 1) if name in self._filters else grad
+                networks.sgd_step(values, own_velocity, along.reshape(-1), sgd.lr, sgd.momentum, sgd.weight_decay)
+
+        return step
+
+    def _step_of(self, optimizer: torch.optim.Optimizer) -> Callable[[Sequence[Tensor]], None]:
+        def step(grads: Sequence[Tensor]) -> None:
+            for name, grad in self._named(grads):
+                self._trained[name].grad = grad
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         return step
+
+    def _named(self, grads: Sequence[Tensor]) -> Iterable[tuple[str, Tensor]]:
+        return zip(self._trained, grads, strict=True)
+
+
+def _flat(grads: Sequence[Tensor]) -> Tensor:
+    return torch.cat([grad.reshape(-1) for grad in grads])
 
 
 def output_of(model: nn.Module, images: Tensor) -> Tensor:
