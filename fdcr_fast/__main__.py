@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 
-SIM_PACKAGES = ("click", "matplotlib", "pydantic", "rich", "sklearn", "torchvision", "yaml")
+SIM_PACKAGES = ("click", "matplotlib", "pydantic", "rich", "safetensors", "sklearn", "torchvision", "yaml")
 
 
 def main() -> None:
     """Run the command line."""
+    sys.path.append(os.getcwd())  # where a user's own model and data are imported from, as by python -m
     missing = [package for package in SIM_PACKAGES if find_spec(package) is None]
     if not missing:
         from fdcr_fast.cli import cli

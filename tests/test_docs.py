@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,19 @@ def test_rounds_runs() -> None:
     exec(code_of("rounds.md"), names)
     assert names["result"].rejected == {}
     assert torch.equal(names["G"], names["G"].T)
+
+
+def test_the_users_own_model_data_rule_and_attack_run() -> None:
+    model_and_data, rule_and_attack = re.findall(r"```python\n(.*?)```", (DOCS / "simulator.md").read_text(), re.DOTALL)
+    assert len(model_and_data.splitlines()) <= 25
+    assert len(rule_and_attack.splitlines()) <= 30
+    names: dict[str, Any] = {}
+    exec(model_and_data, names)
+    assert names["result"].summary.accuracy > 0.8
+    assert names["result"].buffers.numel() == 2 * 16 + 1
+    exec(rule_and_attack, names)
+    assert names["result"].summary.attack_success_rate < 0.2
+    assert all(record.true_positive_rate == 1 for record in names["result"].rounds)
 
 
 def test_the_rule_and_the_attack_of_the_tutorial_run() -> None:

@@ -24,8 +24,8 @@ ROOMS = {
         "distributed", "rules", "state_dicts", "__init__", "self_test", "sim", "integrations", "cli", "__main__",
     ),
     "fdcr_fast.sim": (
-        "costs", "names", "seeding", "datasets", "training", "attacks", "notation", "server_data", "servers", "config",
-        "task", "clients", "execution", "run", "study", "page", "__init__",
+        "costs", "names", "imports", "seeding", "datasets", "training", "attacks", "notation", "server_data", "servers",
+        "settings", "config", "parts", "task", "clients", "execution", "run", "loggers", "study", "page", "__init__",
     ),
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ from fdcr_fast.round.shares import limited_shares, sample_shares
 from fdcr_fast.round.vectors import sent
 from fdcr_fast.rules.intake import check_global, stored_vectors, warn_of_states
 from fdcr_fast.rules.options import check_types
-from fdcr_fast.rules.result import AggregationResult, Outcome, Selection, result_of
+from fdcr_fast.rules.result import AggregationResult, Outcome, Selection, check_decision, result_of
 from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.store.update_store import UpdateStore
 from fdcr_fast.store.upload import argument, matrix
@@ -329,6 +329,7 @@ class AggregationRule:
         """
         require_finite(clients.finite)
         selection = self.judge(global_params, clients)
+        check_decision(self, selection, len(clients.clients))
         kept = selection.kept & clients.valid
         given = selection.weights
         weights = self.weights(clients, kept) if given is None else torch.where(kept, given, 0.0)

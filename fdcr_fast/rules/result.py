@@ -103,6 +103,28 @@ class Selection:
 Outcome: TypeAlias = tuple[Selection, Tensor, Tensor]
 
 
+def check_decision(rule: object, selection: Selection, clients: int) -> None:
+    """Raise unless a rule has returned a decision about so many clients.
+
+    Raises:
+        TypeError: it is no :class:`Selection`, or one of other things than tensors.
+        ValueError: what it says is not about each of the clients.
+    """
+    name = type(rule).__name__
+    if not isinstance(selection, Selection):
+        raise TypeError(f"{name} must return a Selection, it returned {selection!r:.100}")
+    for what in ("kept", "scores", "labels", "weights"):
+        value = getattr(selection, what)
+        if value is None and what != "kept":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must return {what} as a tensor, it returned {value!r:.100}")
+        if tuple(value.shape) != (clients,):
+            raise ValueError(f"{name} must return {what} of {clients} clients, it returned {list(value.shape)}")
+    if selection.kept.dtype != torch.bool:
+        raise TypeError(f"{name} must return kept as True or False, it returned {selection.kept.dtype}")
+
+
 def result_of(clients: ClientUpdates, selection: Selection, weights: Tensor, params: Tensor) -> AggregationResult:
     """What is told about every client, of which those that were rejected have no score and no cluster."""
     kept, labels, scores = selection.kept, selection.labels, selection.scores

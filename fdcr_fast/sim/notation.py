@@ -11,6 +11,7 @@ from pydantic import AfterValidator, ValidationError
 from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER, Pixels
 from fdcr_fast.sim.attacks.schedule import parse_rounds
 from fdcr_fast.sim.datasets.readers import DATASETS
+from fdcr_fast.sim.imports import installed, is_path
 from fdcr_fast.sim.names import did_you_mean
 
 
@@ -26,6 +27,24 @@ class OneOf(AfterValidator):
             return name
 
         super().__init__(check)
+        object.__setattr__(self, "choices", choices)
+
+
+class PartName(OneOf):
+    """Validator that a name is in a table, is one that an installed package has added, or is an import path.
+
+    What is imported is not looked at before a run begins.
+    """
+
+    def __init__(self, kind: str, *choices: str) -> None:
+        def check(name: str) -> str:
+            more = [other for other in installed(kind) if other not in choices]
+            if name not in (*choices, *more) and not is_path(name):
+                also = did_you_mean(name, (*choices, *more)) + f" (or {', '.join([*more, 'package.module:name'])})"
+                raise ValueError(f"expected one of {', '.join(choices or more)}{also}")
+            return name
+
+        AfterValidator.__init__(self, check)
         object.__setattr__(self, "choices", choices)
 
 
@@ -47,10 +66,15 @@ def parse_mapping(value: object) -> object:
         raise ValueError("expected a mapping such as {eps: 0.3, min_samples: 3}") from None
 
 
+def parse_names(value: object) -> object:
+    """Text is names with commas."""
+    return list(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+
 def parse_rules(value: object) -> object:
     """Names of rules, in a list or with commas, or a mapping from names to options, which may be left empty."""
     if isinstance(value, str):
-        value = parse_mapping(value) if "{" in value else list(filter(None, map(str.strip, value.split(","))))
+        value = parse_mapping(value) if "{" in value else parse_names(value)
     if isinstance(value, list | tuple):
         value = dict.fromkeys(value)
     return {name: options or {} for name, options in value.items()} if isinstance(value, Mapping) else value
@@ -125,12 +149,14 @@ def check_trigger(value: Pixels) -> Pixels:
 
 
 def check_dataset(name: str) -> str:
-    """The name of a data set, or a file's absolute path."""
-    if name in DATASETS:
-        return name
+    """The name of a data set, a file's absolute path, or an import path."""
     if name.endswith(".npz"):
         return str(absolute(Path(name)))
-    raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz{did_you_mean(name, DATASETS)}")
+    known = (*DATASETS, *installed("datasets"))
+    if name in known or is_path(name):
+        return name
+    also = f"(or {', '.join([*installed('datasets'), 'package.module:name'])})"
+    raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz{did_you_mean(name, known)} {also}")
 
 
 def explain(error: ValidationError) -> str:

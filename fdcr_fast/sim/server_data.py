@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdcr_fast import ModelQuality
 from fdcr_fast.rules.randomness import round_generator
-from fdcr_fast.sim.training.classifier import Classifier
+from fdcr_fast.sim.training.base import Classifier
 from fdcr_fast.sim.training.sgd import SGD, shuffled
 
 

@@ -36,7 +36,7 @@ class PoisonOptions:
     blend_alpha: float
     attack_file: Path | None
     attackers: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_classes: int
     seed: int
 
@@ -239,14 +239,23 @@ def _check_class(name: str, label: int, options: PoisonOptions) -> None:
         raise ValueError(f"{name}: class {label} does not exist, the classes are 0..{options.num_classes - 1}")
 
 
+def _check_images(options: PoisonOptions) -> None:
+    if len(options.image_shape) != 3:
+        raise ValueError(
+            f"attack: this one changes images [C, H, W], the inputs are {list(options.image_shape)}; others can have "
+            "label-flip, none or an attack of your own"
+        )
+
+
 def _check_trigger(options: PoisonOptions) -> None:
+    _check_images(options)
     _, height, width = options.image_shape
     outside = [(row, column) for row, column in options.trigger if row >= height or column >= width]
     if outside:
         raise ValueError(f"trigger: pixels {outside} (row, column) lie outside the {height}x{width} image")
 
 
-def _read_images(path: Path, names: tuple[str, ...], shape: tuple[int, int, int]) -> list[Tensor]:
+def _read_images(path: Path, names: tuple[str, ...], shape: tuple[int, ...]) -> list[Tensor]:
     """Arrays of images of a file ``*.npz``, as :func:`fdcr_fast.sim.datasets.dataset.as_images` takes them."""
     if not path.is_file():
         raise FileNotFoundError(f"attack_file: no file {path}; expected an archive *.npz with {', '.join(names)}")
@@ -294,6 +303,7 @@ def blended(options: PoisonOptions) -> Poisoning:
     The noise is uniform in [-1, 1], drawn by the seed, the same for all attackers.
     """
     _check_class("target", options.target, options)
+    _check_images(options)
     if options.attack_file is None:
         generator = torch_generator(options.seed, "blend pattern")
         pattern = torch.rand(options.image_shape, generator=generator) * 2 - 1
@@ -308,6 +318,7 @@ def blended(options: PoisonOptions) -> Poisoning:
 def edge_case(options: PoisonOptions) -> Poisoning:
     """Arrays ``x_train`` and ``x_test`` of the user's file, as in a data set's."""
     _check_class("target", options.target, options)
+    _check_images(options)
     if options.attack_file is None:
         raise ValueError("attack_file: edge-case needs a file FILE.npz with x_train and x_test, got none")
     train, test = _read_images(options.attack_file, ("x_train", "x_test"), options.image_shape)

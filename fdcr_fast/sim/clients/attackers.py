@@ -12,14 +12,15 @@ from torch import Tensor
 
 from fdcr_fast import UpdateStore
 from fdcr_fast.round.shard import WHOLE, Shard
-from fdcr_fast.sim.attacks.fishers import ATTACKER_FISHERS, OMNISCIENT_FISHERS, FisherKnowledge
-from fdcr_fast.sim.attacks.poison import Poisoning
+from fdcr_fast.sim.attacks.fishers import FisherKnowledge
 from fdcr_fast.sim.attacks.schedule import attacks_in, parse_rounds
-from fdcr_fast.sim.attacks.training import ATTACKER_TRAININGS, TrainingKnowledge
-from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES, COLLUDING_UPDATES, Moments, UpdateKnowledge, moments
-from fdcr_fast.sim.clients.data import FederatedData, Samples
+from fdcr_fast.sim.attacks.stages import DataPoison, Stages, checked
+from fdcr_fast.sim.attacks.training import TrainingKnowledge
+from fdcr_fast.sim.attacks.updates import Moments, UpdateKnowledge, moments
+from fdcr_fast.sim.clients.data import ClientData, Samples
 from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.config import SimulationConfig
+from fdcr_fast.sim.datasets.dataset import stored
 from fdcr_fast.sim.seeding import torch_generator
 
 
@@ -34,15 +35,15 @@ class Attackers:
     Attributes:
         clients: Their ids.
         poisoning: What is done to their data.
+        stages: What they do then.
         wait: Whether they look at others' uploads, and so are the last to send theirs.
     """
 
-    def __init__(self, config: SimulationConfig, poisoning: Poisoning, clean: FederatedData) -> None:
+    def __init__(self, config: SimulationConfig, poisoning: DataPoison, stages: Stages, clean: ClientData) -> None:
         self.config = config
         self.clients = config.attackers()
-        self._colluding = config.attacker_update in COLLUDING_UPDATES
-        self._omniscient = config.attacker_fisher in OMNISCIENT_FISHERS
-        self.wait = self._colluding or self._omniscient
+        self.stages = stages
+        self.wait = stages.sees_updates or stages.sees_fishers
         self.poisoning = poisoning
         self.clean = clean
         self._in_order = sorted(self.clients)
@@ -54,30 +55,31 @@ class Attackers:
         position = bisect_left(self._in_order, client)
         generator = torch_generator(self.config.seed, "poison", client)
         images, labels = self.poisoning.poison(own.images[own.indices], own.labels[own.indices], position, generator)
-        images = images.contiguous(memory_format=torch.channels_last)
-        return Samples(images, labels, torch.arange(len(labels)))
+        return Samples(stored(images), labels, torch.arange(len(labels)))
 
     def active(self, round: int, clients: Iterable[int]) -> frozenset[int]:
         """Who attacks among the clients of a round: all malicious ones, or none, who then are as benign as anybody.
 
         It is none in rounds without an attack, and in all rounds where they have nothing to do that others do not.
         """
-        return self.clients.intersection(clients) if attacks_in(self._rounds, round) else frozenset()
+        attack = round > self.config.warmup_rounds and attacks_in(self._rounds, round)
+        return self.clients.intersection(clients) if attack else frozenset()
 
     def draft(
-        self, work: LocalWork, client: int, epochs: int, attackers: int, with_fisher: bool
+        self, work: LocalWork, client: int, epochs: int, attackers: int, with_fisher: bool, buffers: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Let one of so many attackers train: the update and, if wanted, the Fisher ``[P]`` that it sends.
 
         What depends on others' uploads is left to :meth:`revise`; until then it is the update as trained, and zeros.
+        ``buffers`` are those of the global model, and become those that it sends.
         """
-        draft = _Draft(self.config, work, client, epochs, self.clean[client], self.poisoned(client))
+        draft = _Draft(self, work, client, epochs, buffers)
         update = draft.params - work.params
-        if not self._colluding:
+        if not self.stages.sees_updates:
             update = self._update(work.round, client, update, attackers, norm=draft.norm)
         if not with_fisher:
             return update, None
-        if self._omniscient:
+        if self.stages.sees_fishers:
             return update, torch.zeros_like(update)
         return update, self._fisher(work.round, client, len(update), draft)
 
@@ -88,14 +90,16 @@ class Attackers:
         """
         benign = self.config.attacker_view == "benign"
         in_view = (sent.update for sent in store if (sent.client not in attackers) == benign)
-        seen = moments(in_view if self._colluding else (), store.num_params)
+        seen = moments(in_view if self.stages.sees_updates else (), store.num_params)
         fishers = (sent.fisher for sent in store if sent.client not in attackers and sent.fisher is not None)
-        mean_fisher = shard.gather(moments(fishers if self._omniscient else (), store.num_params).mean.to(store.dtype))
+        mean_fisher = shard.gather(
+            moments(fishers if self.stages.sees_fishers else (), store.num_params).mean.to(store.dtype)
+        )
         for client in sorted(attackers.intersection(store.clients)):
             _, update, fisher, num_samples = store[client]
-            if self._colluding:
+            if self.stages.sees_updates:
                 update = self._update(round, client, update, len(attackers), seen=seen)
-            if self._omniscient and fisher is not None:
+            if self.stages.sees_fishers and fisher is not None:
                 fisher = shard.own(self._fisher(round, client, len(mean_fisher), benign_mean=mean_fisher))
             store.remove(client)
             store.put(update, fisher, num_samples, client_id=client)
@@ -118,7 +122,7 @@ class Attackers:
             attackers=attackers,
             generator=torch_generator(self.config.seed, "attacker update", round, client),
         )
-        return ATTACKER_UPDATES[self.config.attacker_update](known)
+        return checked(self.stages.update(known), "an update", len(trained))
 
     def _fisher(
         self,
@@ -137,7 +141,7 @@ class Attackers:
             factor=self.config.attacker_fisher_factor,
             generator=torch_generator(self.config.seed, "attacker fisher", round, client),
         )
-        return ATTACKER_FISHERS[self.config.attacker_fisher](known)
+        return checked(self.stages.fisher(known), "a Fisher", num_params)
 
 
 class _Draft:
@@ -147,21 +151,15 @@ class _Draft:
         params: Its model ``[P]``, trained on poisoned data.
     """
 
-    def __init__(
-        self,
-        config: SimulationConfig,
-        work: LocalWork,
-        client: int,
-        epochs: int,
-        clean: Samples,
-        poisoned: Samples,
-    ) -> None:
-        self._config = config
+    def __init__(self, attackers: Attackers, work: LocalWork, client: int, epochs: int, buffers: Tensor) -> None:
+        config = self._config = attackers.config
         self._work = work
         self._client = client
         self._epochs = epochs
-        self._clean = clean
-        self._poisoned = poisoned
+        self._clean = attackers.clean[client]
+        self._poisoned = attackers.poisoned(client)
+        self._benign_buffers = buffers.clone()  # until it trains so, those of the global model
+        self._buffers = buffers
         known = TrainingKnowledge(
             params=work.params,
             last_update=work.last_update,
@@ -169,12 +167,12 @@ class _Draft:
             share=config.attacker_mask,
             norm=self.norm,
         )
-        self.params = work.train(client, poisoned, ATTACKER_TRAININGS[config.attacker_training](known), epochs)
+        self.params = work.train(client, self._poisoned, attackers.stages.objective(known), epochs, buffers)
 
     @cached_property
     def _benign_params(self) -> Tensor:
         """The model that it would have as a benign client; trained if asked for."""
-        return self._work.train(self._client, self._clean, epochs=self._epochs)
+        return self._work.train(self._client, self._clean, epochs=self._epochs, buffers=self._benign_buffers)
 
     def norm(self) -> float:
         """The norm that it wants for its update: as configured, or that of the benign client that it could be."""
@@ -184,12 +182,12 @@ class _Draft:
 
     def honest_fisher(self) -> Tensor:
         """The Fisher of its poisoned data at its model."""
-        return self._work.fisher(self._poisoned, self.params)
+        return self._work.fisher(self._poisoned, self.params, self._buffers)
 
     def clean_fisher(self) -> Tensor:
         """The Fisher of its clean data at its model."""
-        return self._work.fisher(self._clean, self.params)
+        return self._work.fisher(self._clean, self.params, self._buffers)
 
     def benign_model_fisher(self) -> Tensor:
         """The Fisher of the benign client that it could be."""
-        return self._work.fisher(self._clean, self._benign_params)
+        return self._work.fisher(self._clean, self._benign_params, self._benign_buffers)

@@ -19,7 +19,7 @@ class Samples:
     indices: Tensor
 
 
-class FederatedData:
+class ClientData:
     """The samples of every client, made when asked for.
 
     Args:

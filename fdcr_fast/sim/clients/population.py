@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from fdcr_fast.sim.clients.attackers import Attackers
-from fdcr_fast.sim.clients.data import FederatedData
+from fdcr_fast.sim.clients.buffers import RoundBuffers
+from fdcr_fast.sim.clients.data import ClientData
 from fdcr_fast.sim.clients.work import LocalWork
 
 
@@ -45,18 +46,27 @@ class Population:
         data: What each of them has.
         attackers: The malicious ones.
         with_fishers: Whether they compute Fishers.
+        buffers: Those of the round's models.
     """
 
-    data: FederatedData
+    data: ClientData
     attackers: Attackers
     with_fishers: bool = True
+    buffers: RoundBuffers = field(default_factory=RoundBuffers)
 
     def perform(self, work: LocalWork, job: Job) -> Upload:
-        """Train one client and compute its Fisher; depends on the arguments alone."""
+        """Train one client and compute its Fisher; depends on the arguments, and on the buffers sent out, alone.
+
+        Its buffers go into its row.
+        """
         samples = self.data[job.client]
+        buffers = self.buffers.sent.clone()
         if job.attackers:
-            update, fisher = self.attackers.draft(work, job.client, job.epochs, job.attackers, self.with_fishers)
+            update, fisher = self.attackers.draft(
+                work, job.client, job.epochs, job.attackers, self.with_fishers, buffers
+            )
         else:
-            params = work.train(job.client, samples, epochs=job.epochs)
-            update, fisher = params - work.params, work.fisher(samples, params) if self.with_fishers else None
+            params = work.train(job.client, samples, epochs=job.epochs, buffers=buffers)
+            update, fisher = params - work.params, work.fisher(samples, params, buffers) if self.with_fishers else None
+        self.buffers.put(job.row, buffers)
         return Upload(update, fisher, len(samples.indices))

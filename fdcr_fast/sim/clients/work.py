@@ -10,8 +10,8 @@ from torch import Tensor
 from fdcr_fast.sim.clients.data import Samples
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.costs import Stopwatch
-from fdcr_fast.sim.seeding import torch_generator
-from fdcr_fast.sim.training.classifier import Classifier
+from fdcr_fast.sim.seeding import derive_seed, torch_generator
+from fdcr_fast.sim.training.base import Classifier
 from fdcr_fast.sim.training.objective import Objective
 from fdcr_fast.sim.training.sgd import shuffled
 
@@ -37,12 +37,23 @@ class LocalWork:
     last_update: Tensor | None
 
     def train(
-        self, client: int, samples: Samples, objective: Objective | None = None, epochs: int | None = None
+        self,
+        client: int,
+        samples: Samples,
+        objective: Objective | None = None,
+        epochs: int | None = None,
+        buffers: Tensor | None = None,
     ) -> Tensor:
-        """The client's model ``w_k [P]`` after local training, of as many epochs as configured or as given."""
+        """The client's model ``w_k [P]`` after local training, of as many epochs as configured or as given.
+
+        ``buffers`` ``[B]`` become those of its model.
+        """
         with self.clock.phase("training"):
             order = self.order(client, samples.indices, self.config.local_epochs if epochs is None else epochs)
-            return self.classifier.train(self.params, samples.images, samples.labels, order, self.config.sgd, objective)
+            seed = derive_seed(self.config.seed, "training", self.round, client)
+            return self.classifier.train(
+                self.params, samples.images, samples.labels, order, self.config.sgd, objective, buffers, seed
+            )
 
     def order(self, client: int, indices: Tensor, epochs: int) -> Tensor:
         """The order in which a client takes its images in each epoch, ``[epochs, n]``, drawn by seed and round."""
@@ -56,7 +67,8 @@ class LocalWork:
         generator = torch_generator(self.config.seed, "fisher", self.round)
         return indices[torch.randperm(len(indices), generator=generator)[:most]]
 
-    def fisher(self, samples: Samples, params: Tensor) -> Tensor:
+    def fisher(self, samples: Samples, params: Tensor, buffers: Tensor | None = None) -> Tensor:
         """Diagonal Fisher ``[P]`` of the samples at a model."""
         with self.clock.phase("fisher"):
-            return self.classifier.fisher(params, samples.images, samples.labels, self.fisher_indices(samples.indices))
+            indices = self.fisher_indices(samples.indices)
+            return self.classifier.fisher(params, samples.images, samples.labels, indices, buffers)

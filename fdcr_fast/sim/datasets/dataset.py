@@ -1,4 +1,4 @@
-"""A data set: images as float32 ``[N, C, H, W]`` in [-1, 1] and int64 labels, held in memory."""
+"""A data set: inputs, of images float32 ``[N, C, H, W]`` in [-1, 1], and int64 labels, held in memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from fdcr_fast.sim.seeding import torch_generator
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test images.
+    """Training and test images, or whatever a user's own data are of.
 
     Attributes:
-        train_images: Float32 ``[N, C, H, W]`` in [-1, 1].
+        train_images: Float32 ``[N, C, H, W]`` in [-1, 1]; of a user's data float32 or int64 ``[N, ...]``.
         train_labels: Int64 ``[N]`` in ``[0, num_classes)``.
         test_images: Like ``train_images``.
         test_labels: Like ``train_labels``.
         num_classes: One more than the largest label.
         writers: Int64 ``[N]``, who wrote each training image, where that is known.
+        owners: Int64 ``[N]``, the client that has each training image, where the data say so.
+        attack_images: Like ``train_images``, what the success of an attack is measured on; None where it is the attack
+            that says so.
+        attack_labels: What an attack wants these taken for, int64.
     """
 
     train_images: Tensor
@@ -33,12 +37,14 @@ class Dataset:
     test_labels: Tensor
     num_classes: int
     writers: Tensor | None = None
+    owners: Tensor | None = None
+    attack_images: Tensor | None = None
+    attack_labels: Tensor | None = None
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)``."""
-        _, channels, height, width = self.train_images.shape
-        return channels, height, width
+    def image_shape(self) -> tuple[int, ...]:
+        """``(C, H, W)``, or the shape of whatever an input is."""
+        return tuple(self.train_images.shape[1:])
 
     def without_pixels(self) -> Dataset:
         """Images on the device ``meta``: of the same number and shape, but nothing to compute with."""
@@ -62,6 +68,7 @@ class Dataset:
             test_images=self.test_images[test],
             test_labels=self.test_labels[test],
             writers=None if self.writers is None else self.writers[train],
+            owners=None if self.owners is None else self.owners[train],
         )
 
     def hold_out(self, count: int, seed: int) -> tuple[Dataset, Tensor, Tensor]:
@@ -80,8 +87,14 @@ class Dataset:
             train_images=self.train_images[kept],
             train_labels=self.train_labels[kept],
             writers=None if self.writers is None else self.writers[kept],
+            owners=None if self.owners is None else self.owners[kept],
         )
         return rest, self.train_images[order[:count]], self.train_labels[order[:count]]
+
+
+def stored(inputs: Tensor) -> Tensor:
+    """The inputs as models want them: images channels last, as convolutions and pooling are faster so on CPU."""
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs.contiguous()
 
 
 def as_images(values: NDArray[Any] | Tensor, name: str) -> Tensor:
@@ -107,7 +120,12 @@ def as_images(values: NDArray[Any] | Tensor, name: str) -> Tensor:
     return images if low < 0 else images.mul_(2).sub_(1)
 
 
-def _labels(values: NDArray[Any] | Tensor | Sequence[int], name: str, count: int) -> Tensor:
+def as_labels(values: NDArray[Any] | Tensor | Sequence[int], name: str, count: int) -> Tensor:
+    """Labels as int64 ``[count]``.
+
+    Raises:
+        ValueError: they are no integers from 0 on, or not so many.
+    """
     array = np.asarray(values)
     if array.shape != (count,) or array.dtype.kind not in "ui":
         raise ValueError(f"{name}: expected {count} integer labels, got shape {array.shape}, {array.dtype}")
@@ -125,8 +143,8 @@ def dataset_of(x_train: Any, y_train: Any, x_test: Any, y_test: Any, writers: Te
     train, test = as_images(x_train, "x_train"), as_images(x_test, "x_test")
     if train.shape[1:] != test.shape[1:]:
         raise ValueError(f"training and test images differ in shape: {tuple(train.shape[1:])}, {tuple(test.shape[1:])}")
-    train_labels = _labels(y_train, "y_train", len(train))
-    test_labels = _labels(y_test, "y_test", len(test))
+    train_labels = as_labels(y_train, "y_train", len(train))
+    test_labels = as_labels(y_test, "y_test", len(test))
     num_classes = int(train_labels.max()) + 1
     if int(test_labels.max()) >= num_classes:
         raise ValueError(f"y_test has label {int(test_labels.max())}, y_train only up to {num_classes - 1}")

@@ -95,6 +95,7 @@ DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
     "fashion-mnist": _idx_reader("fashion-mnist", "FashionMNIST", DEBIAN_FASHION_MNIST),
     "mnist": _idx_reader("mnist", "MNIST"),
     "cifar10": _torchvision_reader("cifar10", "CIFAR10", "cifar-10-batches-py/"),
+    "cifar100": _torchvision_reader("cifar100", "CIFAR100", "cifar-100-python/"),
     "usps": _torchvision_reader("usps", "USPS", "usps.bz2 and usps.t.bz2"),
 }
 

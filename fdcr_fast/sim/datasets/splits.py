@@ -109,25 +109,29 @@ PARTITIONS = (*DEALT, *DRAWN)
 
 
 def partition(split: str, dataset: Dataset, options: PartitionOptions) -> Partition:
-    """Who has which training images.
+    """Who has which training images: as the data say, or else by a split.
 
     Raises:
         ValueError: the images do not suffice for the minimum per client, or the split cannot be made.
     """
-    if split in DRAWN:  # clients share images, and all have as many as they are to have
+    if dataset.owners is None and split in DRAWN:  # clients share images, and all have as many as they are to have
         return DRAWN[split](dataset, options)
     available = len(dataset.train_labels)
-    if available < options.clients * options.min_samples:
+    if dataset.owners is None and available < options.clients * options.min_samples:
         raise ValueError(
             f"clients: {options.clients} clients with at least {options.min_samples} samples each need "
             f"{options.clients * options.min_samples} training images, there are {available}; lower min_samples, or "
             "choose the split dirichlet-mix, in which clients share images"
         )
-    parts = DEALT[split](dataset, options)
+    if dataset.owners is not None:
+        parts = Dealt(dataset.owners.numpy(), options.clients)
+    else:
+        parts = DEALT[split](dataset, options)
     sizes = parts.sizes()
     poorest = int(sizes.argmin())
     if sizes[poorest] < options.min_samples:
         raise ValueError(
-            f"split: client {poorest} has {sizes[poorest]} training images, expected at least {options.min_samples}"
+            f"split: client {poorest} has {sizes[poorest]} training images, expected at least {options.min_samples}: "
+            "see min_samples"
         )
     return parts

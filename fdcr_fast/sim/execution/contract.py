@@ -9,6 +9,7 @@ from typing import Protocol
 from fdcr_fast import UpdateStore
 from fdcr_fast.sim.clients.population import Job
 from fdcr_fast.sim.clients.work import LocalWork
+from fdcr_fast.sim.imports import one_line
 
 
 @dataclass(frozen=True)
@@ -52,4 +53,4 @@ class Executor(Protocol):
 
 def describe(error: Exception) -> str:
     """An exception in one line, as a reason why a client has failed."""
-    return f"failed: {type(error).__name__}: {error}".partition("\n")[0]
+    return f"failed: {one_line(error)}"

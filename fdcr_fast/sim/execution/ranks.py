@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdcr_fast import ParamShard, UpdateStore
 from fdcr_fast.round.client_updates import ClientUpdates
@@ -25,6 +25,7 @@ from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.execution.across_ranks import AcrossRanks
 from fdcr_fast.sim.execution.contract import Executor
 from fdcr_fast.sim.execution.executors import executor_of
+from fdcr_fast.sim.training.classifier import Architecture
 
 _TIMEOUT = "FDCR_FAST_TIMEOUT"
 _PATIENCE = 1800.0  # seconds
@@ -73,7 +74,7 @@ class Processes(ABC):
 
     @abstractmethod
     def start(
-        self, config: SimulationConfig, population: Population, build: Callable[[], nn.Module], num_params: int
+        self, config: SimulationConfig, population: Population, build: Architecture, num_params: int
     ) -> tuple[UpdateStore, Executor]:
         """The store of a round, which has this process's parameters, and the executor that fills it."""
 
@@ -97,7 +98,7 @@ class Alone(Processes):
     first = True
 
     def start(
-        self, config: SimulationConfig, population: Population, build: Callable[[], nn.Module], num_params: int
+        self, config: SimulationConfig, population: Population, build: Architecture, num_params: int
     ) -> tuple[UpdateStore, Executor]:
         """One store, which the executor fills itself."""
         store = UpdateStore(
@@ -132,9 +133,15 @@ class Ranks(Processes):
         self.first = self.shard.rank == 0
 
     def start(
-        self, config: SimulationConfig, population: Population, build: Callable[[], nn.Module], num_params: int
+        self, config: SimulationConfig, population: Population, build: Architecture, num_params: int
     ) -> tuple[UpdateStore, Executor]:
-        """A store of this rank's parameters; whole uploads lie in an outbox until they have been dealt out."""
+        """A store of this rank's parameters; whole uploads lie in an outbox until they have been dealt out.
+
+        Raises:
+            ValueError: the model has buffers, which are not dealt out.
+        """
+        if population.buffers.layout.numel:
+            raise ValueError(f"model: one with buffers, such as {population.buffers.layout.names[0]}, runs on no ranks")
         fishers = population.with_fishers
         store = UpdateStore(len(self.shard), config.cohort(), with_fishers=fishers)
         size = max(_AT_A_TIME * config.workers, config.stack)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from fdcr_fast import UpdateStore
 from fdcr_fast.sim.clients.population import Job, Population
@@ -20,7 +19,7 @@ from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.costs import Phase, Stopwatch
 from fdcr_fast.sim.execution.contract import Outcome, describe
 from fdcr_fast.sim.execution.forkserver import forkserver_context
-from fdcr_fast.sim.training.classifier import classifier_of
+from fdcr_fast.sim.training.classifier import Architecture
 from fdcr_fast.store.row_writer import RowWriter
 from fdcr_fast.store.rows import Accepted
 from fdcr_fast.store.shared_memory import SharedTensor
@@ -63,7 +62,7 @@ class _Supplies:
 
     config: SimulationConfig
     population: Population
-    build: Callable[[], nn.Module]
+    build: Architecture
     writer: RowWriter
     vectors: SharedTensor
 
@@ -95,12 +94,12 @@ class WorkerPool:
     Args:
         config: Configuration of the run; each of its ``workers`` has ``threads`` threads per operator.
         population: All clients, with shared data.
-        build: Makes the model; a function that other processes can import.
+        build: Makes the model, of what other processes can import.
         store: A shared one, the only one that :meth:`run` is called with.
     """
 
     def __init__(
-        self, config: SimulationConfig, population: Population, build: Callable[[], nn.Module], store: UpdateStore
+        self, config: SimulationConfig, population: Population, build: Architecture, store: UpdateStore
     ) -> None:
         self._vectors = SharedTensor((2, store.num_params), torch.float32)
         self._supplies = _Supplies(config, population, build, store.writer(), self._vectors)
@@ -192,7 +191,7 @@ def _work(supplies: _Supplies, begun: SharedTensor, connection: Connection) -> N
     """What a process does until its pool closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the pool ends its processes itself
     torch.set_num_threads(supplies.config.threads)
-    classifier = classifier_of(supplies.build())
+    classifier = supplies.build.classifier()
     params, last_update = supplies.vectors.tensor
     try:
         connection.send(None)

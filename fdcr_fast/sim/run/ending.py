@@ -11,6 +11,7 @@ import click
 from pydantic import ValidationError
 
 from fdcr_fast.sim.notation import explain
+from fdcr_fast.sim.run.callbacks import PartError
 from fdcr_fast.sim.run.folder import RunFolder
 
 PROGRAM = "fdcr-fast"
@@ -54,6 +55,8 @@ def clear_ending(advice: Callable[[], str]) -> Iterator[None]:
     except (ValueError, OSError) as error:
         of_the_system = isinstance(error, OSError) and error.errno is not None
         raise click.ClickException(f"{error}\n{advice()}" if of_the_system else str(error)) from error
+    except PartError as error:
+        raise click.ClickException(f"{error}\n{advice()}") from error
     except KeyboardInterrupt:
         click.echo(f"\nInterrupted. {advice()}", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None

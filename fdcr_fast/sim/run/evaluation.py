@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdcr_fast.sim.training.classifier import Classifier
+from fdcr_fast.sim.training.base import Classifier
 
 # What a global model can suffer from: name, and what it then does.
 PROBLEMS = {
@@ -37,20 +37,21 @@ class Evaluator:
         images: Clean test images ``[N, C, H, W]``.
         labels: Their classes, int64 ``[N]``.
         victims: Images that a successful attack makes the model take for the target class, ``[V, C, H, W]``.
-        target: That class.
+        target: That class, or one for each of them, ``[V]``.
     """
 
     images: Tensor
     labels: Tensor
     victims: Tensor
-    target: int
+    target: Tensor | int
 
-    def __call__(self, classifier: Classifier, params: Tensor) -> Evaluation:
-        """Evaluate the model with parameters ``[P]``."""
-        logits = classifier.logits(params, self.images).double()
+    def __call__(self, classifier: Classifier, params: Tensor, buffers: Tensor | None = None) -> Evaluation:
+        """Evaluate the model with parameters ``[P]`` and buffers ``[B]``."""
+        logits = classifier.logits(params, self.images, buffers).double()
         loss, predicted = F.cross_entropy(logits, self.labels).item(), logits.argmax(1)
         finite = math.isfinite(loss) and bool(torch.isfinite(params).all())
-        success = match_rate(classifier.predict(params, self.victims), self.target) if len(self.victims) else None
+        some = len(self.victims) > 0
+        success = match_rate(classifier.predict(params, self.victims, buffers), self.target) if some else None
         return Evaluation(
             accuracy=match_rate(predicted, self.labels),
             loss=loss if math.isfinite(loss) else None,

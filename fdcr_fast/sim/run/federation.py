@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -13,15 +13,21 @@ from fdcr_fast import ParamGroups
 from fdcr_fast.rules import server_options
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.result import AggregationResult
+from fdcr_fast.rules.table import NamedRule
+from fdcr_fast.sim.attacks.stages import Stages
 from fdcr_fast.sim.clients.attackers import Attackers
-from fdcr_fast.sim.clients.data import FederatedData
+from fdcr_fast.sim.clients.buffers import RoundBuffers
+from fdcr_fast.sim.clients.data import ClientData
+from fdcr_fast.sim.clients.fit import check_fit, param_groups
 from fdcr_fast.sim.clients.participation import Participants, draw_participants
 from fdcr_fast.sim.clients.population import Job, Population
 from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.costs import Stopwatch, WallClock
-from fdcr_fast.sim.datasets.readers import load_dataset
+from fdcr_fast.sim.datasets.dataset import stored
 from fdcr_fast.sim.execution.ranks import Alone, Processes, Ranks
+from fdcr_fast.sim.parts import Parts
+from fdcr_fast.sim.run.callbacks import PartError, users_code
 from fdcr_fast.sim.run.evaluation import Evaluator
 from fdcr_fast.sim.run.metrics import Round, round_record
 from fdcr_fast.sim.run.records import ClientRecord, RoundRecord
@@ -32,7 +38,6 @@ from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import INFORMED_BASELINES
 from fdcr_fast.sim.task import Task
-from fdcr_fast.sim.training.classifier import classifier_of
 
 
 def build_rule(
@@ -40,11 +45,12 @@ def build_rule(
     attackers: frozenset[int],
     groups: ParamGroups,
     data: server_options.ServerData | None = None,
+    row: NamedRule | None = None,
 ) -> AggregationRule:
     """The configured server; only the informed baselines are handed the attackers."""
     if config.server in INFORMED_BASELINES:
         return INFORMED_BASELINES[config.server](attackers)
-    return config.rule(groups, data)
+    return config.rule(groups, data, row)
 
 
 class Federation:
@@ -53,35 +59,47 @@ class Federation:
     Args:
         config: What to run.
         group: Processes that run it together; None for this one alone.
+        parts: What is the user's; None for what the configuration names.
 
     Attributes:
         clock: Read at the end of every round.
         similarity: Similarity of the importances of the last round's clients; None before it. See
             :class:`fdcr_fast.sim.SimulationResult`.
         watch: The rules that look on, and what they said of the last round.
+        users_rule: Whether the server's rule is the user's.
+        users_attack: Whether the attack is.
+        buffers: Buffers of the global model, float64 ``[B]``.
 
     Raises:
         FileNotFoundError: the data set's files are not there.
-        ValueError: the configuration does not fit the data (attack, model, partition), or the server cannot run in
-            several processes.
+        TypeError: a part is not what it is given or named as.
+        ValueError: the configuration does not fit the data (attack, model, partition), a part cannot be imported, or
+            the server cannot run in several processes.
     """
 
-    def __init__(self, config: SimulationConfig, group: ProcessGroup | None = None) -> None:
+    def __init__(self, config: SimulationConfig, group: ProcessGroup | None = None, parts: Parts | None = None) -> None:
         self.clock = WallClock()
         self.config = config
-        task = Task.of(config, load_dataset(config.dataset, config.data_dir))
-        images = task.dataset.train_images.contiguous(memory_format=torch.channels_last)
-        self.data = FederatedData(images, task.dataset.train_labels, task.partition, shared=config.with_workers)
-        self.attackers = Attackers(config, task.poisoning, self.data)
-        test_images, test_labels = task.dataset.test_images, task.dataset.test_labels
-        victims = task.poisoning.victims(test_images, test_labels)
-        self.evaluate = Evaluator(test_images, test_labels, victims, config.target)
+        parts = Parts.of(config) if parts is None else parts
+        task = Task.of(config, parts.dataset(config), parts)
+        dataset = task.dataset
+        images = stored(dataset.train_images)
+        self.data = ClientData(images, dataset.train_labels, task.partition, shared=config.with_workers)
+        stages = Stages.of(config.attacker_training, config.attacker_update, config.attacker_fisher, parts.attack)
+        self.attackers = Attackers(config, task.poisoning, stages, self.data)
+        self.evaluate = Evaluator(dataset.test_images, dataset.test_labels, *task.victims())
         self.build = task.build
-        self.classifier = classifier_of(self.build())
-        self.initial_params = self.classifier.params()
-        groups = ParamGroups.from_module(self.classifier.model)
+        self.classifier = self.build.classifier()
+        if config.init is not None:
+            from fdcr_fast.sim.training.files import load_model  # safetensors, which few runs need
+
+            load_model(self.classifier, config.init)
+        check_fit(config, parts, self.classifier, dataset, self.attackers)
+        self.initial_params, self.buffers = self.classifier.params(), self.classifier.buffers()
+        groups = param_groups(self.classifier)
         server_data = self._server_data(task)
-        self.rule = build_rule(config, self.attackers.clients, groups, server_data)
+        self.rule = build_rule(config, self.attackers.clients, groups, server_data, parts.rule)
+        self.users_rule, self.users_attack = parts.rule is not None, parts.attack is not None
         self.watch = Watch(config.watched(groups, server_data))
         rules = [(config.server, self.rule), *self.watch.rules.items()]
         self.similarity: Tensor | None = None
@@ -91,12 +109,15 @@ class Federation:
             if group is not None and not rule.sharded:
                 raise ValueError(f"server {name} needs all parameters in one process: it runs on no ranks")
         with_fishers = config.fishers == "always" or any(rule.needs_fishers for _, rule in rules)
-        self.population = Population(self.data, self.attackers, with_fishers)
+        buffers = RoundBuffers(self.classifier.buffer_layout, self.classifier.buffer_dtypes, config.cohort())
+        self.population = Population(self.data, self.attackers, with_fishers, buffers)
         self.store, self.executor = self.processes.start(config, self.population, self.build, num_params)
 
     def _server_data(self, task: Task) -> ServerData | None:
         if not self.config.server_samples:
             return None
+        if len(self.buffers):
+            raise ValueError("server_samples: servers with data of their own take no models with buffers")
         seed = derive_seed(self.config.seed, "server data")
         images, labels, epochs = task.server_images, task.server_labels, self.config.local_epochs
         return ServerData(self.classifier, images, labels, self.config.sgd, epochs, seed)
@@ -111,6 +132,7 @@ class Federation:
         Rows are in the order of the clients, those of attackers who wait to see what the others send come last.
         """
         self.store.clear()
+        self.population.buffers.sent.copy_(self.buffers)
         drawn = draw_participants(self.config, work.round)
         active = self.attackers.active(work.round, drawn.clients)
         order = sorted(drawn.epochs, key=lambda client: (self.attackers.wait and client in active, client))
@@ -126,10 +148,24 @@ class Federation:
                 progress(ProgressEvent(work.round, done))
         if self.attackers.wait:
             self.attackers.revise(work.round, active, self.store, self.processes.shard)
+        self._rows = {job.client: job.row for job in jobs}
+        attacking = active.intersection(drawn.epochs) if self.users_attack else ()
+        for kind, expected in (("clients", drawn.epochs), ("attackers", attacking)):
+            if expected and failed.keys() >= set(expected):
+                raise PartError(f"round {work.round}: all {len(expected)} {kind} failed: {failed[min(expected)]}")
+        self._screen_buffers()
         drawn = drawn.without(failed)
         for client, reason in drawn.missing.items():
             self.store.reject(client, reason)
         return drawn
+
+    def _screen_buffers(self) -> None:
+        """Reject clients whose buffers cannot be used."""
+        for client in [int(str(client)) for client in self.store.clients] if len(self.buffers) else ():
+            problem = self.population.buffers.problem(self._rows[client])
+            if problem is not None:
+                self.store.remove(client)
+                self.store.reject(client, problem)
 
     def run_round(
         self, number: int, params: Tensor, progress: Progress | None, last_update: Tensor | None = None
@@ -145,10 +181,14 @@ class Federation:
         clock = Stopwatch()
         drawn = self.collect(LocalWork(self.config, self.classifier, clock, number, params, last_update), progress)
         with clock.phase("aggregation"):
-            result = self.processes.aggregate(self.rule, params, self.store)
-            new = self.processes.shard.gather(result.params)
+            with users_code(f"round {number}, server {self.config.server}") if self.users_rule else nullcontext():
+                result = self.processes.aggregate(self.rule, params, self.store)
+                new = self.processes.shard.gather(result.params)
+                if self.users_rule and not (new.shape == params.shape and new.isfinite().all()):
+                    raise ValueError(f"the new parameters are not {len(params)} finite numbers")
+            self.buffers = self.population.buffers.combined(self.rule, result, self._rows)
         with clock.phase("evaluation"):
-            evaluation = self.processes.from_first(partial(self.evaluate, self.classifier, new))
+            evaluation = self.processes.from_first(partial(self.evaluate, self.classifier, new, self.buffers))
         clients = self._client_records(number, drawn, result)
         if number == self.config.rounds and self.store.with_fishers:
             compared = [record.client for record in clients[:MOST_COMPARED]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.run.records import ClientRecord, RankRecord, RoundRecord, ScoreRecord, Summary
@@ -157,9 +158,11 @@ class RunFolder:
         sizes = [append_records(path, records) for path, records in zip(self._tables, new, strict=True)]
         assert state.last_update is not None  # there was a round
         similarity = np.empty((0, 0)) if state.similarity is None else state.similarity.numpy()
-        watched: dict[str, Any] = {
+        further: dict[str, Any] = {
             f"{_WATCHED}{name}": np.frombuffer(memory, np.uint8) for name, memory in state.watched.items()
         }
+        if state.buffers is not None and state.buffers.numel():
+            further["buffers"] = state.buffers.numpy()
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -168,7 +171,7 @@ class RunFolder:
             csv_sizes=np.array(sizes, dtype=np.int64),
             similarity=similarity,
             memory=np.frombuffer(state.memory, np.uint8),
-            **watched,
+            **further,
         )
         write_atomically(self.checkpoint_path, buffer.getvalue())
 
@@ -201,6 +204,7 @@ class RunFolder:
             sizes = arrays["csv_sizes"].tolist()
             memory = arrays["memory"].tobytes()
             names = [name for name in arrays.files if name.startswith(_WATCHED)]
+            buffers = torch.from_numpy(arrays["buffers"]) if "buffers" in arrays else None
             watched = {name.removeprefix(_WATCHED): arrays[name].tobytes() for name in names}
         sizes += [0] * (len(self._tables) - len(sizes))  # a checkpoint of before has two of them
         for path, size in zip(self._tables, sizes, strict=True):
@@ -217,8 +221,15 @@ class RunFolder:
             read_records(self.scores_path, ScoreRecord, sizes[2]),
             read_records(self.ranks_path, RankRecord, sizes[3]),
             watched,
+            buffers,
         )
         return state, sizes
+
+    def save_model(self, round: int, state: Mapping[str, Tensor]) -> None:
+        """Write the global model after a round, a state dict."""
+        from fdcr_fast.sim.training.files import model_bytes  # safetensors, which few runs need
+
+        write_atomically(self.path / f"model-{round:05}.safetensors", model_bytes(state))
 
     def finish(self, summary: Summary) -> None:
         """Write the summary, which a finished run has."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.run.records import ClientRecord, RankRecord, RoundRecord, ScoreRecord, Summary
+from fdcr_fast.sim.training.base import NO_BUFFERS
 
 MOST_COMPARED = 200  # clients whose similarity is kept, which takes time and memory for all pairs
 
@@ -45,6 +46,8 @@ class SimulationResult:
         summary: Means over the last five rounds.
         scores: How the rules that look on judged each client, in every round.
         ranks: How they judged the attackers.
+        buffers: Final buffers of the global model, float64 ``[B]``, in the order of its state dict; empty for a model
+            without.
     """
 
     config: SimulationConfig
@@ -55,6 +58,7 @@ class SimulationResult:
     summary: Summary
     scores: tuple[ScoreRecord, ...] = ()
     ranks: tuple[RankRecord, ...] = ()
+    buffers: Tensor = NO_BUFFERS
 
 
 @dataclass
@@ -71,6 +75,7 @@ class RunState:
         scores: What the rules that look on said of each client in every finished round.
         ranks: What they said of the attackers.
         watched: What each of these rules remembers, by name.
+        buffers: Buffers of the global model, float64 ``[B]``; None where there are none, and before the first round.
     """
 
     params: Tensor
@@ -82,6 +87,7 @@ class RunState:
     scores: list[ScoreRecord] = field(default_factory=list)
     ranks: list[RankRecord] = field(default_factory=list)
     watched: dict[str, bytes] = field(default_factory=dict)
+    buffers: Tensor | None = None
 
     def result(self, config: SimulationConfig, summary: Summary) -> SimulationResult:
         """The outcome of a run that stands here at its end."""
@@ -94,4 +100,5 @@ class RunState:
             summary,
             tuple(self.scores),
             tuple(self.ranks),
+            NO_BUFFERS if self.buffers is None else self.buffers,
         )

@@ -10,6 +10,8 @@ from torch import Tensor
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.tiles import Span
 
+MOST_NUMBERS = 1 << 20  # Fishers of all clients that are looked at in one step
+
 
 def importance_similarity(uploads: ClientUpdates, clients: Sequence[int]) -> Tensor:
     """Cosine similarity of the importance vectors of ``S`` clients (figure 1), float64 ``[S, S]``.
@@ -26,11 +28,13 @@ def importance_similarity(uploads: ClientUpdates, clients: Sequence[int]) -> Ten
     rows = torch.tensor([row[clients[index]] for index in present], dtype=torch.int64)
     low, high = uploads.fisher_min[rows, None], uploads.fisher_max[rows, None]
 
+    at_a_time = max(1, MOST_NUMBERS // max(1, len(rows) * uploads.tiles.tile))
+
     def read(span: Span, total: Tensor) -> Tensor:
         assert span.fishers is not None  # there are ranges of them
-        for index, block in enumerate(span.fishers.unbind()):
-            fishers = block[rows, : span.num_params - index * uploads.tiles.tile].double()
-            importance = (fishers - low) / (high - low)
+        for first in range(0, len(span.fishers), at_a_time):
+            fishers = span.fishers[first : first + at_a_time, rows].transpose(0, 1).flatten(1).double()
+            importance = (fishers[:, : span.num_params - first * uploads.tiles.tile] - low) / (high - low)
             total = total + importance @ importance.T
         return total
 

@@ -18,6 +18,7 @@ from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.run.folder import RunFolder, write_atomically
 from fdcr_fast.sim.run.result import Progress, SimulationResult
 from fdcr_fast.sim.run.simulation import resume, simulate
+from fdcr_fast.sim.study.spec import HOW_ALONE
 
 
 class Origin(BaseModel):
@@ -135,7 +136,7 @@ def _check_same(folder: RunFolder, config: SimulationConfig) -> SimulationConfig
         ValueError: they are others.
     """
     found = folder.config()
-    had, wanted = (each.model_dump(exclude={"data_dir", "workers"}) for each in (found, config))
+    had, wanted = (each.model_dump(exclude=set(HOW_ALONE)) for each in (found, config))
     changed = [name for name in wanted if wanted[name] != had[name]]
     if changed:
         raise ValueError(f"{folder.path} was run when the defaults of {', '.join(changed)} were others: delete it")

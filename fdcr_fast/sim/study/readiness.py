@@ -8,6 +8,8 @@ from itertools import groupby
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.datasets.dataset import Dataset
 from fdcr_fast.sim.datasets.readers import load_dataset
+from fdcr_fast.sim.imports import is_users
+from fdcr_fast.sim.parts import Parts
 from fdcr_fast.sim.study.spec import Run
 from fdcr_fast.sim.task import Task
 from fdcr_fast.sim.training.stacked_model import usable_device
@@ -23,8 +25,8 @@ def check(runs: Sequence[Run]) -> None:
     for _, group in groupby(sorted(runs, key=_source), _source):
         on_it = list(group)
         try:
-            dataset = load_dataset(on_it[0].config.dataset, on_it[0].config.data_dir).without_pixels()
-        except (ValueError, OSError) as error:
+            dataset = _dataset(on_it[0].config).without_pixels()
+        except (TypeError, ValueError, OSError) as error:
             reasons.setdefault(str(error), []).extend(on_it)
             continue
         for run in on_it:
@@ -36,18 +38,26 @@ def check(runs: Sequence[Run]) -> None:
         raise ValueError("\n".join([f"nothing was run, as {failing} of {len(runs)} runs cannot start:", *lines]))
 
 
+def _dataset(config: SimulationConfig) -> Dataset:
+    if is_users("datasets", config.dataset):
+        return Parts.of(config).dataset(config)
+    return load_dataset(config.dataset, config.data_dir)
+
+
 def _obstacle(config: SimulationConfig, dataset: Dataset) -> str | None:
     """Why a run cannot start on a data set."""
     try:
         usable_device(config.device)
         Task.of(config, dataset).build()
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         return str(error)
     return None
 
 
-def _source(run: Run) -> tuple[str, str]:
-    return run.config.dataset, str(run.config.data_dir)
+def _source(run: Run) -> tuple[str, ...]:
+    config = run.config
+    own = (str(config.dataset_options), str(config.clients)) if is_users("datasets", config.dataset) else ()
+    return config.dataset, str(config.data_dir), *own
 
 
 def _some(runs: Sequence[Run]) -> str:

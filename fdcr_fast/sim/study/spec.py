@@ -28,6 +28,8 @@ from fdcr_fast.sim.notation import OneOf, explain
 
 FIGURES = ("summary", "rounds", "attack-success", "ranks", "clients", "similarity")  # which ``study.figures`` draws
 
+HOW_ALONE = ("data_dir", "workers", "callbacks")  # fields that say how a run is made, and nothing of its results
+
 # Fields by data set that lie over a study's own ``base``. "paper" is the paper's setting: of every training set it puts
 # a tenth aside; all else are the defaults. "small" takes half a minute to a minute per run on one core.
 _SMALL = {"max_train_samples": 6000, "max_test_samples": 2000, "local_epochs": 5, "rounds": 12}
@@ -86,9 +88,9 @@ class Run:
         """Name of the run's folder. It follows from what is run, so that studies share the runs they have in common.
 
         Fields at their defaults do not count, so a field that a later version adds leaves the names as they are;
-        nor do the place of the data and the number of workers.
+        nor do the place of the data, the number of workers and what is told of the run.
         """
-        fields = self.config.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir", "workers"})
+        fields = self.config.model_dump(mode="json", exclude_defaults=True, exclude=set(HOW_ALONE))
         digest = hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=6).hexdigest()
         dataset = self.config.dataset.rpartition("/")[2]
         return f"{dataset}-{self.config.server}-seed{self.config.seed}-{digest}"

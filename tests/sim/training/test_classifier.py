@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fdcr_fast import _native
+from fdcr_fast import _native, diagonal_fisher
 from fdcr_fast.sim.training import classifier
 from fdcr_fast.sim.training.classifier import Classifier, classifier_of
 from fdcr_fast.sim.training.models import build_model
@@ -143,6 +143,29 @@ def test_the_operators_take_what_they_know_and_nothing_else() -> None:
     assert layers(*head, hooked) is None
 
 
-def test_models_with_buffers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"1\.running_mean"):
-        classifier_of(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)))
+def test_buffers_are_those_that_are_given() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(30, 1, 2, 2), torch.randint(0, 3, (30,))
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3))
+    tested = made(model, "autograd")
+    given, order = tested.buffers(), torch.arange(30)[None]
+    assert given.tolist() == [0] * 4 + [1] * 4 + [0]
+    trained = []
+    for _ in range(2):  # nothing is left of an earlier training
+        buffers = given.clone()
+        trained.append((tested.train(tested.params() * 0 + 0.1, images, labels, order, SGD(10, 0.1, 0.9, 0.0),
+                                     buffers=buffers, seed=5), buffers))  # fmt: skip
+    assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))
+    params, buffers = trained[0]
+    assert buffers[8] == 3
+    mean = torch.zeros(4)
+    for batch in images.flatten(1).split(10):
+        mean = 0.9 * mean + 0.1 * batch.mean(0)
+    torch.testing.assert_close(buffers[:4].float(), mean)
+    tested.load_buffers(given)
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(tested.state(params, buffers))
+    torch.testing.assert_close(tested.logits(params, images, buffers), plain.eval()(images))
+    assert not torch.equal(tested.logits(params, images, given), tested.logits(params, images, buffers))
+    fisher = tested.fisher(params, images, labels, torch.arange(6), buffers)
+    torch.testing.assert_close(fisher, diagonal_fisher(plain, (images[:6], labels[:6])))

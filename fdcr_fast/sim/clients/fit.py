@@ -1,0 +1,53 @@
+"""Whether model, loss, optimizer and attack can do anything with the data, before the first round."""
+
+from __future__ import annotations
+
+from fdcr_fast import ParamGroups, ParamLayout
+from fdcr_fast.sim.clients.attackers import Attackers
+from fdcr_fast.sim.config import SimulationConfig
+from fdcr_fast.sim.datasets.dataset import Dataset, stored
+from fdcr_fast.sim.imports import one_line
+from fdcr_fast.sim.parts import Parts
+from fdcr_fast.sim.training.base import Classifier
+
+_TRIED = 2  # samples
+
+
+def check_fit(
+    config: SimulationConfig, parts: Parts, classifier: Classifier, dataset: Dataset, attackers: Attackers
+) -> None:
+    """Try everything of the user's on a few samples.
+
+    Raises:
+        ValueError: naming what does not fit, and why.
+    """
+    images, labels = stored(dataset.train_images[:_TRIED]), dataset.train_labels[:_TRIED]
+    kind = f"inputs {str(images.dtype).removeprefix('torch.')} {list(images.shape[1:])}"
+    try:
+        logits = classifier.logits(classifier.params(), images)
+    except Exception as error:  # whatever a model makes of inputs that are not for it
+        raise ValueError(f"model: {config.model} cannot take {kind}: {one_line(error)}") from error
+    if logits.dim() != 2 or len(logits) != len(images) or logits.shape[1] < dataset.num_classes:
+        raise ValueError(
+            f"model: {config.model} must return [N, classes] with at least {dataset.num_classes} classes, of "
+            f"{len(images)} {kind} it returned {list(logits.shape)}"
+        )
+    if parts.loss is not None:
+        losses = parts.loss(logits, labels)
+        if tuple(getattr(losses, "shape", ())) != (len(images),):
+            raise ValueError(
+                f"loss: {config.loss} must return the losses [N], of {len(images)} samples it returned "
+                f"{list(getattr(losses, 'shape', ())) or type(losses).__name__}"
+            )
+    if parts.attack is not None and attackers.clients:
+        try:
+            attackers.poisoned(min(attackers.clients))
+        except Exception as error:
+            raise ValueError(f"attack: {config.attack}: {one_line(error)}") from error
+
+
+def param_groups(classifier: Classifier) -> ParamGroups:
+    """Head and features of a model; where some parameters are not trained, as far as the shapes of the others tell."""
+    if classifier.layout == ParamLayout.from_module(classifier.model):
+        return ParamGroups.from_module(classifier.model)
+    return ParamGroups.from_layout(classifier.layout)

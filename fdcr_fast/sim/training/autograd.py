@@ -1,0 +1,164 @@
+"""Any model, by autograd: nothing between the images and the model, and one vector for all parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdcr_fast import diagonal_fisher
+from fdcr_fast.ops import networks
+from fdcr_fast.sim.datasets.dataset import stored
+from fdcr_fast.sim.seeding import with_torch_seed
+from fdcr_fast.sim.training.base import Classifier
+from fdcr_fast.sim.training.objective import Objective
+from fdcr_fast.sim.training.sgd import SGD
+
+BATCH = 256  # images of one forward pass without gradients
+FISHER_BATCH = 256  # images of one batch of a Fisher
+
+# (output [N, classes], labels [N]) to losses of the samples [N], and (parameters, learning rate) to an optimizer.
+Loss = Callable[[Tensor, Tensor], Tensor]
+OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+
+
+class AutogradClassifier(Classifier):
+    """Any model, by autograd; images and filters channels last, as convolutions and pooling are faster so on CPU.
+
+    So the parameters of a convolution lie in its part of the model's own vector as ``[O, H, W, I]``. Whatever comes and
+    goes is in the order of ``layout``.
+
+    Args:
+        model: See :class:`Classifier`.
+        loss: Losses of the samples; None for cross-entropy.
+        optimizer: What makes the optimizer of a client; None for SGD as configured.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss | None = None, optimizer: OptimizerFactory | None = None) -> None:
+        super().__init__(model)
+        self._loss = loss
+        self._optimizer = optimizer
+        self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        filters = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d)}
+        self._filters = {name for name, value in self._trained.items() if id(value) in filters}
+        given = self._params.clone()
+        for name in self._filters:
+            out, into, height, width = self._trained[name].shape
+            slot = self._params[self.layout.slices[name]].view(out, height, width, into)
+            self._trained[name].data = slot.permute(0, 3, 1, 2)
+        self.load(given)
+
+    def params(self) -> Tensor:
+        """The model's own parameters."""
+        return self.layout.flatten(self._trained)
+
+    def load(self, params: Tensor) -> None:
+        """Set the model's own parameters."""
+        for name, values in self.layout.unflatten(params).items():
+            self._trained[name].data.copy_(values)
+
+    @torch.no_grad()
+    def logits(self, params: Tensor, images: Tensor, buffers: Tensor | None = None) -> Tensor:
+        """The output of the model in evaluation mode."""
+        self.load(params)
+        self.load_buffers(buffers)
+        self.model.eval()
+        return torch.cat([output_of(self.model, batch) for batch in images.split(BATCH)])
+
+    def grad(self, params: Tensor, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of the model in training mode."""
+        self.load(params)
+        self.model.train()
+        loss, grads = self._grads(images[indices], labels[indices])
+        return loss, _flat(grads)
+
+    def _grads(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradients, one for each parameter, at the model's own parameters."""
+        output = output_of(self.model, images)
+        loss = F.cross_entropy(output, labels) if self._loss is None else self._loss(output, labels).mean()
+        loss.backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained.values()]
+        self.model.zero_grad(set_to_none=True)
+        return loss.detach(), grads
+
+    def fisher(
+        self, params: Tensor, images: Tensor, labels: Tensor, indices: Tensor, buffers: Tensor | None = None
+    ) -> Tensor:
+        """The diagonal Fisher, by :func:`fdcr_fast.diagonal_fisher`."""
+        self.load(params)
+        self.load_buffers(buffers)
+        batches = ((images[batch], labels[batch]) for batch in indices.split(FISHER_BATCH))
+        loss = "cross_entropy" if self._loss is None else self._loss
+        return diagonal_fisher(self.model, batches, loss, params=self.layout.names)
+
+    def train(
+        self,
+        params: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        sgd: SGD,
+        objective: Objective | None = None,
+        buffers: Tensor | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """All steps on the model's own parameters."""
+
+        def steps() -> None:
+            step = self._stepper(sgd)
+            for epoch in order:
+                for batch in epoch.split(sgd.batch_size):
+                    loss, grads = self._grads(images[batch], labels[batch])
+                    if objective is None:
+                        step(grads)
+                        continue
+                    grad = objective.grad(loss, _flat(grads), self.params())
+                    step(list(self.layout.unflatten(grad).values()))
+                    self.load(objective.project(self.params()))
+
+        self.load(params)
+        self.load_buffers(buffers)
+        self.model.train()
+        with_torch_seed(seed, steps)
+        if buffers is not None:
+            buffers.copy_(self.buffers())
+        return self.params()
+
+    def _stepper(self, sgd: SGD) -> Callable[[Sequence[Tensor]], None]:
+        """A function that steps along gradients, with what a new optimizer remembers."""
+        if self._optimizer is not None:
+            return self._step_of(self._optimizer(list(self._trained.values()), sgd.lr))
+        velocity = torch.zeros_like(self._params)
+        slots = [(self._params[part], velocity[part]) for part in self.layout.slices.values()]
+
+        def step(grads: Sequence[Tensor]) -> None:
+            for (name, grad), (values, own_velocity) in zip(self._named(grads), slots, strict=True):
+                along = grad.permute(0, 2, 3, 1) if name in self._filters else grad
+                networks.sgd_step(values, own_velocity, along.reshape(-1), sgd.lr, sgd.momentum, sgd.weight_decay)
+
+        return step
+
+    def _step_of(self, optimizer: torch.optim.Optimizer) -> Callable[[Sequence[Tensor]], None]:
+        def step(grads: Sequence[Tensor]) -> None:
+            for name, grad in self._named(grads):
+                self._trained[name].grad = grad
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def _named(self, grads: Sequence[Tensor]) -> Iterable[tuple[str, Tensor]]:
+        return zip(self._trained, grads, strict=True)
+
+
+def _flat(grads: Sequence[Tensor]) -> Tensor:
+    return torch.cat([grad.reshape(-1) for grad in grads])
+
+
+def output_of(model: nn.Module, images: Tensor) -> Tensor:
+    """What a model says of images: its output, or the ``logits`` of one that returns more than that."""
+    output = model(stored(images))
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
