@@ -179,7 +179,9 @@ class Settings(BaseModel):
         default=100.0,
         description="FDCR: reject updates beyond so many times the median norm; none is the bare paper rule.",
     )
-    gate: bool = Field(default=False, description="coalition-fdcr: drop nobody where no coalition stands out.")
+    gate: bool = Field(
+        default=False, description="coalition-fdcr with a bold start: drop nobody where no coalition stands out."
+    )
 
     server_options: Annotated[dict[str, Any], BeforeValidator(parse_mapping)] = Field(
         default={},

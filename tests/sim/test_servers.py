@@ -132,8 +132,10 @@ def test_options_reach_the_rule() -> None:
     assert build_rule(SimulationConfig(**options), frozenset(), GROUPS) == FDCR(
         learning_rate=0.01, groups=GROUPS, **options
     )
-    coalition = SimulationConfig(server="coalition-fdcr", gate=True, norm_bound=7)
-    assert build_rule(coalition, frozenset(), GROUPS) == CoalitionFDCR(groups=GROUPS, gate=True, norm_bound=7)
+    coalition = SimulationConfig(server="coalition-fdcr", gate=True, norm_bound=7, server_options={"start": "bold"})
+    assert build_rule(coalition, frozenset(), GROUPS) == CoalitionFDCR(
+        groups=GROUPS, start="bold", gate=True, norm_bound=7
+    )
     assert rule_of(SimulationConfig(server="norm-clipping")) == FedAvg(clip="median")
     assert rule_of(SimulationConfig(server="krum")) == Krum(num_byzantine=3)
     assert rule_of(SimulationConfig(server="krum", num_byzantine=1)) == Krum(num_byzantine=1)

@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.coalition.search import Views, find_coalition, margins, set_scores
+from fdcr_fast.rules.coalition.search import Views, find_coalition, margins, membership, set_scores
 from fdcr_fast.rules.coalition.state import CoalitionState
+from fdcr_fast.rules.coalition.trust import median_alignment, model_agreement, trusted
 from fdcr_fast.rules.coalition.views import round_views, standard_scores, standardised
 from fdcr_fast.rules.param_groups import ParamGroups
 from fdcr_fast.rules.result import Selection
@@ -38,12 +39,15 @@ class CoalitionShare:
         similarity: ``A_kS - A_kR``, both means without the client itself; to a set of this client alone 0 - ``A_kR``.
         distance: ``A_RR - A_kR``.
         concentration: ``c_k - c_R``.
+        agreement: Mean cosine of the client's updates and the global parameters; None where it is not known, in the
+            first round and with ``start="bold"``.
     """
 
     kept: bool
     similarity: float
     distance: float
     concentration: float
+    agreement: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +62,27 @@ class CoalitionFDCR(AggregationRule):
       with ``q = D_k^2 / (Pbar + regularisation mean Pbar)``; ``c = zs(r) + zs(kappa)``,
 
     both standardised over the round's clients, averaged over the rounds that clients and pairs took part in (one that
-    lies ``t`` rounds back counts ``decay^t``), and standardised again, ``c`` times 0.3. The set ``S`` of clients that
-    maximises ``J(S) = sqrt(|S| |R|) (A_SS - 2 A_SR + A_RR + c_S - c_R)``, ``R`` the others, is dropped, see
-    :func:`fdcr_fast.rules.coalition.search.find_coalition`, and the others are averaged by sample count, without
-    rescaling. Nothing depends on the scale of any update or Fisher, and a client's own Fisher counts only by its share
-    in ``Pbar``. It takes an honest majority: ``|S| <= floor((K - 1) / 2)``, and with fewer than 3 clients nobody is
-    dropped. Without the gate somebody is always dropped, attack or not. ``scores`` holds by how much the best set with
-    a client beats the best one without it in ``J``, see :func:`fdcr_fast.rules.coalition.search.margins`.
+    lies ``t`` rounds back counts ``decay^t``), and standardised again, ``c`` times 0.3. A set ``S`` of clients, ``R``
+    the others, is a coalition as far as ``J(S) = sqrt(|S| |R|) (A_SS - 2 A_SR + A_RR + c_S - c_R)`` is large, see
+    :func:`fdcr_fast.rules.coalition.search.find_coalition`. It takes an honest majority:
+    ``|S| <= floor((K - 1) / 2)``, and with fewer than 3 clients nobody is dropped.
+
+    With ``start="cautious"`` the rule keeps a backdoor out while it is unsure who attacks. Each client's probability
+    ``p_k`` of being in a coalition (see :func:`fdcr_fast.rules.coalition.search.membership`) is weighed against what
+    speaks for it by itself: in the first round ``<D_k, m> / ||D_k||``, ``m`` being the median of every parameter, and
+    from there ``x_k``, the mean of ``cos(D_k, w)`` over the last rounds
+    (:func:`fdcr_fast.rules.coalition.trust.model_agreement`). For two rounds 30 % of the clients are kept, those of the
+    largest ``zs(x) - zs(p)``, then 10 % more in each round, but nobody whose ``x_k`` is less than ``0.2 + 0.3 p_k``
+    times their median: where nobody attacks, hardly anybody is dropped in the end. Updates are clipped to the round's
+    median norm.
+    ``scores`` holds ``zs(p) - zs(x)``. An attacker can add a multiple of ``w`` to its update, which ``x`` does not see
+    through.
+
+    With ``start="bold"`` the set that maximises ``J`` is dropped from the first round on, whether anybody attacks or
+    not; one wrong decision in the first rounds then loses the run. ``scores`` holds by how much the best set with a
+    client beats the best one without it, see :func:`fdcr_fast.rules.coalition.search.margins`, and nothing depends on
+    the scale of any update. In both, nothing depends on the scale of any Fisher, a client's own counts only by its
+    share in ``Pbar``, and the kept are averaged by sample count, without rescaling.
 
     The rule remembers earlier rounds in ``state``, which every call of ``aggregate`` updates and :meth:`reset` clears:
     a rule is one experiment's. Where it was found and what it does not reach: docs/research-coalition.md.
@@ -72,9 +90,10 @@ class CoalitionFDCR(AggregationRule):
     Args:
         groups: Which parameters are the head and the features; None takes all parameters as both.
         state: State of earlier rounds, such as ``CoalitionState.from_json(text)``.
-        gate: Drop nobody in rounds in which the best set does not stand out: after the first ``gate_from`` rounds,
-            ``J`` must exceed the mean of those of 19 problems with the clients permuted in ``c`` by 1.5 of their
-            standard deviations.
+        start: ``"cautious"`` or ``"bold"``, see above.
+        gate: Of a bold start: drop nobody in rounds in which the best set does not stand out: after the first
+            ``gate_from`` rounds, ``J`` must exceed the mean of those of 19 problems with the clients permuted in ``c``
+            by 1.5 of their standard deviations.
         gate_from: Rounds before which the gate is open.
         decay: In (0, 1], what a round counts beside the next one.
         max_clients: Clients remembered, those seen last; memory is 16 bytes for each pair of them.
@@ -87,6 +106,7 @@ class CoalitionFDCR(AggregationRule):
     sharded = True
     groups: ParamGroups | None = None
     state: CoalitionState = field(default_factory=CoalitionState, hash=False)
+    start: Literal["cautious", "bold"] = "cautious"
     gate: bool = False
     gate_from: int = 4
     decay: float = 0.8
@@ -99,6 +119,8 @@ class CoalitionFDCR(AggregationRule):
 
     def __post_init__(self) -> None:
         self._check_options()
+        if self.gate and self.start == "cautious":
+            raise ValueError('gate goes with start="bold": a cautious start drops nobody for being the best set')
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {self.decay}")
         if self.max_clients < 1:
@@ -111,8 +133,13 @@ class CoalitionFDCR(AggregationRule):
         """The rule for the model's head and features."""
         return cls(groups=options.groups)
 
-    def select(self, clients: ClientUpdates) -> Selection:
-        """Find the coalition in this round's views and those remembered, and drop it."""
+    @property
+    def needs_norms(self) -> bool:
+        """Whether updates are clipped."""
+        return self.start == "cautious"
+
+    def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
+        """Find the coalition in this round's views and those remembered, and keep whom that leaves to be trusted."""
         ids = valid_ids(clients)
         if len(ids) < 3:
             return Selection(clients.valid)
@@ -121,10 +148,29 @@ class CoalitionFDCR(AggregationRule):
         seen = round_views(clients, groups, self.regularisation)
         views = _standard(self.state.remember(ids, seen, decay=self.decay, max_clients=self.max_clients))
         members, score = find_coalition(views)
-        dropped = members if self._stands_out(views, score) else torch.zeros_like(members)
+        agreement = None
+        if self.start == "bold":
+            dropped = members if self._stands_out(views, score) else torch.zeros_like(members)
+            scores = margins(members, views)
+        else:
+            if self.state.rounds > 1:  # the first model may have learned nothing yet
+                agreement = self.state.agree(ids, model_agreement(global_params, clients))
+            evidence = median_alignment(global_params, clients) if agreement is None else agreement
+            suspicion = membership(members, views)
+            scores = standard_scores(suspicion) - standard_scores(evidence)
+            dropped = ~trusted(scores, suspicion, agreement, self.state.rounds)
         kept = clients.valid & ~of_all(clients, dropped)
-        scores = of_all(clients, margins(members, views))
-        return Selection(kept, scores, explanation=_explanation(ids, views, members, dropped))
+        explanation = _explanation(ids, views, members, dropped, agreement)
+        return Selection(kept, of_all(clients, scores), weights=self.weights(clients, kept), explanation=explanation)
+
+    def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
+        """Shares of the samples, less for updates that are clipped."""
+        shares = self.shares(clients, kept)
+        if self.start == "bold":
+            return shares
+        norms = clients.squared_norm.sqrt()
+        longest = clients.of_valid(norms).median()
+        return torch.where(norms > longest, shares * (longest / norms), shares)
 
     def set_scores(self, clients: Sequence[Any]) -> Callable[[Tensor], Tensor] | None:
         """``J`` of sets of a round's clients, as it was searched; None for fewer than 3."""
@@ -158,7 +204,9 @@ def _standard(means: Views) -> Views:
     return Views(standardised(means.similarity), _CONCENTRATION_WEIGHT * standard_scores(means.concentration))
 
 
-def _explanation(clients: list[Any], views: Views, members: Tensor, dropped: Tensor) -> dict[Hashable, CoalitionShare]:
+def _explanation(
+    clients: list[Any], views: Views, members: Tensor, dropped: Tensor, agreement: Tensor | None
+) -> dict[Hashable, CoalitionShare]:
     inside, outside = members.double(), (~members).double()
     A, c = views.similarity, views.concentration
 
@@ -169,7 +217,8 @@ def _explanation(clients: list[Any], views: Views, members: Tensor, dropped: Ten
     to_rest = mean_to(outside)
     rest = (outside @ A @ outside) / (r * (r - 1))
     shares = torch.stack([mean_to(inside) - to_rest, rest - to_rest, c - (c @ outside) / r], 1).tolist()
+    agreed = [None] * len(clients) if agreement is None else agreement.tolist()
     return {
-        client: CoalitionShare(not gone, *share)
-        for client, gone, share in zip(clients, dropped.tolist(), shares, strict=True)
+        client: CoalitionShare(not gone, *share, agrees)
+        for client, gone, share, agrees in zip(clients, dropped.tolist(), shares, agreed, strict=True)
     }

@@ -13,6 +13,7 @@ _EXACT = 14  # up to so many clients all minorities are compared
 _STARTS = 16  # as many clients as this are grown into sets
 _STRIDE = 20  # a set of more clients grows by this part of itself at a time
 _POLISHED = 4  # as many of the sets are improved client by client
+_TEMPERATURE = 2.0  # of J as the logarithm of a likelihood
 _SWAPPED = 32  # swaps are of so many clients inside with so many outside
 
 
@@ -173,6 +174,21 @@ def margins(members: Tensor, views: Views) -> Tensor:
     coalition = _Sets(members[None], views)
     score = coalition.scores()
     return torch.where(members, score - coalition.changed(-1)[0], coalition.changed(+1)[0] - score)
+
+
+def membership(members: Tensor, views: Views) -> Tensor:
+    """How likely each client is in the coalition, if ``S`` is it as likely as ``exp(J(S) / 2)``; float64 ``[K]``.
+
+    Up to 14 clients over all minorities; beyond, for each client, over the coalition with and without it.
+
+    Args:
+        members: The coalition, bool ``[K]``; see :func:`find_coalition`.
+        views: Views of ``K >= 3`` clients.
+    """
+    K = len(views)
+    if K > _EXACT:
+        return (margins(members, views) / _TEMPERATURE).sigmoid()
+    return (views.minority_scores / _TEMPERATURE).softmax(0) @ minorities(K).double()
 
 
 def _largest(K: int) -> int:

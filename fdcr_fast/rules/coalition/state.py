@@ -13,6 +13,9 @@ from torch import Tensor
 from fdcr_fast.rules.coalition.search import Views
 
 _FORMAT = "fdcr_fast.CoalitionState 2"
+_AGREEMENT_DECAY = 0.5  # it tells most once the model has learned without a client, and must not lag behind
+
+_BY_CLIENT = ("concentration", "agreement", "agreed", "seen")
 
 ClientId = str | int
 
@@ -30,6 +33,9 @@ class CoalitionState:
         together: Sums of the rounds that two clients took part in together, float64 ``[M, M]``; on the diagonal a
             client's own.
         concentration: Sums of ``c``, float64 ``[M]``.
+        agreement: Sums of the cosines of updates and model, of which a round that lies ``t`` rounds back counts
+            ``0.5^t``, float64 ``[M]``.
+        agreed: Sums of the rounds that are in them, float64 ``[M]``.
         seen: The last round of each client, int64 ``[M]``.
         rounds: How many there were.
         num_params: ``P`` of the model that they were about; None where that is not known yet.
@@ -39,6 +45,8 @@ class CoalitionState:
     similarity: Tensor = field(default_factory=lambda: _zeros(0, 0))
     together: Tensor = field(default_factory=lambda: _zeros(0, 0))
     concentration: Tensor = field(default_factory=lambda: _zeros(0))
+    agreement: Tensor = field(default_factory=lambda: _zeros(0))
+    agreed: Tensor = field(default_factory=lambda: _zeros(0))
     seen: Tensor = field(default_factory=lambda: _zeros(0).long())
     rounds: int = 0
     num_params: int | None = None
@@ -86,6 +94,19 @@ class CoalitionState:
         self.seen[rows] = self.rounds
         return self.means(clients)
 
+    def agree(self, clients: Sequence[ClientId], agreement: Tensor) -> Tensor:
+        """Add how the updates of the round that was remembered last agree with the model, and return the means.
+
+        Args:
+            clients: Clients of that round.
+            agreement: Cosines of update and model, float64 ``[K]``.
+        """
+        rows = self._rows(clients)
+        for sums, new in ((self.agreement, agreement), (self.agreed, 1)):
+            sums *= _AGREEMENT_DECAY
+            sums[rows] += new
+        return self.agreement[rows] / self.agreed[rows]
+
     def means(self, clients: Sequence[ClientId]) -> Views:
         """The means over all rounds so far of clients who took part in the last one.
 
@@ -105,7 +126,8 @@ class CoalitionState:
         block = (rows[:, None], rows)
         self.clients = [client for client in self.clients if client not in gone]
         self.similarity, self.together = self.similarity[block], self.together[block]
-        self.concentration, self.seen = self.concentration[rows], self.seen[rows]
+        for name in _BY_CLIENT:
+            setattr(self, name, getattr(self, name)[rows])
 
     def to_json(self) -> str:
         """The state as text; exact, to be read by :meth:`from_json`."""
@@ -119,7 +141,7 @@ class CoalitionState:
                 "clients": self.clients,
                 "seen": self.seen.tolist(),
                 **pairs,
-                "concentration": self.concentration.tolist(),
+                **{name: getattr(self, name).tolist() for name in ("concentration", "agreement", "agreed")},
             },
             allow_nan=False,
         )
@@ -155,8 +177,11 @@ class CoalitionState:
             below = _zeros(M, M)
             below[lower] = _numbers(data, name, M * (M + 1) // 2)
             matrices[name] = below + below.tril(-1).T
-        concentration, seen = _numbers(data, "concentration", M), _numbers(data, "seen", M).long()
-        return cls(clients, **matrices, concentration=concentration, seen=seen, rounds=rounds, num_params=num_params)
+        nothing = [0.0] * M  # known of agreement in states of before
+        data = {"agreement": nothing, "agreed": nothing, **data}
+        vectors = {name: _numbers(data, name, M) for name in _BY_CLIENT}
+        vectors["seen"] = vectors["seen"].long()
+        return cls(clients, **matrices, **vectors, rounds=rounds, num_params=num_params)
 
     def _make_room(self, clients: Sequence[ClientId], max_clients: int) -> None:
         """Forget who was away longest, so that no more than ``max_clients`` are known once these are added."""
@@ -183,7 +208,8 @@ class CoalitionState:
             grow = (0, len(new), 0, len(new))
             pad = torch.nn.functional.pad
             self.similarity, self.together = pad(self.similarity, grow), pad(self.together, grow)
-            self.concentration, self.seen = pad(self.concentration, grow[:2]), pad(self.seen, grow[:2])
+            for name in _BY_CLIENT:
+                setattr(self, name, pad(getattr(self, name), grow[:2]))
         return torch.tensor([known[client] for client in clients], dtype=torch.int64)
 
 

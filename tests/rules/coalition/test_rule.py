@@ -1,7 +1,8 @@
-"""CoalitionFDCR against the formulas written with NumPy on whole matrices."""
+"""CoalitionFDCR against the formulas written with NumPy on whole matrices, with a bold start; see test_trust.py."""
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fdcr_fast import CoalitionFDCR, CoalitionState, ParamGroups, ParamLayout, U
 
 P = 60
 GROUPS = ParamGroups((slice(50, 60),), (slice(0, 20), slice(25, 40)))
+bold = partial(CoalitionFDCR, groups=GROUPS, start="bold")
 
 
 def features():
@@ -73,8 +75,8 @@ def uploads(K, seed, coalition=()):
     return D, F, generator.integers(10, 90, K)
 
 
-def kept_by(rule, D, F, n, form, clients=None):
-    w = torch.zeros(P, dtype=torch.float64)
+def kept_by(rule, D, F, n, form, clients=None, w=None):
+    w = torch.zeros(P, dtype=torch.float64) if w is None else torch.tensor(w)
     if form == "tensors":
         return rule.aggregate(w, torch.tensor(D), torch.tensor(F), n, client_ids=clients)
     store = UpdateStore(P, len(D), torch.float64, tile=7)
@@ -86,7 +88,7 @@ def kept_by(rule, D, F, n, form, clients=None):
 @pytest.mark.parametrize("form", ["tensors", "store"])
 @pytest.mark.parametrize("K", [3, 5, 8])
 def test_drops_whom_the_formulas_drop_round_after_round(form, K):
-    rule, reference = CoalitionFDCR(groups=GROUPS), Reference()
+    rule, reference = bold(), Reference()
     for seed in range(4):
         D, F, n = uploads(K, seed)
         result = kept_by(rule, D, F, n, form)
@@ -100,7 +102,7 @@ def test_drops_whom_the_formulas_drop_round_after_round(form, K):
 
 @pytest.mark.parametrize(("K", "coalition"), [(8, (1, 4, 6)), (3, ())])
 def test_the_shares_add_up_to_the_score(K, coalition):
-    rule, reference = CoalitionFDCR(groups=GROUPS), Reference()
+    rule, reference = bold(), Reference()
     D, F, n = uploads(K, 0, coalition)
     result = kept_by(rule, D, F, n, "tensors")
     dropped = reference.dropped(D, F)
@@ -113,7 +115,7 @@ def test_the_shares_add_up_to_the_score(K, coalition):
 
 
 def test_sets_are_judged_after_the_round_as_they_were_in_it():
-    rule, reference = CoalitionFDCR(groups=GROUPS), Reference()
+    rule, reference = bold(), Reference()
     assert rule.set_scores([0, 1]) is None
     for seed in range(3):
         D, F, n = uploads(8, seed, (2, 5, 6))
@@ -129,7 +131,7 @@ def test_sets_are_judged_after_the_round_as_they_were_in_it():
 
 
 def test_a_stored_state_judges_to_the_same_bits():
-    rule = CoalitionFDCR(groups=GROUPS)
+    rule = bold()
     for seed in range(3):
         again = rule.with_memory(rule.memory())
         D, F, n = uploads(9, seed)
@@ -142,30 +144,29 @@ def test_scales_of_updates_and_fishers_do_not_matter():
     D, F, n = uploads(9, 3, (0, 5))
     scale = np.logspace(-3, 3, 9)[:, None]
     plain, scaled = (
-        kept_by(CoalitionFDCR(groups=GROUPS, norm_bound=None), *data, n, "tensors").kept
-        for data in ((D, F), (D * scale, F * scale[::-1]))
+        kept_by(bold(norm_bound=None), *data, n, "tensors").kept for data in ((D, F), (D * scale, F * scale[::-1]))
     )
     assert torch.equal(plain, scaled)
 
 
 def test_clients_come_and_go_and_the_state_goes_with_the_server():
     rounds = [["a", "b", "c", "d", "e"], ["c", "d", "e", "f"], ["f", "a", "b", "new", "e", "d"]]
-    rule, stored = CoalitionFDCR(groups=GROUPS), CoalitionFDCR(groups=GROUPS)
+    rule, stored = bold(), bold()
     for seed, clients in enumerate(rounds):
         D, F, n = uploads(len(clients), seed)
         one = kept_by(rule, D, F, n, "store", clients)
         other = kept_by(stored, D, F, n, "tensors", clients)
         assert torch.equal(one.kept, other.kept)
-        stored = CoalitionFDCR(groups=GROUPS, state=CoalitionState.from_json(stored.state.to_json()))
+        stored = bold(state=CoalitionState.from_json(stored.state.to_json()))
     assert stored.state.clients == ["a", "b", "c", "d", "e", "f", "new"]
 
 
 def test_rejected_clients_leave_no_trace():
     D, F, n = uploads(7, 1, (2, 3))
     D[6] = np.nan
-    with_bad = CoalitionFDCR(groups=GROUPS)
+    with_bad = bold()
     result = kept_by(with_bad, D, F, n, "tensors")
-    without = CoalitionFDCR(groups=GROUPS)
+    without = bold()
     expected = kept_by(without, D[:6], F[:6], n[:6], "tensors")
     assert torch.equal(result.kept[:6], expected.kept)
     assert torch.equal(result.params, expected.params)
@@ -177,7 +178,8 @@ def test_rejected_clients_leave_no_trace():
 @pytest.mark.parametrize("K", [1, 2])
 def test_too_few_for_a_majority_are_all_kept(K):
     D, F, n = uploads(K, 0)
-    assert kept_by(CoalitionFDCR(), D, F, n, "tensors").kept.all()
+    for start in ("cautious", "bold"):
+        assert kept_by(CoalitionFDCR(start=start), D, F, n, "tensors").kept.all()
 
 
 def test_degenerate_uploads():
@@ -185,10 +187,10 @@ def test_degenerate_uploads():
     D, F, n = uploads(6, 0)
     D[:] = D[0]
     F[:] = F[0]
-    result = kept_by(CoalitionFDCR(groups=GROUPS), D, F, n, "tensors")
+    result = kept_by(bold(), D, F, n, "tensors")
     assert result.params.isfinite().all()
     D[2] = 0
-    rule = CoalitionFDCR(groups=GROUPS)
+    rule = bold()
     assert kept_by(rule, D, F, n, "tensors").params.isfinite().all()
     assert rule.state.similarity.isfinite().all()
     assert rule.state.concentration.isfinite().all()
@@ -205,7 +207,7 @@ def test_the_gate_compares_the_score_with_those_of_permuted_views(monkeypatch, s
         return torch.arange(8) < 2, score if len(searched) == 1 else chance
 
     monkeypatch.setattr("fdcr_fast.rules.coalition.rule.find_coalition", scored)
-    rule = CoalitionFDCR(groups=GROUPS, gate=True, gate_from=0)
+    rule = bold(gate=True, gate_from=0)
     result = kept_by(rule, *uploads(8, 0), "tensors")
     assert (~result.kept).nonzero().flatten().tolist() == dropped
     first, *permuted = searched
@@ -217,8 +219,8 @@ def test_the_gate_compares_the_score_with_those_of_permuted_views(monkeypatch, s
 
 
 def test_the_gate_is_open_in_the_first_rounds():
-    rule = CoalitionFDCR(groups=GROUPS, gate=True, gate_from=2)
-    always = CoalitionFDCR(groups=GROUPS)
+    rule = bold(gate=True, gate_from=2)
+    always = bold()
     for seed in range(2):
         data = uploads(8, seed)
         assert torch.equal(kept_by(rule, *data, "tensors").kept, kept_by(always, *data, "tensors").kept)
@@ -246,21 +248,27 @@ def test_a_minority_of_forged_fishers_moves_the_views_little():
     forged = F.copy()
     forged[0], forged[3], forged[7] = F[1], F[[1, 2, 4]].mean(0), np.eye(P)[0] + 1e-9
     for fishers in (F, forged):
-        result = kept_by(CoalitionFDCR(groups=GROUPS), D, fishers, n, "tensors")
+        result = kept_by(bold(), D, fishers, n, "tensors")
         assert (~result.kept).nonzero().flatten().tolist() == [0, 3, 7]
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [({"decay": 0.0}, "decay must be in"), ({"decay": 1.1}, "decay"), ({"max_clients": 0}, "max_clients")],
+    [
+        ({"gate": True}, 'gate goes with start="bold"'),
+        ({"start": "fast"}, "start of CoalitionFDCR must be 'cautious' or"),
+        ({"decay": 0.0}, "decay must be in"),
+        ({"decay": 1.1}, "decay"),
+        ({"max_clients": 0}, "max_clients"),
+    ],
 )
-def test_options_of_the_memory(option, message):
-    with pytest.raises(ValueError, match=message):
+def test_options_that_cannot_be(option, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         CoalitionFDCR(**option)
 
 
 def test_the_memory_is_bounded():
-    rule = CoalitionFDCR(groups=GROUPS, max_clients=6)
+    rule = bold(max_clients=6)
     for seed in range(3):
         kept_by(rule, *uploads(4, seed), "tensors", [f"{seed}-{k}" for k in range(4)])
     assert len(rule.state.clients) == 6

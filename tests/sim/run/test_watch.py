@@ -59,7 +59,8 @@ def test_who_looks_on_at_its_own_trajectory_says_what_the_server_says(server: st
 
 
 def test_who_looks_on_remembers_what_it_saw_of_an_oracles_rounds() -> None:
-    config = tiny_config(server="oracle", clients=6, malicious="1,4", rounds=3, watch=WATCHED)
+    watch = {"coalition-fdcr": {"start": "bold"}, "fdcr": {}, "median": {}}
+    config = tiny_config(server="oracle", clients=6, malicious="1,4", rounds=3, watch=watch)
     result = simulate(config)
     assert len(result.ranks) == 3 * 3
     assert len(result.scores) == 3 * 3 * 6
@@ -72,7 +73,7 @@ def test_who_looks_on_remembers_what_it_saw_of_an_oracles_rounds() -> None:
     by_round = [[r.score for r in result.scores if (r.rule, r.round) == ("coalition-fdcr", n)] for n in (1, 2, 3)]
     alone = simulate(config.model_copy(update={"rounds": 1}))
     assert [r.score for r in alone.scores if r.rule == "coalition-fdcr"] == by_round[0]
-    forgetful = simulate(config.model_copy(update={"watch": {"coalition-fdcr": {"decay": 1e-9}}}))
+    forgetful = simulate(config.model_copy(update={"watch": {"coalition-fdcr": {"start": "bold", "decay": 1e-9}}}))
     assert [r.score for r in forgetful.scores if r.round == 1] == pytest.approx(by_round[0])
     assert [r.score for r in forgetful.scores if r.round == 3] != pytest.approx(by_round[2])
 
@@ -118,7 +119,7 @@ def test_what_is_said_does_not_depend_on_who_attacked() -> None:
 def test_of_many_clients_sets_are_scored_and_not_ranked() -> None:
     torch.manual_seed(0)
     K, P = 20, 40
-    rule = CoalitionFDCR()
+    rule = CoalitionFDCR(start="bold")
     result = rule.aggregate(torch.zeros(P), torch.randn(K, P), torch.rand(K, P), [1] * K)
     ranks = judged("coalition", 1, rule, result, torch.ones(K), {0, 1})[1]
     assert (ranks.sets, ranks.set_rank) == (None, None)
