@@ -103,7 +103,7 @@ _PLACES = {
     "sim.federation": "sim.run.simulation sim.run.federation sim.run.result",
     "sim.figures": "sim.run.figures",
     "sim.forkserver": "sim.execution.forkserver",
-    "sim.metrics": "sim.run.metrics sim.run.records sim.run.evaluation sim.run.similarity sim.costs",
+    "sim.metrics": "sim.run.metrics sim.run.records sim.run.evaluation sim.similarity sim.costs",
     "sim.models": "sim.training.models",
     "sim.participation": "sim.clients.participation",
     "sim.partition": "sim.datasets.splits sim.datasets.partition",

@@ -24,7 +24,7 @@ ROOMS = {
         "distributed", "rules", "state_dicts", "__init__", "self_test", "sim", "integrations", "cli", "__main__",
     ),
     "fdcr_fast.sim": (
-        "costs", "names", "imports", "seeding", "datasets", "training", "attacks", "notation", "server_data", "servers",
+        "costs", "similarity", "names", "imports", "seeding", "datasets", "training", "attacks", "notation", "server_data", "servers",
         "settings", "config", "parts", "task", "clients", "execution", "run", "loggers", "study", "page", "__init__",
     ),
 }  # fmt: skip

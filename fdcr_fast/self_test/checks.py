@@ -111,7 +111,11 @@ def _round(rule: str) -> None:
     store = fdcr_fast.UpdateStore(_PARAMS, _CLIENTS)
     for k in range(_CLIENTS):
         store.put(updates[k], fishers[k], num_samples[k], k)
-    made = {"FDCR": fdcr_fast.FDCR, "CoalitionFDCR": partial(fdcr_fast.CoalitionFDCR, start="bold")}[rule]
+    makers: dict[str, Callable[[], fdcr_fast.AggregationRule]] = {
+        "FDCR": fdcr_fast.FDCR,
+        "CoalitionFDCR": partial(fdcr_fast.CoalitionFDCR, start="bold"),
+    }
+    made = makers[rule]
     results = made().aggregate(w, updates, fishers, num_samples), made().aggregate(w, store)
     shares = torch.tensor([0.0] * _ATTACKERS + [float(n) for n in num_samples[_ATTACKERS:]], dtype=torch.float64)
     shares /= shares.sum()

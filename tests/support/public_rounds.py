@@ -54,7 +54,7 @@ RULES = {
     "flame": (FLAME, 1),
     "alignins": (AlignIns, 1),
     "crfl": (lambda: CRFL(param_norm=2.0), 1),
-    "multi-metrics": (lambda: MultiMetrics(keep_share=0.5), 1),
+    "multi-metrics": (lambda: MultiMetrics(keep_share=0.5), 3),  # two are as far from each other: the first is kept
     "fltrust": (lambda: FLTrust(server_update=lambda w: 0.1 * torch.ones_like(w)), 1),
     "finetuning": (lambda: Finetuning(refine=lambda w: 0.5 * w), 1),
     "sageflow": (

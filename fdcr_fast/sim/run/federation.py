@@ -32,11 +32,11 @@ from fdcr_fast.sim.run.evaluation import Evaluator
 from fdcr_fast.sim.run.metrics import Round, round_record
 from fdcr_fast.sim.run.records import ClientRecord, RoundRecord
 from fdcr_fast.sim.run.result import MOST_COMPARED, Progress, ProgressEvent
-from fdcr_fast.sim.run.similarity import importance_similarity
 from fdcr_fast.sim.run.watch import Watch
 from fdcr_fast.sim.seeding import derive_seed
 from fdcr_fast.sim.server_data import ServerData
 from fdcr_fast.sim.servers import INFORMED_BASELINES
+from fdcr_fast.sim.similarity import importance_similarity
 from fdcr_fast.sim.task import Task
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdcr_fast import UpdateStore
-from fdcr_fast.sim.run.similarity import importance_similarity
+from fdcr_fast.sim.similarity import importance_similarity
 
 
 @settings(max_examples=30, deadline=None)
