@@ -24,8 +24,9 @@ ROOMS = {
         "distributed", "rules", "state_dicts", "__init__", "self_test", "sim", "integrations", "cli", "__main__",
     ),
     "fdcr_fast.sim": (
-        "costs", "similarity", "names", "imports", "seeding", "datasets", "training", "attacks", "notation", "server_data", "servers",
-        "settings", "config", "parts", "task", "clients", "execution", "run", "loggers", "study", "page", "__init__",
+        "costs", "similarity", "names", "imports", "seeding", "datasets", "training", "attacks", "notation",
+        "server_data", "servers", "settings", "config", "parts", "task", "clients", "execution", "run", "loggers",
+        "study", "page", "__init__",
     ),
 }  # fmt: skip
 

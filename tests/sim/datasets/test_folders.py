@@ -12,6 +12,7 @@ from PIL import Image
 
 from fdcr_fast.sim import simulate
 from fdcr_fast.sim.datasets.folders import femnist, image_folder, tiny_imagenet
+from fdcr_fast.sim.datasets.readers import load_dataset
 from tests.support import users
 
 GREY = {"bee": 0, "cat": 255}  # what images of a class look like
@@ -38,6 +39,11 @@ def test_classes_are_folders(tmp_path: Path) -> None:
         image_folder(tmp_path, test="val")
     with pytest.raises(FileNotFoundError, match="give --data-dir"):
         image_folder(None)
+
+
+def test_missing_files_of_cifar100_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"cifar100: expected cifar-100-python/ in .*; nothing is downloaded"):
+        load_dataset("cifar100", tmp_path)
 
 
 def test_tiny_imagenet(tmp_path: Path) -> None:
