@@ -17,7 +17,6 @@ export FORCE_CUDA ?= 0
 demo: $(VENV)/installed
 	rm -rf $(OUT)
 	$(BIN)/fdcr-fast demo --out $(OUT) --seeds $(SEEDS)
-	$(BIN)/fdcr-fast report $(OUT)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal --ignore=tests/integrations
