@@ -22,7 +22,6 @@ export FORCE_CUDA ?= 0
 demo: $(VENV)/installed
 	rm -rf $(OUT)
 	$(BIN)/fdcr-fast demo --out $(OUT) --seeds $(SEEDS)
-	$(BIN)/fdcr-fast report $(OUT)
 
 # Failures are shown as they come.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --instafail

@@ -19,7 +19,7 @@ from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.execution.ranks import torchrun_group
 from fdcr_fast.sim.notation import OneOf
 from fdcr_fast.sim.page.write import write_page
-from fdcr_fast.sim.run.ending import Commands, clear_ending, command_line, resume_command
+from fdcr_fast.sim.run.ending import Commands, clear_ending, resume_command
 from fdcr_fast.sim.run.folder import RunFolder
 from fdcr_fast.sim.run.records import Summary
 from fdcr_fast.sim.run.report import DEAD_MODELS, cost_line, problem_lines, progress_bar, summary_table
@@ -209,7 +209,7 @@ def _run_study(
         console.print(table)
     click.echo(
         f"{len(results.finished)} of {len(runs)} runs have finished; results.md, results.csv and figures are in {out}\n"
-        f"All on one page: {command_line('report', out)}"
+        f"All on one page: {write_page(out, out / 'report.html')}"
     )
     if results.dead:
         click.echo(f"Warning: {len(results.dead)} of them have a dead global model: see results.md", err=True)

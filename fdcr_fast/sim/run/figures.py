@@ -35,7 +35,7 @@ PANELS = 5  # in a line
 def title_of(result: SimulationResult) -> str:
     """What was run, in a line."""
     config = result.config
-    attackers = len({record.client for record in result.clients if record.malicious})
+    attackers = len(config.attackers())
     return f"{config.server} on {config.dataset}, {config.clients} clients, {attackers} of them malicious"
 
 

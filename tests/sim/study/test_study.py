@@ -443,7 +443,13 @@ def test_the_command_runs_a_study_and_reports(tmp_path: Path, monkeypatch: pytes
     assert done.exit_code == 0, done.output
     assert "1 of 3 runs have finished" in done.output
     figures = {f"{name}.{form}" for name in ("summary", "rounds") for form in ("png", "svg")}
-    assert {path.name for path in out.iterdir()} == {"runs", "study.json", "results.csv", "results.md"} | figures
+    assert {path.name for path in out.iterdir()} == {
+        "runs",
+        "study.json",
+        "results.csv",
+        "results.md",
+        "report.html",
+    } | figures
     (row,) = [line for line in done.stdout.splitlines() if "mean" in line and "│" in line]
     assert row.split("│")[2].strip() == "1", "of one seed"
     assert "`fdcr-fast study study.yaml --out DIR --seeds 1`" in (out / "results.md").read_text()
