@@ -157,7 +157,7 @@ def demo(out: Path, resumed: bool) -> None:
     console.print(
         "fdcr: malicious clients upload the honest Fisher of their poisoned data.\n"
         "fdcr-random-fisher: they upload noise, as in the paper's published code.\n"
-        "One seed is one seed: of five, coalition-fdcr loses one and fdcr four (docs/results/digits).\n"
+        "One seed is one seed: of five, coalition-fdcr loses none and fdcr four (docs/fdcr.md).\n"
         "oracle: a baseline that is told who is malicious.\n"
         f"Figures: {out / 'comparison.png'}, and accuracy.png, clients.png, similarity.png in each of\n"
         + "\n".join(f"  {out / name}" for name in results)
