@@ -43,7 +43,7 @@ TINY = {
     },
     "rows": [
         {"name": "mean", "server": "fedavg", "paper": [[61.0, 7.5]]},
-        {"name": "coalition", "server": "coalition-fdcr"},
+        {"name": "coalition", "server": "coalition-fdcr", "server_options": {"start": "bold"}},
     ],
     "seeds": [0, 3],
 }
