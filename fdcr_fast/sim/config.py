@@ -183,7 +183,9 @@ class SimulationConfig(BaseModel):
         default=100.0,
         description="FDCR: reject updates beyond so many times the median norm; none is the bare paper rule.",
     )
-    gate: bool = Field(default=False, description="coalition-fdcr with a bold start: drop nobody where no coalition stands out.")
+    gate: bool = Field(
+        default=False, description="coalition-fdcr, bold start: drop nobody where no coalition stands out."
+    )
 
     server_options: Annotated[dict[str, Any], BeforeValidator(parse_mapping)] = Field(
         default={},
