@@ -219,6 +219,6 @@ def _explanation(
     shares = torch.stack([mean_to(inside) - to_rest, rest - to_rest, c - (c @ outside) / r], 1).tolist()
     agreed = [None] * len(clients) if agreement is None else agreement.tolist()
     return {
-        client: CoalitionShare(not gone, *share, agrees)
+        client: CoalitionShare(not gone, *share, agreement=agrees)
         for client, gone, share, agrees in zip(clients, dropped.tolist(), shares, agreed, strict=True)
     }
