@@ -141,6 +141,8 @@ def main() -> None:
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:cut])
     arguments = sys.argv[cut + 1 :] or DEFAULT
+    if options.pairs < 2:
+        parser.error("a spread takes at least 2 pairs")
     commits = {"base": options.base, "new": options.new or _git("stash", "create") or "HEAD"}
     with tempfile.TemporaryDirectory() as temporary:
         folders = {side: Path(temporary, side) for side in commits}
