@@ -152,7 +152,7 @@ def test_the_run_writes_what_it_saw(tmp_path: Path) -> None:
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + 2 * 3 * 4
     assert (tmp_path / "ranks.png").exists()
     panels = ranks_figure(result).axes[:3]
-    assert [axes.get_title() for axes in panels] == [f"{rule} under oracle" for rule in WATCHED.split(", ")]
+    assert [axes.get_title() for axes in panels] == [f"ranked by {rule}" for rule in WATCHED.split(", ")]
     attackers = [record.rank for record in result.scores if record.rule == "coalition-fdcr" and record.malicious]
     sets = [record.set_rank for record in result.ranks if record.rule == "coalition-fdcr"]
     assert [line.get_ydata().tolist() for line in panels[0].get_lines()] == [attackers, sets]
