@@ -44,14 +44,14 @@ BFLOAT16 = [(100, MILLION), (20, RESNET18)]
 PUTS = [(10, MILLION), (100, MILLION), (20, RESNET18)]
 WHOLE_ROUNDS = [(10, MILLION), (20, RESNET18), (100, MILLION)]
 PAIRWISE: dict[str, Callable[[int], AggregationRule]] = {
-    "CoalitionFDCR": lambda f: CoalitionFDCR(),
+    "CoalitionFDCR": lambda f: CoalitionFDCR(start="bold"),
     "FLAME": lambda f: FLAME(),
     "MultiKrum": lambda f: MultiKrum(num_byzantine=f),
 }
 SMALL: dict[str, tuple[AggregationRule, float]] = {
     "FDCR": (FDCR_RULE, 0.3),
     "FedAvg": (FedAvg(), 0.1),
-    "CoalitionFDCR": (CoalitionFDCR(), 3),
+    "CoalitionFDCR": (CoalitionFDCR(start="bold"), 3),
 }
 MEANS = {"FedAvg": FedAvg(), "norm clipping": FedAvg(clip="median")}
 

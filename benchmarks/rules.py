@@ -37,7 +37,7 @@ RULES: dict[str, Callable[[int], AggregationRule]] = {
     "FedAvg": lambda f: FedAvg(),
     "FedAvg, clipped": lambda f: FedAvg(clip="median"),
     "FDCR": lambda f: FDCR(),
-    "CoalitionFDCR": lambda f: CoalitionFDCR(),
+    "CoalitionFDCR": lambda f: CoalitionFDCR(start="bold"),
     "CoordinateMedian": lambda f: CoordinateMedian(),
     "TrimmedMean": lambda f: TrimmedMean(num_byzantine=f),
     "Krum": lambda f: Krum(num_byzantine=f),

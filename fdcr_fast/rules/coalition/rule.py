@@ -216,9 +216,9 @@ def _explanation(
     r = outside.sum()
     to_rest = mean_to(outside)
     rest = (outside @ A @ outside) / (r * (r - 1))
-    shares = torch.stack([mean_to(inside) - to_rest, rest - to_rest, c - (c @ outside) / r], 1).tolist()
+    shares = torch.stack([mean_to(inside) - to_rest, rest - to_rest, c - (c @ outside) / r]).tolist()
     agreed = [None] * len(clients) if agreement is None else agreement.tolist()
     return {
-        client: CoalitionShare(not gone, *share, agreement=agrees)
-        for client, gone, share, agrees in zip(clients, dropped.tolist(), shares, agreed, strict=True)
+        client: CoalitionShare(not gone, *share)
+        for client, gone, *share in zip(clients, dropped.tolist(), *shares, agreed, strict=True)
     }
