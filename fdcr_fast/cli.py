@@ -283,8 +283,9 @@ def demo(out: Path, seeds: int, workers: int | None) -> None:
     with clear_ending(_same_command):
         _run_study(StudyRecord.of(DEMO, "fdcr-fast demo", "runs", seeds=seeds), out, workers=workers)
     click.echo(
-        "oracle: a baseline that is told who is malicious. One seed is one seed: of five, CoalitionFDCR loses none and\n"
-        f"FDCR four (--seeds 5, docs/results/digits). The figure: {out / 'attack-success.png'}, and .svg for slides."
+        "oracle: a baseline that is told who is malicious. One seed is one seed: of five, CoalitionFDCR loses none\n"
+        "and FDCR four (--seeds 5, docs/results/digits).\n"
+        f"The figure: {out / 'attack-success.png'}, and .svg for slides."
     )
 
 
