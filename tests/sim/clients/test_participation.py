@@ -185,9 +185,9 @@ def test_failures_are_recorded_and_the_round_goes_on(tmp_path: Path, monkeypatch
     labels = [text.get_text() for text in similarity_figure(result).axes[0].get_xticklabels()]
     last = [client for client in result.clients if client.round == 3]
     assert labels == [str(client.client) for client in sorted(last, key=lambda client: client.malicious)]
-    lines = clients_figure(result).axes[1].get_lines()
+    (legend,) = clients_figure(result).legends
     benign = {client.client for client in result.clients if client.sent and not client.malicious}
-    assert f"mean of {len(benign)}" in lines[len(benign)].get_label()
+    assert f"benign, mean of {len(benign)}" in [text.get_text() for text in legend.get_texts()]
 
 
 def test_a_round_in_which_nobody_sends_anything_leaves_the_model() -> None:
