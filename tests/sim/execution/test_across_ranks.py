@@ -56,15 +56,15 @@ def run(group: ProcessGroup | None, config: SimulationConfig | None, out: Path |
 
 
 def assert_same(found: Found, expected: Found, exactly: bool = True) -> None:
-    """The same bits, but for the similarity, and where they come from Gram matrices for the scores."""
+    """The same bits, but for the similarity, and of a coalition for the scores and the weights after clipping."""
     assert torch.equal(found[0], expected[0])
     if not exactly:
         scores = [
-            torch.tensor([record.discrepancy or 0 for record in clients], dtype=torch.float64)
+            torch.tensor([(record.discrepancy or 0, record.weight or 0) for record in clients], dtype=torch.float64)
             for clients in (found[2], expected[2])
         ]
         torch.testing.assert_close(*scores, rtol=1e-12, atol=1e-11)  # some are differences of larger ones
-        unscored = {"discrepancy": None, "explanation": ""}  # its numbers are rounded, but those that ought to be 0
+        unscored = {"discrepancy": None, "weight": None, "explanation": ""}  # which holds rounded numbers
         found, expected = (
             (*one[:2], tuple(record.model_copy(update=unscored) for record in one[2]), *one[3:])
             for one in (found, expected)
