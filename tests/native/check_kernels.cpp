@@ -289,6 +289,7 @@ void check_aggregation(const fdcr::Kernels& kernels) {
   kernels.aggregate(p, pool);
   if (p.weights == nullptr) {
     p.alpha = nullptr;
+    p.norm = nullptr;
     p.weights = weights.data();
     kernels.aggregate(p, pool);
   }

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdcr_fast import _native, ops
+from fdcr_fast.ops.operator import OPERATORS
 from tests.support.operands import FLOATS, client_matrices, laid_out, relative_error, rows
 
 
@@ -219,18 +220,31 @@ def test_one_reading_gives_the_bits_of_two(implementation, seed, K, P, L, dtype,
     dtype=st.sampled_from(FLOATS),
     single=st.booleans(),
 )
-def test_norms_beside_the_mean(implementation, seed, K, P, L, dtype, single):
+def test_norms_beside_the_mean(compiled, seed, K, P, L, dtype, single):
     single = single and dtype != torch.float64
     updates, *_, alpha = round_of(K, P, L, dtype, seed)
     generator = torch.Generator().manual_seed(seed)
     weights = torch.where(torch.rand(K, generator=generator) < 0.3, 0.0, alpha)
     w, totals = torch.randn(P, generator=generator), torch.rand(2 * K + 1, generator=generator, dtype=torch.float64)
-    norms, params = implementation("norms_and_mean")(w, updates, weights, totals[K:-1], single)
-    scores = implementation("discrepancy")(updates, None, None, None, weights, totals, P, single)
+    D = rows(updates, P)
+    expected = (D**2).sum(1) + totals[K:-1].numpy()
+    for norms_and_mean in (compiled("norms_and_mean"), OPERATORS["norms_and_mean"].reference):
+        norms, params = norms_and_mean(w, updates, weights, totals[K:-1], single)
+        np.testing.assert_allclose(norms, np.where(weights != 0, expected, np.nan), rtol=1e-6 if single else 1e-12)
+        np.testing.assert_allclose(params, w.double().numpy() + weights.numpy() @ D, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize(("K", "L"), [(1, 16), (17, 16), (40, 20_000)])
+def test_norms_beside_the_mean_have_the_bits_of_other_readings(compiled, single, K, L):
+    P = 20_000
+    updates, *_, weights = round_of(K, P, L, torch.float32)
+    weights[K // 2] = 0.0
+    w, totals = torch.randn(P), torch.rand(2 * K + 1, dtype=torch.float64)
+    norms, params = compiled("norms_and_mean")(w, updates, weights, totals[K:-1], single)
+    scores = compiled("discrepancy")(updates, None, None, None, weights, totals, P, single)
     torch.testing.assert_close(norms, scores[K:-1], rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(params, implementation("rescaled_mean")(w, updates, None, None, None, weights, single))
-    expected = (rows(updates, P) ** 2).sum(1) + totals[K:-1].numpy()
-    np.testing.assert_allclose(norms, np.where(weights != 0, expected, np.nan), rtol=1e-6 if single else 1e-12)
+    assert torch.equal(params, compiled("rescaled_mean")(w, updates, None, None, None, weights, single))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -319,6 +333,7 @@ def test_memory_does_not_grow_with_the_clients():
     code = """
 import ctypes, pathlib, sys, torch
 from fdcr_fast import _native, ops
+from fdcr_fast.ops.operator import OPERATORS
 
 def status(field):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
