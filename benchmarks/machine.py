@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 import fdcr_fast
+from fdcr_fast.ops.backends import cpu_model
 
 _BUSY_CORES, _BUSY_SPREAD = 0.2, 0.2
 _IDLE_COLUMNS = {3, 4}  # of /proc/stat: idle, and waiting for the disk
@@ -32,7 +32,7 @@ class Machine:
     @classmethod
     def this(cls) -> Machine:
         return cls(
-            cpu=_cpu_model(),
+            cpu=cpu_model(),
             caches=_caches(),
             cores=torch.multiprocessing.cpu_count(),
             threads=torch.get_num_threads(),
@@ -42,14 +42,6 @@ class Machine:
     def __str__(self) -> str:
         caches = f" ({self.caches})" if self.caches else ""
         return f"{self.cpu}{caches}, {self.cores} cores, {self.threads} threads; {self.kernels}"
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _caches() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,11 @@ def limited_shares(shares: Tensor, limit: float | None) -> Tensor:
     limited = torch.where(positive, (shares * scale).clamp(max=limit), shares)
     equal = torch.where(positive, 1 / count, 0.0).to(shares.dtype)
     return torch.where(shares.max() > limit, torch.where(count * limit <= 1, equal, limited), shares)
+
+
+def clipped_shares(shares: Tensor, norms: Tensor, longest: Any) -> Tensor:
+    """The shares, float64 ``[K]``, times ``min(1, longest / norm)``, as if longer updates were scaled down."""
+    return torch.where(norms > longest, shares * (longest / norms), shares)
 
 
 def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fdcr_fast.round import readings
 from fdcr_fast.round.arguments import require_finite
 from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.shares import clipped_shares
 from fdcr_fast.round.vectors import fetch
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.foreseen import Read, foreseen, foreseen_outcome
@@ -83,4 +83,4 @@ class FedAvg(AggregationRule):
             return shares
         norms = clients.squared_norm.sqrt()
         longest = norms[kept].median() if isinstance(self.clip, str) else self.clip
-        return torch.where(kept & (norms > longest), shares * (longest / norms), shares)
+        return clipped_shares(shares, norms, longest)

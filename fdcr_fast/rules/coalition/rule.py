@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.shares import clipped_shares
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.coalition.search import Views, find_coalition, margins, membership, set_scores
 from fdcr_fast.rules.coalition.state import CoalitionState
@@ -161,7 +162,7 @@ class CoalitionFDCR(AggregationRule):
             dropped = ~trusted(scores, suspicion, agreement, self.state.rounds)
         kept = clients.valid & ~of_all(clients, dropped)
         explanation = _explanation(ids, views, members, dropped, agreement)
-        return Selection(kept, of_all(clients, scores), weights=self.weights(clients, kept), explanation=explanation)
+        return Selection(kept, of_all(clients, scores), explanation=explanation)
 
     def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
         """Shares of the samples, less for updates that are clipped."""
@@ -169,8 +170,7 @@ class CoalitionFDCR(AggregationRule):
         if self.start == "bold":
             return shares
         norms = clients.squared_norm.sqrt()
-        longest = clients.of_valid(norms).median()
-        return torch.where(norms > longest, shares * (longest / norms), shares)
+        return clipped_shares(shares, norms, clients.of_valid(norms).median())
 
     def set_scores(self, clients: Sequence[Any]) -> Callable[[Tensor], Tensor] | None:
         """``J`` of sets of a round's clients, as it was searched; None for fewer than 3."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import platform
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from fdcr_fast._version import __version__
+from fdcr_fast.ops.backends import cpu_model
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.run.folder import RunFolder, write_atomically
 from fdcr_fast.sim.run.result import Progress, SimulationResult
@@ -35,19 +35,11 @@ class Origin(BaseModel):
     def here_and_now(cls) -> Origin:
         """This machine and installation, the time in UTC."""
         return cls(
-            machine=_cpu_model(),
+            machine=cpu_model(),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             torch=torch.__version__,
             fdcr_fast=__version__,
         )
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 class StudyRunFolder:
