@@ -1,5 +1,5 @@
-// The CPU operators: tensors in, plain structs to the kernels, tensors out. The schemas and the documentation
-// are in fdcr_fast/ops; the checks here only keep the kernels inside their memory.
+// The CPU operators of client matrices: tensors in, plain structs to the kernels, tensors out. The schemas
+// and the documentation are in fdcr_fast/ops; the checks here only keep the kernels inside their memory.
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -32,113 +32,15 @@ std::vector<double> numbers(const Tensor& tensor, int64_t expected, const char* 
   return copy;
 }
 
-// --- per-sample squared gradients
-
-std::tuple<Tensor, Tensor> run(SquaredGradsCall call, const Tensor& grad) {
-  if (grad.numel() != 0) {
-    kernels().squared_grads(call.problem, torch_pool);
-  } else {
-    torch::stable::zero_(call.weight);
-    torch::stable::zero_(call.bias);
-  }
-  return {std::move(call.weight), std::move(call.bias)};
-}
-
-std::tuple<Tensor, Tensor> sum_squared_grads_linear(const Tensor& grad, const Tensor& input) {
-  return run(linear_call(grad, input), grad);
-}
-
-std::tuple<Tensor, Tensor> sum_squared_grads_conv(const Tensor& grad, const Tensor& input,
-                                                  const std::vector<int64_t>& kernel,
-                                                  const std::vector<int64_t>& stride,
-                                                  const std::vector<int64_t>& padding,
-                                                  const std::vector<int64_t>& dilation, int64_t groups) {
-  return run(conv_call(grad, input, kernel, stride, padding, dilation, groups), grad);
-}
-
-NormStrides norm_strides(const Tensor& x) {
-  return {x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
-}
-
-// Statistics per channel, or none.
-Source statistics(const std::optional<Tensor>& given, const Tensor& input, const char* name,
-                  int64_t* stride) {
-  if (!given.has_value()) return {};
-  STD_TORCH_CHECK(given->dim() == 2 && given->size(0) == input.size(2) && given->size(1) == input.size(3),
-                  name, " must have shape [", input.size(2), ", ", input.size(3), "]");
-  stride[0] = given->stride(0);
-  stride[1] = given->stride(1);
-  return source(*given, name);
-}
-
-std::tuple<Tensor, Tensor> sum_squared_grads_norm(const Tensor& grad, const Tensor& input,
-                                                  const std::optional<Tensor>& mean,
-                                                  const std::optional<Tensor>& variance, double eps) {
-  bool same_shape = grad.dim() == 5 && input.dim() == 5;
-  for (int64_t d = 0; same_shape && d < 5; ++d) same_shape = grad.size(d) == input.size(d);
-  STD_TORCH_CHECK(same_shape, "expected grad_output and input [N, T, G, C, S]");
-  SquaredNormGradsProblem p;
-  p.samples = input.size(0);
-  p.positions = input.size(1);
-  p.groups = input.size(2);
-  p.channels = input.size(3);
-  p.pixels = input.size(4);
-  p.grad = source(grad, "grad_output");
-  p.in = source(input, "input");
-  p.grad_stride = norm_strides(grad);
-  p.in_stride = norm_strides(input);
-  p.mean = statistics(mean, input, "mean", p.mean_stride);
-  p.variance = statistics(variance, input, "variance", p.variance_stride);
-  p.eps = eps;
-  const ScalarType type = accumulation_type(grad, input);
-  Tensor weight = torch::stable::new_empty(grad, {p.groups, p.channels}, type);
-  Tensor bias = torch::stable::new_empty(grad, {p.groups, p.channels}, type);
-  p.weight = weight.mutable_data_ptr();
-  p.bias = bias.mutable_data_ptr();
-  kernels().squared_norm_grads(p, torch_pool);
-  return {std::move(weight), std::move(bias)};
-}
-
-Tensor sum_squared_grads_embedding(const Tensor& grad, const Tensor& indices, int64_t rows) {
-  STD_TORCH_CHECK(grad.dim() == 3 && indices.dim() == 2 && indices.size(0) == grad.size(0) &&
-                      indices.size(1) == grad.size(1) && rows >= 0,
-                  "expected grad_output [N, T, D] and indices [N, T]");
-  STD_TORCH_CHECK(indices.is_cpu() && indices.scalar_type() == ScalarType::Long,
-                  "indices must be int64 on the CPU");
-  SquaredEmbeddingGradsProblem p;
-  p.samples = grad.size(0);
-  p.tokens = grad.size(1);
-  p.rows = rows;
-  p.columns = grad.size(2);
-  std::vector<int64_t> tokens;
-  tokens.reserve(static_cast<size_t>(p.samples * p.tokens));
-  const int64_t* from = static_cast<const int64_t*>(indices.const_data_ptr());
-  for (int64_t n = 0; n < p.samples; ++n)
-    for (int64_t t = 0; t < p.tokens; ++t) {
-      const int64_t index = from[n * indices.stride(0) + t * indices.stride(1)];
-      STD_TORCH_CHECK(index < rows, "index ", index, " is out of range for ", rows, " embeddings");
-      tokens.push_back(index);
-    }
-  p.indices = tokens.data();
-  p.grad = source(grad, "grad_output");
-  p.grad_sample = grad.stride(0);
-  p.grad_token = grad.stride(1);
-  p.grad_column = grad.stride(2);
-  Tensor result = torch::stable::new_empty(grad, {rows, p.columns}, accumulation_type(grad, grad));
-  p.result = result.mutable_data_ptr();
-  kernels().squared_embedding_grads(p, torch_pool);
-  return result;
-}
-
 // --- client matrices
 
-// The vectors that make up the rows of a tiled client matrix; segments live as long as this does.
-struct FillRows {
-  FillRowsProblem problem{};
+// Vectors that arrive in pieces, one after the other, all of one length; segments live as long as this does.
+struct Vectors {
+  ClientVectors problem{};
   std::vector<VectorSegment> segments;
+  int64_t params = 0;
 
-  FillRows(const std::vector<Tensor>& values, const std::optional<Tensor>& base, const Tensor& rows) {
-    STD_TORCH_CHECK(rows.dim() == 3, "expected a tiled client matrix, [T, K, L]");
+  Vectors(const std::vector<Tensor>& values, int64_t clients, const std::optional<Tensor>& base) {
     segments.reserve(values.size());
     int64_t numbers = 0;
     for (const Tensor& piece : values) {
@@ -147,43 +49,46 @@ struct FillRows {
         segments.push_back({source(piece, "values"), numbers, piece.size(0), piece.stride(0)});
       numbers += piece.size(0);
     }
-    problem.clients = rows.size(1);
-    STD_TORCH_CHECK(problem.clients > 0 && numbers % problem.clients == 0, numbers, " numbers are not ",
-                    problem.clients, " vectors of one length");
-    problem.params = numbers / problem.clients;
-    const ClientMatrix to = client_matrix(rows, problem.params, "rows");
-    if (base.has_value()) {
-      STD_TORCH_CHECK(base->dim() == 1 && base->size(0) == problem.params, "base must have shape [",
-                      problem.params, "]");
-      problem.base = source(*base, "base");
-      problem.base_stride = base->stride(0);
-      STD_TORCH_CHECK(problem.base.element == Element::kFloat32 || problem.base.element == Element::kFloat64,
-                      "base must be float32 or float64");
-    }
+    STD_TORCH_CHECK(clients > 0 && numbers % clients == 0, numbers, " numbers are not ", clients,
+                    " vectors of one length");
+    params = numbers / clients;
     problem.segments = segments.data();
     problem.count = static_cast<int64_t>(segments.size());
-    problem.data = rows.mutable_data_ptr();
-    problem.element = to.source.element;
-    problem.tile_length = to.tile_length;
-    problem.tile_stride = to.tile_stride;
-    problem.client_stride = to.client_stride;
-    problem.stride = to.stride;
+    if (!base.has_value()) return;
+    STD_TORCH_CHECK(base->dim() == 1 && base->size(0) == params, "base must have shape [", params, "]");
+    problem.base = source(*base, "base");
+    problem.base_stride = base->stride(0);
+    STD_TORCH_CHECK(problem.base.element == Element::kFloat32 || problem.base.element == Element::kFloat64,
+                    "base must be float32 or float64");
   }
-  FillRows(const FillRows&) = delete;
-  FillRows& operator=(const FillRows&) = delete;
-
-  void run(RowStatistics* totals) const {
-    if (problem.params > 0) kernels().fill_rows(problem, totals, torch_pool);
-  }
+  Vectors(const Vectors&) = delete;
+  Vectors& operator=(const Vectors&) = delete;
 };
+
+void fill(const std::vector<Tensor>& values, const std::optional<Tensor>& base, const Tensor& rows,
+          RowStatistics* totals) {
+  STD_TORCH_CHECK(rows.dim() == 3, "expected a tiled client matrix, [T, K, L]");
+  const Vectors vectors(values, rows.size(1), base);
+  const ClientMatrix to = client_matrix(rows, vectors.params, "rows");
+  FillRowsProblem p;
+  p.vectors = vectors.problem;
+  p.clients = rows.size(1);
+  p.params = vectors.params;
+  p.data = rows.mutable_data_ptr();
+  p.element = to.source.element;
+  p.tile_length = to.tile_length;
+  p.tile_stride = to.tile_stride;
+  p.client_stride = to.client_stride;
+  p.stride = to.stride;
+  if (p.params > 0) kernels().fill_rows(p, totals, torch_pool);
+}
 
 Tensor fill_row(const std::vector<Tensor>& values, Tensor row, const Tensor& statistics,
                 const std::optional<Tensor>& base) {
   STD_TORCH_CHECK(row.dim() == 2, "expected a row of a tiled client matrix, [T, L]");
-  const FillRows fill(values, base, torch::stable::unsqueeze(row, 1));
   const std::vector<double> before = numbers(statistics, 3, "statistics");
   RowStatistics total{before[0], before[1], before[2]};
-  fill.run(&total);
+  fill(values, base, torch::stable::unsqueeze(row, 1), &total);
   Tensor result = torch::stable::new_empty(statistics, {3});
   double* to_result = static_cast<double*>(result.mutable_data_ptr());
   to_result[0] = total.squared_norm;
@@ -193,7 +98,30 @@ Tensor fill_row(const std::vector<Tensor>& values, Tensor row, const Tensor& sta
 }
 
 void fill_rows(const std::vector<Tensor>& values, Tensor rows, const std::optional<Tensor>& base) {
-  FillRows(values, base, rows).run(nullptr);
+  fill(values, base, rows, nullptr);
+}
+
+Tensor vector_range(const std::vector<Tensor>& values) {
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  double low = std::numeric_limits<double>::infinity(), high = -low;
+  for (const Tensor& piece : values) {
+    STD_TORCH_CHECK(piece.dim() == 1, "values must be vectors");
+    const int64_t n = piece.size(0);
+    if (n == 0) continue;
+    double least, most;
+    kernels().range({source(piece, "values"), n, 0, 0, piece.stride(0)}, 1, n, &least, &most, pool_for(n));
+    if (least != least || low != low) {
+      low = high = kNaN;
+    } else {
+      low = std::min(low, least);
+      high = std::max(high, most);
+    }
+  }
+  STD_TORCH_CHECK(!values.empty() && (low <= high || low != low), "the range of no numbers is undefined");
+  Tensor result = torch::stable::new_empty(values[0], {2}, ScalarType::Double);
+  doubles(result)[0] = low;
+  doubles(result)[1] = high;
+  return result;
 }
 
 // --- aggregation
@@ -278,6 +206,22 @@ struct Aggregation {
   AggregationProblem problem{};
   std::vector<double> low, high, alpha, weights, totals;
 
+  Aggregation(const Vectors& updates, const Vectors* fishers, const std::optional<Tensor>& fisher_min,
+              const std::optional<Tensor>& fisher_max, int64_t clients, bool single) {
+    problem.update_vectors = &updates.problem;
+    problem.clients = clients;
+    problem.params = updates.params;
+    problem.single = single;
+    STD_TORCH_CHECK(updates.problem.base.element == Element::kFloat32, "base must be float32");
+    const bool with_fishers = fishers != nullptr;
+    STD_TORCH_CHECK(with_fishers == fisher_min.has_value() && with_fishers == fisher_max.has_value(),
+                    "fishers, fisher_min and fisher_max go together");
+    if (!with_fishers) return;
+    STD_TORCH_CHECK(fishers->params == updates.params, "fishers differ in length from updates");
+    problem.fisher_vectors = &fishers->problem;
+    take_ranges(*fisher_min, *fisher_max);
+  }
+
   Aggregation(const Tensor& updates, const std::optional<Tensor>& fishers,
               const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
               int64_t params, bool single) {
@@ -288,10 +232,7 @@ struct Aggregation {
     check_fishers(updates, fishers, fisher_min, fisher_max);
     if (fishers.has_value()) {
       problem.fishers = client_matrix(*fishers, params, "fishers");
-      low = numbers(*fisher_min, problem.clients, "fisher_min");
-      high = numbers(*fisher_max, problem.clients, "fisher_max");
-      problem.fisher_min = low.data();
-      problem.fisher_max = high.data();
+      take_ranges(*fisher_min, *fisher_max);
     }
     const auto wide = [](const ClientMatrix& m) {
       return m.source.data != nullptr && m.source.element == Element::kFloat64;
@@ -341,6 +282,13 @@ struct Aggregation {
   }
 
  private:
+  void take_ranges(const Tensor& fisher_min, const Tensor& fisher_max) {
+    low = numbers(fisher_min, problem.clients, "fisher_min");
+    high = numbers(fisher_max, problem.clients, "fisher_max");
+    problem.fisher_min = low.data();
+    problem.fisher_max = high.data();
+  }
+
   void check_importances(bool wanted) const {
     STD_TORCH_CHECK(!wanted || problem.fisher_min != nullptr, "importances need fishers");
   }
@@ -386,6 +334,35 @@ std::tuple<Tensor, Tensor> norms_and_mean(const Tensor& global, const Tensor& up
   aggregation.want_mean(global, weights, false, params);
   Tensor result = aggregation.run(updates);
   return {std::move(result), as_type_of(global, std::move(params))};
+}
+
+std::tuple<Tensor, Tensor> aggregate_vectors(
+    const std::optional<Tensor>& global, const std::vector<Tensor>& updates,
+    const std::optional<Tensor>& base, const std::vector<Tensor>& fishers,
+    const std::optional<Tensor>& fisher_min, const std::optional<Tensor>& fisher_max,
+    const std::optional<Tensor>& alpha, const std::optional<Tensor>& weights, const Tensor& totals,
+    bool reweight, bool rescale, bool single) {
+  STD_TORCH_CHECK(alpha.has_value() || weights.has_value(), "alpha, weights or both must be given");
+  const int64_t clients = (alpha.has_value() ? *alpha : *weights).size(0);
+  const Vectors rows(updates, clients, base);
+  std::optional<Vectors> importances;
+  if (!fishers.empty()) importances.emplace(fishers, clients, std::nullopt);
+  Aggregation aggregation(rows, importances.has_value() ? &*importances : nullptr, fisher_min, fisher_max,
+                          clients, single);
+  if (alpha.has_value()) {
+    aggregation.want_scores(*alpha, totals, reweight);
+  } else if (totals.numel() > 0) {
+    STD_TORCH_CHECK(!rescale, "norms come beside the plain mean alone");
+    aggregation.want_norms(totals);
+  }
+  if (!weights.has_value()) return {aggregation.run(totals), torch::stable::new_empty(totals, {0})};
+  STD_TORCH_CHECK(global.has_value() && global->dim() == 1 && global->size(0) == rows.params,
+                  "expected global_params [", rows.params, "]");
+  Tensor params = new_params(*global);
+  aggregation.want_mean(*global, *weights, rescale, params);
+  Tensor result = aggregation.run(totals);
+  if (aggregation.problem.norm == nullptr) result = torch::stable::new_empty(totals, {0});
+  return {std::move(result), as_type_of(*global, std::move(params))};
 }
 
 // --- the middle of every parameter
@@ -469,12 +446,9 @@ Tensor gram(const Tensor& updates, const std::optional<Tensor>& fishers,
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
-  library.impl("sum_squared_grads_linear", TORCH_BOX(&sum_squared_grads_linear));
-  library.impl("sum_squared_grads_conv", TORCH_BOX(&sum_squared_grads_conv));
-  library.impl("sum_squared_grads_norm", TORCH_BOX(&sum_squared_grads_norm));
-  library.impl("sum_squared_grads_embedding", TORCH_BOX(&sum_squared_grads_embedding));
   library.impl("fill_row", TORCH_BOX(&fill_row));
   library.impl("fill_rows", TORCH_BOX(&fill_rows));
+  library.impl("vector_range", TORCH_BOX(&vector_range));
   library.impl("importance_range", TORCH_BOX(&importance_range));
   library.impl("squared_norm", TORCH_BOX(&squared_norm));
   library.impl("moments", TORCH_BOX(&moments));
@@ -482,6 +456,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdcr_fast, CPU, library) {
   library.impl("rescaled_mean", TORCH_BOX(&rescaled_mean));
   library.impl("discrepancy_and_mean", TORCH_BOX(&discrepancy_and_mean));
   library.impl("norms_and_mean", TORCH_BOX(&norms_and_mean));
+  library.impl("aggregate_vectors", TORCH_BOX(&aggregate_vectors));
   library.impl("central_mean", TORCH_BOX(&central_mean));
   library.impl("gram", TORCH_BOX(&gram));
 }

@@ -70,15 +70,20 @@ struct VectorSegment {
   int64_t first = 0, size = 0, stride = 0;
 };
 
-// Vectors that are copied into tiles, less the base: number p of vector k to data[(p / tile_length) *
-// tile_stride
-// + k * client_stride + (p % tile_length) * stride].
-struct FillRowsProblem {
+// The clients' vectors where they came: number p of client k is number k * params + p of the segments, less
+// the base, to whose type it is rounded first.
+struct ClientVectors {
   const VectorSegment* segments = nullptr;  // in order, without gaps
-  int64_t count = 0, clients = 1, params = 0;
-  Source
-      base;  // [params], in float32 or float64, to which the vectors are rounded first; data == nullptr: none
+  int64_t count = 0;
+  Source base;  // [params], in float32 or float64; data == nullptr: none
   int64_t base_stride = 0;
+};
+
+// Vectors that are copied into tiles: number p of client k to data[(p / tile_length) * tile_stride + k *
+// client_stride + (p % tile_length) * stride].
+struct FillRowsProblem {
+  ClientVectors vectors;
+  int64_t clients = 1, params = 0;
   void* data = nullptr;
   Element element = Element::kFloat32;
   int64_t tile_length = 0, tile_stride = 0, client_stride = 0, stride = 0;
@@ -109,6 +114,8 @@ struct NewParams {
 struct AggregationProblem {
   int64_t clients = 0, params = 0;
   ClientMatrix updates, fishers;
+  // In place of both, with the base in float32 or none: rows are float32.
+  const ClientVectors *update_vectors = nullptr, *fisher_vectors = nullptr;
   const double* fisher_min = nullptr;  // [clients], null without fishers
   const double* fisher_max = nullptr;
   bool single = false;  // products in float instead of double; the caller knows that nothing overflows

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ def inner_module(model: Any) -> Any:
             return model
 
 
+@lru_cache(1 << 16)  # asked for every entry of every client, each round
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers put before it: ``module.`` of data parallelism, ``_orig_mod.`` of
     ``torch.compile``, and those of sharded and of checkpointed modules.
@@ -49,7 +50,7 @@ def by_plain_name(entries: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def as_tensor(values: Any) -> Tensor:
-    """A detached tensor on the memory of a tensor, an array, or any object with ``__dlpack__``.
+    """A tensor without gradient on the memory of a tensor, an array, or any object with ``__dlpack__``.
 
     An array that torch cannot share is copied.
 
@@ -57,7 +58,7 @@ def as_tensor(values: Any) -> Tensor:
         TypeError: it is none of these, or of a dtype that torch has not.
     """
     if isinstance(values, Tensor):
-        return values.detach()
+        return values.detach() if values.requires_grad else values  # a call for each of thousands of entries
     if hasattr(values, "__dlpack__") and not isinstance(values, np.ndarray):
         return torch.utils.dlpack.from_dlpack(values)
     if not isinstance(values, np.ndarray):
@@ -202,7 +203,7 @@ class ParamLayout:
         wrong = [
             f"{name} {tuple(tensor.shape)}, expected {shape}"
             for name, shape, tensor in zip(self.names, self.shapes, tensors, strict=True)
-            if tuple(tensor.shape) != shape
+            if tensor.shape != shape
         ]
         if wrong:
             raise ValueError(f"parameters of the wrong shape: {'; '.join(wrong)}")

@@ -24,9 +24,11 @@ from fdcr_fast.ops.squared_grads import (
     sum_squared_grads_norm,
 )
 from fdcr_fast.ops.tiles import STRETCH
+from fdcr_fast.ops.vectors import aggregate_vectors, vector_range
 
 __all__ = [
     "STRETCH",
+    "aggregate_vectors",
     "central_mean",
     "discrepancy",
     "discrepancy_and_mean",
@@ -42,6 +44,7 @@ __all__ = [
     "sum_squared_grads_embedding",
     "sum_squared_grads_linear",
     "sum_squared_grads_norm",
+    "vector_range",
 ]
 
 _MOVED = {  # until 0.2.0 they were here; to fdcr_fast.ops.networks

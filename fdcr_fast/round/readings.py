@@ -16,7 +16,8 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.memory import empty
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.tiles import ClientTiles, MatrixTiles, Span
+from fdcr_fast.round.shard import WHOLE
+from fdcr_fast.round.tiles import ClientTiles, ClientVectors, MatrixTiles, Span
 from fdcr_fast.round.vectors import arrays
 
 Importances = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -26,6 +27,7 @@ Importances = tuple[Tensor | None, Tensor | None, Tensor | None]
 _CANCELLATION = 8.0
 _SAME = 1e-5  # scores that are closer together are told apart in float64 only
 _FEWEST_SAMPLED = 4096  # parameters
+_NOTHING = torch.zeros(0, dtype=torch.float64)
 _LEAST_RMS, _MOST_NORM, _RANGE = 1e-14, 1e15, 1e30  # squares of sizes in between are far from the limits of float32
 
 
@@ -76,6 +78,12 @@ def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Any:
 
 def scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
     """One reading for the distances of the reweighted updates to their mean."""
+    if (own := _own_vectors(clients)) is not None:
+        importances = _own_importances(clients, own, reweight)
+        totals, _ = ops.aggregate_vectors(
+            None, own.updates, own.base, *importances, alpha, None, _no_totals(clients), reweight, False, single
+        )
+        return _scores(totals)
 
     def read(span: Span, totals: Tensor) -> Tensor:
         importances = _importances(clients, span, reweight)
@@ -129,6 +137,11 @@ def measured(clients: ClientUpdates) -> ClientUpdates:
 
 def mean(global_params: Tensor, clients: ClientUpdates, weights: Tensor, *, rescale: bool, single: bool) -> Tensor:
     """One reading for the new global parameters."""
+    if (own := _own_vectors(clients)) is not None:
+        importances = _own_importances(clients, own, rescale)
+        return ops.aggregate_vectors(
+            global_params, own.updates, own.base, *importances, None, weights, _NOTHING, False, rescale, single
+        )[1]
     return _by_span(
         global_params,
         clients,
@@ -149,6 +162,21 @@ def scores_and_mean(
     single: bool,
 ) -> tuple[Scores, Tensor]:
     """:func:`scores` and :func:`mean` in one reading, with the same bits."""
+    if (own := _own_vectors(clients)) is not None:
+        importances = _own_importances(clients, own, reweight or rescale)
+        totals, new = ops.aggregate_vectors(
+            global_params,
+            own.updates,
+            own.base,
+            *importances,
+            alpha,
+            weights,
+            _no_totals(clients),
+            reweight,
+            rescale,
+            single,
+        )
+        return _scores(totals), new
     params = _NewParams(global_params)
 
     def read(span: Span, totals: Tensor) -> Tensor:
@@ -171,6 +199,11 @@ def norms_and_mean(
             global_params, clients, weights, weights, reweight=False, rescale=False, single=single
         )
         return scores.squared_norm, params
+    zeros = torch.zeros(len(clients.clients), dtype=torch.float64)
+    if (own := _own_vectors(clients)) is not None:
+        return ops.aggregate_vectors(
+            global_params, own.updates, own.base, [], None, None, None, weights, zeros, False, False, single
+        )
     new = _NewParams(global_params)
 
     def read(span: Span, totals: Tensor) -> Tensor:
@@ -178,7 +211,7 @@ def norms_and_mean(
         new.put(span, params)
         return totals
 
-    return clients.sum(torch.zeros(len(clients.clients), dtype=torch.float64), read), new.new
+    return clients.sum(zeros, read), new.new
 
 
 def central_mean(global_params: Tensor, clients: ClientUpdates, read: Tensor, keep: int, *, nearest: bool) -> Tensor:
@@ -275,6 +308,17 @@ class _NewParams:
 
 def _importances(clients: ClientUpdates, span: Span, wanted: bool) -> Importances:
     return (span.fishers, clients.fisher_min, clients.fisher_max) if wanted else (None, None, None)
+
+
+def _own_vectors(clients: ClientUpdates) -> ClientVectors | None:
+    """The clients' vectors as they came, where all parameters are read there at once."""
+    return clients.tiles.vectors if clients.shard is WHOLE else None
+
+
+def _own_importances(
+    clients: ClientUpdates, own: ClientVectors, wanted: bool
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    return (own.fishers, clients.fisher_min, clients.fisher_max) if wanted else ([], None, None)
 
 
 def _no_totals(clients: ClientUpdates) -> Tensor:

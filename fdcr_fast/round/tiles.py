@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,20 @@ class Span:
     num_params: int
     updates: Tensor
     fishers: Tensor | None
+
+
+class ClientVectors(NamedTuple):
+    """The rows of one round where they came; see :func:`fdcr_fast.ops.aggregate_vectors`.
+
+    Attributes:
+        updates: Vectors that make up the updates, one client after the other.
+        base: ``[P]`` that is yet to be taken from each; None for nothing.
+        fishers: Vectors that make up the Fishers; empty where there are none.
+    """
+
+    updates: list[Tensor]
+    base: Tensor | None
+    fishers: list[Tensor]
 
 
 class ClientTiles(Protocol):
@@ -56,6 +70,10 @@ class ClientTiles(Protocol):
     def windows(self) -> int:
         """In how many places a few parameters are read without much more than these being read."""
 
+    @property
+    def vectors(self) -> ClientVectors | None:
+        """The rows as they came, where an operator can read them there faster than span by span."""
+
     def spans(self) -> Iterable[Span]:
         """The whole round in the order of the parameters, cut between tiles; a span is valid until the next one."""
 
@@ -73,6 +91,7 @@ class MatrixTiles:
     """
 
     windows = 16
+    vectors: ClientVectors | None = None
 
     def __init__(self, updates: Tensor, fishers: Tensor | None, num_params: int) -> None:
         self.updates, self.fishers, self.num_params = updates, fishers, num_params

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fdcr_fast.round.tiles import ClientTiles, Span
+from fdcr_fast.round.tiles import ClientTiles, ClientVectors, Span
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class TilesView:
     def windows(self) -> int:
         """The number of places that may be read, as of the tiles."""
         return self.tiles.windows
+
+    @property
+    def vectors(self) -> ClientVectors | None:
+        """None: the rows are seen changed."""
+        return None
 
     def spans(self) -> Iterator[Span]:
         """The spans of the tiles, changed."""

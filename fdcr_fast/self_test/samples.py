@@ -29,6 +29,7 @@ def samples(params: int = 10, device: str = "cpu") -> dict[str, list[tuple[Any, 
 
     updates, fishers = randn(1, 3, params), randn(1, 3, params).square()
     low, high = ops.importance_range(fishers, params)
+    own, own_fishers = [randn(4), randn(3 * params - 4, dtype=BF16)], [fishers[0, 0], fishers[0, 1:].reshape(-1)]
     alpha = zeros(3, dtype=F64) + 1 / 3
     read = torch.ones(3, dtype=torch.bool)
     ranges, sums = [torch.tensor([[0, 3], [4, params]])] * 2, zeros(2, 3, 3, dtype=F64)
@@ -80,6 +81,12 @@ def samples(params: int = 10, device: str = "cpu") -> dict[str, list[tuple[Any, 
             (randn(params), updates, None, None, None, alpha, alpha, totals, False, False, True),
         ],
         "norms_and_mean": [(randn(params), updates, alpha, totals[:3], False)],
+        "vector_range": [([randn(4), randn(params, dtype=BF16)],)],
+        "aggregate_vectors": [
+            (randn(params), own, randn(params), own_fishers, low, high, alpha, alpha, totals, True, True, False),
+            (randn(params), own, None, [], None, None, None, alpha, totals[:3], False, False, True),
+            (None, own, None, [], None, None, alpha, None, totals, False, False, True),
+        ],
         "central_mean": [
             (randn(params), updates, read, 1, False),
             (randn(params, dtype=F16), updates.double(), read, 2, True),

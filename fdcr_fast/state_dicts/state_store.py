@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,9 +122,7 @@ class StateStore:
         others = {plain: as_entry(self._global[name]) for plain, name in names.items() if plain not in self._owners}
         rest = {plain: value for plain, value in others.items() if is_real(value)}
         self._buffers = Buffers(rest)
-        self._params = {name: own[name] for name in params}
-        candidates = {**self._params, **rest}
-        self._maybe_tied = {name: twins for name, value in candidates.items() if (twins := self._twins(name, value))}
+        self._maybe_tied = _possible_ties({name: own[name] for name in params}, rest)
         self._received: dict[Hashable, _Received] = {}
 
     def __repr__(self) -> str:
@@ -175,12 +172,11 @@ class StateStore:
         try:
             named, whole = self._named(state, difference)
             received = self._received_from(named, difference, whole)
-            params = named if difference else self.layout.tensors(named)
             fisher = self._with_twins(fisher, named)
         except Exception as error:  # the state is the client's, and so is whatever it raises
             self.reject(client_id, shown(error, str))
             return False
-        accepted = self.updates.put(params, fisher, num_samples, client_id, base=None if difference else self._vector)
+        accepted = self.updates.put(named, fisher, num_samples, client_id, base=None if difference else self._vector)
         if accepted:
             self._received[client_id] = received
         return accepted
@@ -277,14 +273,6 @@ class StateStore:
         }
         return {**plain, **found}
 
-    def _twins(self, name: str, value: Any) -> tuple[str, ...]:
-        """The earlier parameters whose values in the global state an entry has, which may be tied to one of them."""
-        if not value.is_floating_point() or value.numel() == 0 or name.endswith(BATCH_NORM_STATISTICS):
-            return ()
-        earlier = itertools.takewhile(lambda other: other != name, self._params)
-        alike = (other for other in earlier if self._params[other].shape == value.shape)
-        return tuple(other for other in alike if same_values(value, self._params[other]))
-
     def _ties_of_most(self, clients: Collection[Hashable]) -> dict[str, str]:
         """Entries that equal an earlier parameter in the states of most of these, with its name in the layout."""
         received = [self._received[client] for client in clients]
@@ -304,3 +292,18 @@ class StateStore:
             value = (self._vector + self.updates[client].update)[part]
             return value.view(self._buffers.own[name].shape).to(self._buffers.own[name])
         return received.buffers.get(name)
+
+
+def _possible_ties(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """The earlier parameters whose values in the global state an entry has, which may be tied to one of them."""
+    earlier: defaultdict[torch.Size, list[str]] = defaultdict(list)
+    found = {}
+    for name, value in {**params, **buffers}.items():
+        alike = earlier[value.shape]
+        if value.is_floating_point() and value.numel() and not name.endswith(BATCH_NORM_STATISTICS):
+            twins = tuple(other for other in alike if same_values(value, params[other]))
+            if twins:
+                found[name] = twins
+        if name in params:
+            alike.append(name)
+    return found

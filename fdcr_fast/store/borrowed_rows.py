@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fdcr_fast import ops
 from fdcr_fast.memory import empty
-from fdcr_fast.round.tiles import Span
+from fdcr_fast.ops.vectors import SplitVector
+from fdcr_fast.round.tiles import ClientVectors, Span
 from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, Statistics, StoreShape, Vectors
 from fdcr_fast.store.store_tiles import StoreTiles, whole_stretches
-from fdcr_fast.store.upload import SplitVector
 
+_UNREAD = torch.full((1,), torch.nan, dtype=torch.float64)
 _SPAN_BYTES = 1 << 23  # of the buffer: many parameters at once, and still in cache when they are read
 
 
@@ -55,11 +56,8 @@ class BorrowedRows:
 
         Rounding changes no order: it is enough to round these two.
         """
-        ranges = [
-            piece.aminmax() for piece in pieces if piece.numel()
-        ]  # most are short, and this takes no time to begin
-        low, high = (torch.stack(ends).to(self.shape.dtype).double() for ends in zip(*ranges, strict=True))
-        return torch.stack([torch.full_like(low[0], torch.nan), low.min(), high.max()]).cpu()
+        rounded = ops.vector_range(pieces).cpu().to(self.shape.dtype)
+        return torch.cat([_UNREAD, rounded.double()])
 
     def commit(self, accepted: Accepted) -> None:
         """The clients hold what they sent: there is nothing to write down."""
@@ -105,6 +103,20 @@ class BorrowedTiles(StoreTiles):
         self._runs = [(slice(run[0], run[-1] + 1), rows[run[0]].base) for run in same_base]
         self._step = whole_stretches(shape, _SPAN_BYTES // (max(len(rows), 1) * shape.piece_bytes))
         self._buffer = empty((self._step, len(rows), shape.matrices, shape.tile), shape.dtype, device)
+
+    @property
+    def vectors(self) -> ClientVectors | None:
+        """What the clients sent, if all of it is read as float32 on the CPU and from all of it the same is taken."""
+        if self._shape.dtype != torch.float32 or self.device.type != "cpu" or len(self._runs) != 1:
+            return None
+        base = self._runs[0][1]
+        if base is not None and base.dtype != torch.float32:
+            return None
+        fishers = self._whole(FISHER) if self.with_fishers else []
+        return ClientVectors(self._whole(UPDATE), base, fishers)
+
+    def _whole(self, matrix: int) -> list[Tensor]:
+        return [piece for row in self._rows for piece in row.vectors[matrix].pieces]
 
     def spans(self) -> Iterator[Span]:
         """The whole round; a span lies in the buffer that the next one is read into."""

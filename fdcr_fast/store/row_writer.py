@@ -71,7 +71,8 @@ class RowWriter:
 
     def _pieces(self, name: str, values: Any) -> list[Tensor]:
         pieces = vector_pieces(name, values, self.rows.shape.num_params, self.layout, self.buffer_dtype)
-        return [piece.to(self.rows.device) for piece in pieces]
+        device = self.rows.device
+        return [piece if piece.device == device else piece.to(device) for piece in pieces]
 
 
 def check_layout(layout: ParamLayout | None, num_params: int) -> None:

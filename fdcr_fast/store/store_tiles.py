@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import ops
-from fdcr_fast.round.tiles import Span
+from fdcr_fast.round.tiles import ClientVectors, Span
 from fdcr_fast.store.rows import FISHER, UPDATE, StoreShape
 
 
@@ -18,6 +18,7 @@ class StoreTiles:
     """
 
     windows = 2  # whole tiles are read
+    vectors: ClientVectors | None = None
 
     def __init__(self, shape: StoreShape) -> None:
         self._shape = shape

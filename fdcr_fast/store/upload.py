@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import ctypes
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,25 +13,6 @@ from torch import Tensor, nn
 from fdcr_fast.layout import ParamLayout, as_tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class SplitVector:
-    """A vector ``[P]`` in pieces."""
-
-    def __init__(self, pieces: Sequence[Tensor]) -> None:
-        self._pieces = [piece for piece in pieces if piece.numel()]
-        self._ends = list(itertools.accumulate(piece.numel() for piece in self._pieces))
-
-    def between(self, start: int, stop: int) -> list[Tensor]:
-        """Numbers ``[start, stop)``, at least one, in pieces."""
-        first, last = bisect.bisect_right(self._ends, start), bisect.bisect_left(self._ends, stop)
-        found = self._pieces[first : last + 1]
-        if self._ends[last] > stop:
-            found[-1] = found[-1][: stop - self._ends[last]]
-        begin = self._ends[first - 1] if first else 0
-        if begin < start:
-            found[0] = found[0][start - begin :]
-        return found
 
 
 def vector_pieces(
@@ -150,19 +129,19 @@ def _borrowed(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
 
 def _plain(tensor: Tensor) -> Tensor:
     """The same numbers as a tensor without a class or gradient of its own."""
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise TypeError(f"a {type(tensor).__name__} has no memory that could be copied")
-    with torch._C.DisableTorchFunctionSubclass():
-        if tensor.is_meta:
-            raise TypeError("it is a tensor without data (device meta)")
-        if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
-            kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
-            raise TypeError(f"it is a {kind} tensor, not a dense one")
-        size = tensor.numel()
-        if not tensor.is_contiguous():
-            size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        last = tensor.storage_offset() + size
-        if tensor.numel() and last * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise TypeError("its memory was freed")
-        plain = tensor.detach()
-        return plain if type(plain) is Tensor else plain.as_subclass(Tensor)
+    if type(tensor) is not Tensor:
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise TypeError(f"a {type(tensor).__name__} has no memory that could be copied")
+        with torch._C.DisableTorchFunctionSubclass():
+            tensor = tensor.detach().as_subclass(Tensor)
+    if tensor.is_meta:
+        raise TypeError("it is a tensor without data (device meta)")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
+        raise TypeError(f"it is a {kind} tensor, not a dense one")
+    size = tensor.numel()
+    if size and not tensor.is_contiguous():
+        size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    if size and (tensor.storage_offset() + size) * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise TypeError("its memory was freed")
+    return tensor.detach() if tensor.requires_grad else tensor

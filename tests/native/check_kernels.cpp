@@ -426,8 +426,8 @@ void check_fill_row(const fdcr::Kernels& kernels) {
   const T padding = static_cast<T>(-77);
   std::vector<T> row(static_cast<size_t>(tiles * (L + gap) - gap), padding);
   fdcr::FillRowsProblem p;
-  p.segments = segments.data();
-  p.count = static_cast<int64_t>(segments.size());
+  p.vectors.segments = segments.data();
+  p.vectors.count = static_cast<int64_t>(segments.size());
   p.params = P;
   p.data = row.data();
   p.element = source(row).element;

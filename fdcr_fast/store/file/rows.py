@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fdcr_fast import ops
 from fdcr_fast.memory import giga
+from fdcr_fast.ops.vectors import SplitVector
 from fdcr_fast.round.tiles import ClientTiles
 from fdcr_fast.store.file import format as form
 from fdcr_fast.store.file.format import PAGE, DamagedStoreError
 from fdcr_fast.store.file.tiles import BUFFERS, FileTiles, Pieces, check_epoch, read
 from fdcr_fast.store.rows import NO_STATISTICS, UPDATE, Accepted, Statistics, StoreShape, Vectors
 from fdcr_fast.store.store_tiles import whole_stretches
-from fdcr_fast.store.upload import SplitVector
 
 _RESIDENT = 1 << 28
 _CHUNK_BYTES = 1 << 22  # of one client that are converted before they are written

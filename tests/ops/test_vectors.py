@@ -1,0 +1,208 @@
+"""Clients' vectors that are aggregated where they came."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fdcr_fast import ops
+from fdcr_fast.ops.vectors import SplitVector
+from tests.support.operands import FLOATS, laid_out, vectors
+
+
+def cut(matrix, cuts, layout="contiguous", dtypes=(torch.float32,)):
+    """The rows of a matrix in pieces, one row after the other, every piece in another memory."""
+    pieces = []
+    for k, row in enumerate(matrix):
+        for i, piece in enumerate(row.tensor_split(cuts[k % len(cuts)])):
+            pieces.append(laid_out(piece.to(dtypes[(k + i) % len(dtypes)]).clone(), layout))
+    return pieces
+
+
+@st.composite
+def rounds(draw):
+    """Pieces of updates and Fishers with another cut for every client, and the base, or None."""
+    K, P = draw(st.integers(1, 20)), draw(st.sampled_from([1, 31, 32, 33, 500, 4096, 4099, 9001]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    lists = st.lists(st.integers(0, P), max_size=5).map(sorted)
+    cuts = draw(st.lists(lists, min_size=1, max_size=K))
+    layout = draw(st.sampled_from(["contiguous", "contiguous", "gapped", "offset"]))
+    dtypes = draw(st.sampled_from([(torch.float32,), (torch.float32, torch.bfloat16), tuple(FLOATS)]))
+    base = torch.randn(P, generator=generator) if draw(st.booleans()) else None
+    if base is not None:
+        base = laid_out(base, draw(st.sampled_from(["contiguous", "gapped"])))
+    updates = cut(torch.randn(K, P, generator=generator), cuts, layout, dtypes)
+    fishers = cut(torch.rand(K, P, generator=generator), cuts[::-1], layout, dtypes)
+    return K, P, updates, fishers, base, torch.randn(P, generator=generator)
+
+
+def filled(pieces, K, P, base=None):
+    rows = torch.empty(1, K, P)
+    ops.fill_rows(pieces, rows, base)
+    return rows
+
+
+@given(
+    problem=rounds(),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(["scores", "mean", "both", "norms"]),
+    reweight=st.booleans(),
+    rescale=st.booleans(),
+    single=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_the_bits_of_rows_that_were_copied(compiled, problem, seed, kind, reweight, rescale, single, dtype):
+    K, P, updates, fishers, base, w = problem
+    rescale &= kind != "norms"
+    generator = torch.Generator().manual_seed(seed)
+    alpha, weights = (torch.rand(K, generator=generator, dtype=torch.float64) for _ in range(2))
+    weights[torch.rand(K, generator=generator) < 0.3] = 0
+    u, F, w = filled(updates, K, P, base), filled(fishers, K, P), w.to(dtype)
+    ranges = ops.importance_range(F, P)
+    own, given_fishers = ((fishers, *ranges), (F, *ranges)) if reweight or rescale else (([], None, None), (None,) * 3)
+    totals = torch.rand(K if kind == "norms" else 2 * K + 1, generator=generator, dtype=torch.float64)
+    if kind == "mean":
+        totals = totals[:0]
+    got = compiled("aggregate_vectors")(
+        w if kind != "scores" else None,
+        updates,
+        base,
+        *own,
+        alpha if kind in ("scores", "both") else None,
+        weights if kind != "scores" else None,
+        totals,
+        reweight,
+        rescale,
+        single,
+    )
+    nothing = torch.zeros(0, dtype=torch.float64)
+    plain = (None, None, None)
+    if kind == "scores":
+        expected = compiled("discrepancy")(u, *(given_fishers if reweight else plain), alpha, totals, P, single), nothing
+    elif kind == "mean":
+        expected = nothing, compiled("rescaled_mean")(w, u, *(given_fishers if rescale else plain), weights, single)
+    elif kind == "norms":
+        expected = compiled("norms_and_mean")(w, u, weights, totals, single)
+    else:
+        expected = compiled("discrepancy_and_mean")(
+            w, u, *given_fishers, alpha, weights, totals, reweight, rescale, single
+        )
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@given(problem=rounds(), reweight=st.booleans(), rescale=st.booleans())
+def test_against_float64_written_down_from_the_paper(implementation, problem, reweight, rescale):
+    K, P, updates, fishers, base, w = problem
+    shares = torch.arange(1, K + 1, dtype=torch.float64) / sum(range(1, K + 1))
+    rows = [torch.cat([piece.float() for piece in SplitVector(updates).between(k * P, k * P + P)]) for k in range(K)]
+    delta = torch.stack(rows) - (0 if base is None else base)
+    F = torch.stack([torch.cat([p.float() for p in SplitVector(fishers).between(k * P, k * P + P)]) for k in range(K)])
+    low, high = F.double().amin(1) - 0.25, F.double().amax(1) + 0.25
+    I = (F.double() - low[:, None]) / (high - low)[:, None]
+    u = delta.double() * (I if reweight else 1)
+    mean = shares @ u
+    factor = 2 / (1 + torch.exp(-I)) if rescale else torch.ones_like(I)
+    totals, params = implementation("aggregate_vectors")(
+        w,
+        updates,
+        base,
+        *((fishers, low, high) if reweight or rescale else ([], None, None)),
+        shares,
+        shares,
+        torch.zeros(2 * K + 1, dtype=torch.float64),
+        reweight,
+        rescale,
+        False,
+    )
+    expected = torch.cat([(mean - u).square().sum(1), delta.double().square().sum(1), mean.square().sum()[None]])
+    torch.testing.assert_close(totals, expected, rtol=1e-9, atol=1e-12 * P)
+    torch.testing.assert_close(params.double(), w.double() + shares @ (factor * delta.double()), rtol=1e-6, atol=1e-6)
+
+
+def test_same_bits_for_any_number_of_threads(compiled):
+    K, P = 7, 70_001
+    generator = torch.Generator().manual_seed(0)
+    updates = cut(torch.randn(K, P, generator=generator), [[5, 4100, 33_333], [], [69_999]])
+    fishers = cut(torch.rand(K, P, generator=generator), [[40_000], [1]])
+    low, high = torch.zeros(K, dtype=torch.float64), torch.ones(K, dtype=torch.float64)
+    base, alpha = torch.randn(P, generator=generator), torch.full((K,), 1 / K, dtype=torch.float64)
+    totals, before, results = torch.zeros(2 * K + 1, dtype=torch.float64), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            call = (base, updates, base, fishers, low, high, alpha, alpha, totals, True, True, True)
+            results.append(compiled("aggregate_vectors")(*call))
+    finally:
+        torch.set_num_threads(before)
+    for scores, params in results:
+        assert torch.equal(scores, results[0][0])
+        assert torch.equal(params, results[0][1])
+
+
+@given(problem=vectors())
+def test_range_of_a_vector(implementation, problem):
+    pieces, _ = problem
+    numbers = torch.cat([piece.double() for piece in pieces])
+    if len(numbers) == 0:
+        with pytest.raises(RuntimeError, match="no numbers"):
+            ops.vector_range(pieces)
+        return
+    expected = torch.stack([numbers.min(), numbers.max()])
+    torch.testing.assert_close(implementation("vector_range")(pieces), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("piece", range(3))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_range_tells_non_finite_numbers(implementation, piece, value):
+    pieces = [torch.ones(3), torch.ones(4097), torch.ones(1)]
+    pieces[piece][-1] = value
+    low, high = implementation("vector_range")(pieces).tolist()
+    assert (math.isnan(low) and math.isnan(high)) if math.isnan(value) else value in (low, high)
+
+
+ONE = torch.ones(1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": None, "alpha": None}, "must be given"),
+        ({"updates": [torch.ones(5)]}, "vectors of one length"),
+        ({"updates": [torch.ones(4, 1)]}, "must be vectors"),
+        ({"updates": [torch.ones(4).long()]}, "float"),
+        ({"global_params": torch.ones(3)}, "global_params"),
+        ({"global_params": None}, "global_params"),
+        ({"base": torch.ones(2).double()}, "base must"),
+        ({"base": torch.ones(3)}, "base must"),
+        ({"fishers": []}, "go together"),
+        ({"fishers": [torch.ones(6)]}, "fishers (have 6|differ in length)"),
+        ({"fisher_min": ONE}, "fisher_min must"),
+        ({"totals": ONE}, "totals must"),
+        ({"alpha": None, "totals": torch.ones(2).double()}, "plain mean alone"),
+        ({"fishers": [], "fisher_min": None, "fisher_max": None}, "importances need"),
+    ],
+)
+def test_refuses_what_does_not_fit(change, message):
+    two = torch.ones(2, dtype=torch.float64)
+    arguments = {
+        "global_params": torch.ones(2),
+        "updates": [torch.ones(4)],
+        "base": torch.ones(2),
+        "fishers": [torch.ones(3), torch.ones(1)],
+        "fisher_min": two,
+        "fisher_max": two + 1,
+        "alpha": two,
+        "weights": two,
+        "totals": torch.zeros(5, dtype=torch.float64),
+        "reweight": True,
+        "rescale": True,
+        "single": False,
+    }
+    ops.aggregate_vectors(*arguments.values())
+    with pytest.raises(RuntimeError, match=message):
+        ops.aggregate_vectors(*{**arguments, **change}.values())
