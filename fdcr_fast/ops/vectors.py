@@ -157,8 +157,8 @@ def aggregate_vectors(
 
     Args:
         global_params: ``w [P]``; may be None without ``weights``.
-        updates: Vectors that make up those of the clients ``[P]``, one client after the other; floating, any strides and
-            dtypes, and rounded to float32.
+        updates: Vectors that make up those of the clients ``[P]``, one client after the other; floating, any strides
+            and dtypes, and rounded to float32.
         base: ``[P]``, float32, taken from every client's vector; None for zeros.
         fishers: As ``updates``, without base; empty for none.
         fisher_min: ``[K]`` float64 from :func:`vector_range`, rounded like the numbers; None without ``fishers``.

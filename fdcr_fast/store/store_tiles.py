@@ -18,7 +18,6 @@ class StoreTiles:
     """
 
     windows = 2  # whole tiles are read
-    vectors: ClientVectors | None = None
 
     def __init__(self, shape: StoreShape) -> None:
         self._shape = shape
@@ -42,6 +41,11 @@ class StoreTiles:
     def dtypes(self) -> frozenset[torch.dtype]:
         """The dtypes of updates and Fishers."""
         return frozenset({self._shape.dtype})
+
+    @property
+    def vectors(self) -> ClientVectors | None:
+        """None: the rows are copies."""
+        return None
 
     def _span(self, first: int, numbers: Tensor, columns: slice = slice(None)) -> Span:
         """Tiles ``[T', K, matrices, L]`` from the given one on, or columns of one tile."""

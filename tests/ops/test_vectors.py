@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdcr_fast import ops
-from fdcr_fast.ops.vectors import SplitVector
 from tests.support.operands import FLOATS, laid_out, vectors
 
 
@@ -63,7 +62,8 @@ def test_the_bits_of_rows_that_were_copied(compiled, problem, seed, kind, reweig
     weights[torch.rand(K, generator=generator) < 0.3] = 0
     u, F, w = filled(updates, K, P, base), filled(fishers, K, P), w.to(dtype)
     ranges = ops.importance_range(F, P)
-    own, given_fishers = ((fishers, *ranges), (F, *ranges)) if reweight or rescale else (([], None, None), (None,) * 3)
+    plain = (None, None, None)
+    own, copied = ((fishers, *ranges), (F, *ranges)) if reweight or rescale else (([], None, None), plain)
     totals = torch.rand(K if kind == "norms" else 2 * K + 1, generator=generator, dtype=torch.float64)
     if kind == "mean":
         totals = totals[:0]
@@ -80,17 +80,15 @@ def test_the_bits_of_rows_that_were_copied(compiled, problem, seed, kind, reweig
         single,
     )
     nothing = torch.zeros(0, dtype=torch.float64)
-    plain = (None, None, None)
     if kind == "scores":
-        expected = compiled("discrepancy")(u, *(given_fishers if reweight else plain), alpha, totals, P, single), nothing
+        scores = compiled("discrepancy")(u, *(copied if reweight else plain), alpha, totals, P, single)
+        expected = scores, nothing
     elif kind == "mean":
-        expected = nothing, compiled("rescaled_mean")(w, u, *(given_fishers if rescale else plain), weights, single)
+        expected = nothing, compiled("rescaled_mean")(w, u, *(copied if rescale else plain), weights, single)
     elif kind == "norms":
         expected = compiled("norms_and_mean")(w, u, weights, totals, single)
     else:
-        expected = compiled("discrepancy_and_mean")(
-            w, u, *given_fishers, alpha, weights, totals, reweight, rescale, single
-        )
+        expected = compiled("discrepancy_and_mean")(w, u, *copied, alpha, weights, totals, reweight, rescale, single)
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
@@ -99,14 +97,13 @@ def test_the_bits_of_rows_that_were_copied(compiled, problem, seed, kind, reweig
 def test_against_float64_written_down_from_the_paper(implementation, problem, reweight, rescale):
     K, P, updates, fishers, base, w = problem
     shares = torch.arange(1, K + 1, dtype=torch.float64) / sum(range(1, K + 1))
-    rows = [torch.cat([piece.float() for piece in SplitVector(updates).between(k * P, k * P + P)]) for k in range(K)]
-    delta = torch.stack(rows) - (0 if base is None else base)
-    F = torch.stack([torch.cat([p.float() for p in SplitVector(fishers).between(k * P, k * P + P)]) for k in range(K)])
+    delta, F = (torch.cat([piece.float() for piece in pieces]).view(K, P) for pieces in (updates, fishers))
+    delta = delta - (0 if base is None else base)
     low, high = F.double().amin(1) - 0.25, F.double().amax(1) + 0.25
-    I = (F.double() - low[:, None]) / (high - low)[:, None]
-    u = delta.double() * (I if reweight else 1)
+    importance = (F.double() - low[:, None]) / (high - low)[:, None]
+    u = delta.double() * (importance if reweight else 1)
     mean = shares @ u
-    factor = 2 / (1 + torch.exp(-I)) if rescale else torch.ones_like(I)
+    factor = 2 / (1 + torch.exp(-importance)) if rescale else torch.ones_like(importance)
     totals, params = implementation("aggregate_vectors")(
         w,
         updates,
