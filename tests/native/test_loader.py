@@ -61,7 +61,11 @@ def test_what_is_wrong_with_it_is_said(package, make):
     assert "usable=False" in status
     assert reason in status
     assert any("backend cpu: not usable" in line and reason in line for line in info)
-    refused = imported(package, "cpu")
-    assert refused.returncode != 0
-    assert "ImportError: FDCR_FAST_BACKEND=cpu: " in refused.stderr
-    assert reason in refused.stderr
+
+
+def test_one_that_is_asked_for_and_cannot_be_used_ends_the_import(package):
+    reason = another(package / "libfdcr_fast.so")
+    done = imported(package, "cpu")
+    assert done.returncode != 0
+    assert "ImportError: FDCR_FAST_BACKEND=cpu: " in done.stderr
+    assert reason in done.stderr
