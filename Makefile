@@ -64,8 +64,7 @@ wheel: $(VENV)/installed
 
 # In an empty environment for each Python and each torch; "installed" is the one of this environment, for its Python.
 wheel-test: wheel
-	for python in $(PYTHONS); do for torch in $(TORCHES); do \
-		.ci/try-wheel build/wheels/*.whl $$python $$torch $(BIN)/python || exit; done; done
+	for each in $(TRIALS); do .ci/try-wheel build/wheels/*.whl $${each%=*} $${each#*=} $(BIN)/python || exit; done
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --no-build-isolation --editable ".[bench]"
@@ -99,11 +98,10 @@ clean:
 
 CPP := $(shell find csrc tests/native tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-# Those whose headers are there, and the one of the environment.
-PYTHONS ?= $(foreach python,$(BIN)/python python3.10 python3.11 python3.12 python3.13 python3.14,$(shell \
-	$(python) -c 'import os.path, sys, sysconfig; \
-	os.path.exists(sysconfig.get_path("include") + "/Python.h") and print(sys.executable)' 2> /dev/null))
+# The environment's among them.
+PYTHONS ?= $(shell .ci/find-pythons $(BIN)/python)
 TORCHES ?= 2.10.0 2.14.1
+TRIALS ?= $(foreach python,$(PYTHONS),$(foreach torch,$(TORCHES),$(python)=$(torch)))
 export TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))

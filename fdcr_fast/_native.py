@@ -25,7 +25,7 @@ def _library() -> tuple[bool, str]:
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
-        return False, f"the library does not load: {error}"
+        return False, f"the library does not load: {error.__cause__ or error}"
     return True, "loaded"
 
 
@@ -49,8 +49,6 @@ else:
     loaded, reason = _library()
     if loaded:
         module, reason = _module("_C", "loaded, but it has no module for this Python, which would say more")
-    elif BACKEND == "cpu":
-        raise ImportError(f"FDCR_FAST_BACKEND=cpu: {reason}")
 
 if module is not None:
     try:
@@ -65,5 +63,3 @@ else:
     cuda, cuda_reason = _module(
         "_cuda", "not built: reinstall with a CUDA toolkit that fits torch's, and FORCE_CUDA=1 to see why"
     )
-    if cuda is None and BACKEND == "cuda":
-        raise ImportError(f"FDCR_FAST_BACKEND=cuda: {cuda_reason}")

@@ -142,7 +142,7 @@ def simulate_command(config: Path | None, out: Path | None, resumed: Path | None
     console.print(summary_table(settings.server, result.summary))
     console.print(cost_line(result.summary))
     if out or resumed:
-        console.print(f"Results and figures are in {out or resumed}")
+        console.print(f"Results and figures are in {out or resumed}", markup=False)
     _warn(settings.server, result.summary)
 
 

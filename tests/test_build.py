@@ -150,3 +150,17 @@ def test_the_cuda_kernels_are_an_extension_beside_the_others(sources):
     assert sum(".cu -o" in line for line in calls) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
     (link,) = [line for line in calls if "-ltorch_cuda" in line]
     assert "_cuda" in link
+
+
+def test_pythons_for_wheels_are_those_that_run(tmp_path):
+    """One of each version; make takes an exit code of 127, that of the last one asked, for no answer at all."""
+    answers = {"given": "echo 12 /given", "python3.12": "echo 12 /another", "python3.10": "echo 10 /first"}
+    for name, answer in {**answers, "python3.13": "exit 127", "python3.14": "exit 127"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "Makefile").write_text(f"all:\n\t@echo $(shell {ROOT / '.ci' / 'find-pythons'} {tmp_path / 'given'})\n")
+    path = f"{tmp_path}:/usr/bin:/bin"
+    done = subprocess.run(["make"], cwd=tmp_path, env={"PATH": path}, capture_output=True, text=True, check=True)
+    found = done.stdout.split()
+    assert [each for each in found if "python3" not in each] == ["/first", "/given"]
+    assert done.stderr == ""

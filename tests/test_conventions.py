@@ -54,6 +54,16 @@ def test_the_wheel_is_repaired_alike_wherever_it_is_built() -> None:
     assert excluded[0] == excluded[1] != []
 
 
+def test_the_wheel_holds_the_modules_of_those_that_try_it() -> None:
+    built = re.search(r"(?m)^build = \[(.*)\]$", text("pyproject.toml"))
+    assert built is not None
+    tried = re.findall(r'"(cp\d+)-\*"', built[1])
+    held = re.findall(r"/opt/python/(cp\d+)-cp\d+/bin/python", text("pyproject.toml"))
+    assert held == tried
+    promised = re.findall(r"Programming Language :: Python :: 3\.(\d+)", text("pyproject.toml"))
+    assert {f"cp3{minor}" for minor in promised} <= set(tried)
+
+
 def test_what_judges_layout_and_types_has_one_version() -> None:
     extra = re.search(r"(?m)^lint = \[(.*)\]$", text("pyproject.toml"))
     assert extra is not None

@@ -51,6 +51,9 @@ def with_kernels(backend: str) -> set[str]:
 def _cpu() -> BackendStatus:
     if not _native.loaded:
         return BackendStatus(False, _native.reason)
+    if lacking := [name for name, operator in OPERATORS.items() if not operator.has_kernel("CPU")]:
+        reason = f"{_native.LIBRARY} has no kernels for {', '.join(lacking)}: it is of another version, reinstall"
+        return BackendStatus(False, reason)
     level = [] if _native.module is None else [_native.module.simd_level()]
     return BackendStatus(True, ", ".join(["compiled C++", *level, f"{torch.get_num_threads()} threads"]))
 
@@ -130,7 +133,7 @@ def _on_device(name: str, *args: Any) -> Any:
 
 
 def _register() -> None:
-    for name, find in (("triton", _triton), ("cuda", _cuda)):
+    for name, find in (("cpu", _cpu), ("triton", _triton), ("cuda", _cuda)):
         if name == _native.BACKEND and not (status := find()).usable:
             raise ImportError(f"FDCR_FAST_BACKEND={name}: {status.reason}")
     nvidia = torch.version.cuda is not None  # tensors on AMD GPUs have the dispatch key CUDA, too

@@ -64,6 +64,10 @@ class Operator(Generic[P, R]):
         """Make a function in Python, which gets to see only what the operator accepts, its implementation."""
         _library.impl(self._name, self.checked(implementation), dispatch_key)
 
+    def has_kernel(self, dispatch_key: str) -> bool:
+        """Whether tensors with this dispatch key have an implementation of their own, rather than the reference."""
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"fdcr_fast::{self._name}", dispatch_key)
+
     def checked(self, implementation: Callable[..., R]) -> Callable[P, R]:
         """The implementation behind the check of its arguments."""
 

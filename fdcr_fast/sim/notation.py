@@ -159,11 +159,12 @@ def check_dataset(name: str) -> str:
     raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz{did_you_mean(name, known)} {also}")
 
 
-def explain(error: ValidationError) -> str:
-    """One line for each field that is wrong, named as its flag."""
+def explain(error: ValidationError, *, flags: bool = True) -> str:
+    """One line for each field that is wrong, named as its flag or as it is."""
     lines: dict[str, list[str]] = {}
     for item in error.errors():
-        where = f"--{str(item['loc'][0]).replace('_', '-')}: " if item["loc"] else ""
+        name = str(item["loc"][0]) if item["loc"] else ""
+        where = (f"--{name.replace('_', '-')}: " if flags else f"{name}: ") if name else ""
         reason = item["msg"].removeprefix("Value error, ")
         reason += f" (got {item['input']!r})" if item["loc"] else ""
         lines.setdefault(where, []).append(reason)

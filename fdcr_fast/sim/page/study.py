@@ -23,6 +23,8 @@ def study_page(record: StudyRecord, results: StudyResults) -> Page:
     failed = [run for run in results.runs if run.folder in results.errors]
     notices = [line for done in results.dead for line in problem_lines(done.run.label, done.result.summary)]
     notices = [*notices, *([DEAD_MODELS] if notices else [])]
+    if len(results.finished) < len(results.runs):
+        notices.append(f"The study has not finished: {len(results.finished)} of {len(results.runs)} runs are done.")
     notices += [f"{run.label} failed: {results.errors[run.folder]}" for run in failed]
     begun = {done.run.setting for done in results.finished}
     settings = [setting.name for setting in study.settings if setting.name in begun]

@@ -43,7 +43,12 @@ def new_figure(rows: int, columns: int, width: float, height: float, title: str 
 def head(figure: Figure, title: str) -> None:
     """Give a figure its title, in as many lines as its width makes necessary."""
     letters = int(10 * figure.get_figwidth())
-    figure.suptitle(textwrap.fill(title, letters), fontweight="bold", fontsize=11)
+    figure.suptitle(literal(textwrap.fill(title, letters)), fontweight="bold", fontsize=11)
+
+
+def literal(name: str) -> str:
+    """A name from a configuration, in which matplotlib sees no formula."""
+    return name.replace("$", r"\$")
 
 
 def rounds_axis(axes: Axes, rounds: int) -> None:

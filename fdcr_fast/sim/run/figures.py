@@ -19,6 +19,7 @@ from fdcr_fast.sim.run.drawing import (
     MAX_LINES,
     column,
     label_lines,
+    literal,
     new_figure,
     percent_axis,
     rounds_axis,
@@ -75,7 +76,7 @@ def attack_success_figure(rows: Mapping[str, Seeds], title: str) -> Figure:
                 axes.plot(steps, values.T, color=colour, linewidth=0.7, alpha=0.5)
             axes.plot(steps, values.mean(0), color=colour, linewidth=2.5)
         last = np.mean([column(rounds, "attack_success_rate")[-FINAL_ROUNDS:] for rounds in seeds])
-        axes.set_title(f"{name}: {last:.0f} %", color=MALICIOUS, fontsize=10, fontweight="bold")
+        axes.set_title(literal(f"{name}: {last:.0f} %"), color=MALICIOUS, fontsize=10, fontweight="bold")
         percent_axis(axes, "per cent" if axes in panels[::columns] else "")
         rounds_axis(axes, len(steps))
     for axes in panels[len(rows) :]:
@@ -233,7 +234,7 @@ def ranks_figure(result: SimulationResult) -> Figure:
     figure, panels = new_figure(1, len(rules), 5.5, 4, title_of(result))
     for axes, rule in zip(panels, rules, strict=True):
         ranks_panel(axes, result, rule)
-        axes.set_title(f"ranked by {rule}", fontsize=10)
+        axes.set_title(literal(f"ranked by {rule}"), fontsize=10)
     ranks_legend(figure)
     return figure
 

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from fdcr_fast.sim.config import SimulationConfig
+from fdcr_fast.sim.notation import explain
 from fdcr_fast.sim.run.records import ClientRecord, RankRecord, RoundRecord, ScoreRecord, Summary
 from fdcr_fast.sim.run.result import RunState
 
@@ -32,6 +34,23 @@ def _named(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+@contextmanager
+def content_of(path: Path) -> Iterator[None]:
+    """Let errors in what a file holds say which file it is.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        raise ValueError(f"{path}: {explain(error, flags=False)}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -87,17 +106,19 @@ def read_records(path: Path, record_type: type[Record], size: int | None = None)
         size: Bytes of the file that count, by default all.
 
     Raises:
-        ValueError: it lacks a column without a default, or has one that is not known.
+        ValueError: it lacks a column without a default, or has one that is not known, or a cell is not valid.
     """
     fields = record_type.model_fields
     required = {name for name, field in fields.items() if field.is_required()}
-    text = path.read_bytes()[:size].decode() if path.exists() else ""
+    with content_of(path):
+        text = path.read_bytes()[:size].decode() if path.exists() else ""
     if not text:
         return []
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if not required <= set(reader.fieldnames or ()) <= set(fields):
         raise ValueError(f"{path} has other columns than this version of fdcr_fast writes: run it anew")
-    return [record_type.model_validate(row) for row in reader]
+    with content_of(path):
+        return [record_type.model_validate(row) for row in reader]
 
 
 class RunFolder:
@@ -139,7 +160,8 @@ class RunFolder:
         """
         if not self.config_path.is_file():
             raise FileNotFoundError(f"{self.path} holds no run to resume: there is no config.yaml")
-        return SimulationConfig.from_yaml(self.config_path.read_text())
+        with content_of(self.config_path):
+            return SimulationConfig.from_yaml(self.config_path.read_text())
 
     @property
     def _tables(self) -> tuple[Path, ...]:
@@ -197,15 +219,18 @@ class RunFolder:
         """The state, and how many bytes of each table belong to it."""
         if not self.checkpoint_path.exists():
             return None, [0] * len(self._tables)
-        with np.load(self.checkpoint_path, allow_pickle=False) as arrays:
-            params, last_update, similarity = (
-                torch.from_numpy(arrays[name]) for name in ("params", "last_update", "similarity")
-            )
-            sizes = arrays["csv_sizes"].tolist()
-            memory = arrays["memory"].tobytes()
-            names = [name for name in arrays.files if name.startswith(_WATCHED)]
-            buffers = torch.from_numpy(arrays["buffers"]) if "buffers" in arrays else None
-            watched = {name.removeprefix(_WATCHED): arrays[name].tobytes() for name in names}
+        try:
+            with np.load(self.checkpoint_path, allow_pickle=False) as arrays:
+                params, last_update, similarity = (
+                    torch.from_numpy(arrays[name]) for name in ("params", "last_update", "similarity")
+                )
+                sizes = arrays["csv_sizes"].tolist()
+                memory = arrays["memory"].tobytes()
+                names = [name for name in arrays.files if name.startswith(_WATCHED)]
+                buffers = torch.from_numpy(arrays["buffers"]) if "buffers" in arrays else None
+                watched = {name.removeprefix(_WATCHED): arrays[name].tobytes() for name in names}
+        except (ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise ValueError(f"{self.checkpoint_path} is damaged, or no checkpoint of a run: run it anew") from error
         sizes += [0] * (len(self._tables) - len(sizes))  # a checkpoint of before has two of them
         for path, size in zip(self._tables, sizes, strict=True):
             found = path.stat().st_size if path.exists() else 0
@@ -236,5 +261,10 @@ class RunFolder:
         write_atomically(self.summary_path, summary.model_dump_json(indent=2).encode() + b"\n")
 
     def summary(self) -> Summary:
-        """The summary of a finished run."""
-        return Summary.model_validate_json(self.summary_path.read_text())
+        """The summary of a finished run.
+
+        Raises:
+            ValueError: it is not valid.
+        """
+        with content_of(self.summary_path):
+            return Summary.model_validate_json(self.summary_path.read_text())

@@ -10,6 +10,7 @@ from rich import table as rich_table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from fdcr_fast.sim.run.evaluation import PROBLEMS
 from fdcr_fast.sim.run.metrics import MEASURES
@@ -45,15 +46,17 @@ class Table:
     def to_markdown(self) -> str:
         """The table in Markdown."""
         rules = ["---" if column in self.texts else "---:" for column in range(len(self.headings))]
-        return "\n".join(f"| {' | '.join(line)} |" for line in (self.headings, rules, *self.lines))
+        lines = [[cell.replace("|", r"\|") for cell in line] for line in (self.headings, rules, *self.lines)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def to_rich(self, title: str = "", caption: str = "") -> rich_table.Table:
         """The table for a terminal."""
-        shown = rich_table.Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+        # As texts, in which brackets are no styles.
+        shown = rich_table.Table(title=Text(title), title_justify="left", caption=Text(caption), caption_justify="left")
         for column, heading in enumerate(self.headings):
-            shown.add_column(heading, justify="left" if column in self.texts else "right")
+            shown.add_column(Text(heading), justify="left" if column in self.texts else "right")
         for line in self.lines:
-            shown.add_row(*(cell.replace(" ± ", "±") for cell in line))
+            shown.add_row(*(Text(cell.replace(" ± ", "±")) for cell in line))
         return shown
 
 
@@ -107,7 +110,7 @@ def cost_line(summary: Summary) -> str:
 def progress_bar(console: Console, name: str, rounds: int, clients: int) -> Iterator[Progress]:
     """A bar that counts trained clients and shows the last round's figures."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("clients"),

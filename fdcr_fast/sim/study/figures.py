@@ -14,7 +14,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fdcr_fast.sim.run.drawing import column, distinct, head, new_figure, percent_axis, rounds_axis, save_figure
+from fdcr_fast.sim.run.drawing import (
+    column,
+    distinct,
+    head,
+    literal,
+    new_figure,
+    percent_axis,
+    rounds_axis,
+    save_figure,
+)
 from fdcr_fast.sim.run.figures import (
     attack_success_figure,
     clients_figure,
@@ -77,8 +86,8 @@ def summary_figure(results: StudyResults) -> Figure:
                 reported = row.paper[index] if row.paper else None
                 if reported is not None:
                     axes.plot(reported[measure], place + offset, "o", color=colour, markersize=6, fillstyle="none")
-        axes.set_title(setting.name, fontsize=10)
-        axes.set_yticks(range(len(study.rows)), labels=[row.name for row in study.rows], fontsize=8)
+        axes.set_title(literal(setting.name), fontsize=10)
+        axes.set_yticks(range(len(study.rows)), labels=[literal(row.name) for row in study.rows], fontsize=8)
         axes.set_ylim(len(study.rows) - 0.4, -0.6)
         axes.set_xlim(-2, 102)
         axes.grid(alpha=0.3)
@@ -116,9 +125,9 @@ def rounds_figure(results: StudyResults) -> Figure:
             (lines[row.name],) = axes.plot(steps, values.mean(0), color=colours(index), **distinct(index, len(steps)))
             axes.fill_between(steps, values.min(0), values.max(0), color=colours(index), alpha=0.15, linewidth=0)
         percent_axis(axes, f"{label} (%)")
-        axes.set_title(setting, fontsize=10)
+        axes.set_title(literal(setting), fontsize=10)
         rounds_axis(axes, max(run.config.rounds for run in results.runs))
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(lines.values(), map(literal, lines), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return figure
 
 
@@ -149,7 +158,7 @@ def ranks_figure(results: StudyResults) -> Figure:
         for axes, (done, rule) in zip(panels[columns * line :], shown, strict=False):
             axes.set_visible(True)
             ranks_panel(axes, done.result, rule)
-            axes.set_title(f"{done.run.label}: {rule}", fontsize=10)
+            axes.set_title(literal(f"{done.run.label}: {rule}"), fontsize=10)
     ranks_legend(figure)
     return figure
 

@@ -31,7 +31,7 @@ def study_progress(console: Console, runs: Sequence[Run]) -> Iterator[StudyProgr
         console: Where to show it.
         runs: The runs that are going to be executed, each once.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as bar:
         total = bar.add_task("study", total=sum(map(_size, runs)), figures=f"0 of {len(runs)} runs")
         tasks: dict[str, TaskID] = {}
@@ -46,7 +46,9 @@ def study_progress(console: Console, runs: Sequence[Run]) -> Iterator[StudyProgr
                 trained[name] = _size(run)
                 bar.remove_task(tasks.pop(name))
                 bar.update(total, completed=sum(trained.values()), figures=f"{ended} of {len(runs)} runs")
-                bar.console.print(f"{run.label}: {event.error or 'finished'} ({name})", highlight=False, soft_wrap=True)
+                bar.console.print(
+                    f"{run.label}: {event.error or 'finished'} ({name})", markup=False, highlight=False, soft_wrap=True
+                )
             elif event.progress is None:
                 tasks[name] = bar.add_task(run.label, total=_size(run), figures="")
             else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from fdcr_fast.sim.run.folder import write_atomically
+from fdcr_fast.sim.run.folder import content_of, write_atomically
 from fdcr_fast.sim.study.results import StudyResults
 from fdcr_fast.sim.study.spec import Run, Study
 
@@ -69,7 +69,8 @@ class StudyRecord(BaseModel):
             FileNotFoundError: there is none.
             ValueError: it is not valid.
         """
-        return cls.model_validate_json((out / _NAME).read_bytes())
+        with content_of(out / _NAME):
+            return cls.model_validate_json((out / _NAME).read_bytes())
 
     def write(self, out: Path) -> None:
         """Keep it in a folder."""

@@ -24,7 +24,7 @@ from fdcr_fast.sim.study.folder import StudyRunFolder
 from fdcr_fast.sim.study.record import StudyRecord
 from tests.support.tiny import tiny_config
 
-HOSTILE = "<script>alert('x')</script> & \"quotes\""
+HOSTILE = "<script>alert('x')</script> & \"quotes\" for $\\frac{$"
 VOID = {"meta", "img"}
 
 
@@ -153,6 +153,7 @@ def test_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the command --seeds 2" in page.text
     results = record.results(out)
     assert len(results.finished) == 4
+    assert "The study has not finished: 4 of 6 runs are done." in page.text
     for line in results.table("").lines:
         assert set(line) <= set(page.cells)
     for done in results.finished:

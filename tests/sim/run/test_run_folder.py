@@ -5,6 +5,8 @@ import errno
 import itertools
 import json
 import os
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,13 @@ from fdcr_fast.sim.execution.forkserver import forkserver_context
 from fdcr_fast.sim.run import figures, folder, metrics
 from fdcr_fast.sim.run.folder import RunFolder, append_records, read_records, write_atomically
 from tests.support.tiny import tiny_config, without_costs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    simulate(tiny_config(), folder)
+    return folder
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
@@ -117,6 +126,17 @@ def test_folders_that_cannot_be_resumed_are_named(tmp_path: Path) -> None:
     (tmp_path / "clients.csv").write_bytes(content[:-5])
     with pytest.raises(ValueError, match=r"clients\.csv has .* bytes, its checkpoint expects"):
         RunFolder(tmp_path).load()
+
+
+@pytest.mark.parametrize("content", [b"no record", b"\xff\xfe", b"PK\x03\x04", b"\x80\x04pickled"])
+@pytest.mark.parametrize("name", ["config.yaml", "rounds.csv", "checkpoint.npz", "summary.json"])
+def test_a_damaged_file_is_named(finished: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    copy = RunFolder(shutil.copytree(finished, tmp_path / "copy"))
+    path = copy.path / name
+    path.write_bytes(content.ljust(path.stat().st_size))  # of the size that the checkpoint expects
+    with pytest.raises(ValueError, match=re.escape(str(path))) as raised:
+        copy.config(), copy.read(), copy.summary()
+    assert "unsafe" not in str(raised.value), "what NumPy says of files with code in them"
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
