@@ -19,7 +19,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from fdcr_fast import cli
+from fdcr_fast import cli, commands
 from fdcr_fast.sim import SimulationConfig, simulate
 from fdcr_fast.sim.datasets.dataset import Dataset
 from fdcr_fast.sim.datasets.readers import load_dataset
@@ -458,7 +458,7 @@ def test_the_command_runs_a_study_and_reports(tmp_path: Path, monkeypatch: pytes
     assert refused.exit_code == 1
     assert "nothing was run, as 1 of 1 runs cannot start:\n- bad, seed 0: trigger: pixels" in refused.output
     assert len(list((out / "runs").iterdir())) == 1
-    monkeypatch.setattr(cli, "check", lambda runs: None)
+    monkeypatch.setattr(commands, "check", lambda runs: None)
     failed = CliRunner().invoke(cli.cli, bad, catch_exceptions=False)
     assert failed.exit_code == 1
     assert "1 runs failed" in failed.output
@@ -490,7 +490,7 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path: Path, monkeypatch: pyt
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "execute", interrupt)
+    monkeypatch.setattr(commands, "execute", interrupt)
     file = tmp_path / "my study.yaml"
     file.write_text(yaml.safe_dump(TINY))
     done = CliRunner().invoke(cli.cli, ["study", str(file), "--out", str(tmp_path / "out"), "--seeds", "1"])
@@ -500,7 +500,7 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path: Path, monkeypatch: pyt
 
 
 def test_reproducing_without_data_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "execute", lambda *_: pytest.fail("there are no data"))
+    monkeypatch.setattr(commands, "execute", lambda *_: pytest.fail("there are no data"))
     done = CliRunner().invoke(cli.cli, ["reproduce", "table2", "--out", str(tmp_path / "out")], catch_exceptions=False)
     assert done.exit_code == 1
     assert "nothing was run, as 12 of 12 runs cannot start" in done.output
