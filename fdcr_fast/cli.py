@@ -109,6 +109,8 @@ def simulate_command(config: Path | None, out: Path | None, resumed: Path | None
 simulate_command.params += [config_option(name, field) for name, field in Settings.model_fields.items()]
 
 
+RUNS_AT_A_TIME = "Runs at a time. [default: as many as the cores suffice for]"
+
 F = TypeVar("F", bound=Callable[..., None])
 
 
@@ -127,7 +129,7 @@ def _study_options(command: F) -> F:
             type=click.Path(exists=True, file_okay=False, path_type=Path),
             help="Folder with the data sets' files; nothing is downloaded.",
         ),
-        click.option("--workers", type=click.IntRange(min=1), help="Runs at a time. [default: number of cores]"),
+        click.option("--workers", type=click.IntRange(min=1), help=RUNS_AT_A_TIME),
     ):
         command = option(command)
     return command
@@ -181,7 +183,7 @@ def reproduce(
     help="Folder for everything.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="How many, counted from 0.")
-@click.option("--workers", type=click.IntRange(min=1), help="Runs at a time. [default: number of cores]")
+@click.option("--workers", type=click.IntRange(min=1), help=RUNS_AT_A_TIME)
 def demo(out: Path, seeds: int, workers: int | None) -> None:
     """Compare FedAvg, FLAME, FDCR, CoalitionFDCR and an oracle against a backdoor; takes half a minute.
 
