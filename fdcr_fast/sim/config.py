@@ -175,6 +175,11 @@ class SimulationConfig(Settings):
         return self.participants
 
     @property
+    def local_passes(self) -> int:
+        """How far a client gets in a round that is not slow: its epochs, or its steps where those are given."""
+        return self.local_epochs if self.local_steps is None else self.local_steps
+
+    @property
     def sgd(self) -> SGD:
         """How everybody trains."""
         return SGD(self.batch_size, self.lr, self.momentum, self.weight_decay)

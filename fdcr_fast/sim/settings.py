@@ -74,7 +74,7 @@ class Settings(BaseModel):
         ge=0,
         le=1,
         description="Probability that one gets through 0 to local_epochs - 1 epochs only, which are all equally "
-        "likely; with 0 it sends nothing.",
+        "likely (or steps, with local_steps); with 0 it sends nothing.",
     )
     split: Annotated[str, OneOf(*NAMES["splits"])] = Field(
         default="dirichlet", description="How images are dealt to clients."
@@ -216,6 +216,11 @@ class Settings(BaseModel):
         default=None, description="Save the global model as safetensors after every so many rounds."
     )
     local_epochs: PositiveInt = Field(default=10, description="Epochs of local training per round.")
+    local_steps: PositiveInt | None = Field(
+        default=None,
+        description="Batches of local training per round instead of epochs: of all of a client's images in random "
+        "order, and again if these are not enough.",
+    )
     batch_size: PositiveInt = Field(default=64, description="Batch size of local training.")
     lr: PositiveFloat = Field(default=0.01, description="Learning rate of local SGD.")
     loss: Annotated[str, PartName("losses", "cross_entropy")] = Field(
