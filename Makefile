@@ -1,7 +1,7 @@
 # make demo   sets everything up and shows FDCR defending (or failing to defend) a small federation
 # make test   sets everything up and runs the tests
 # make quick  the same for a part of them that looks at everything once, in under two minutes
-# make test-integrations   the same for Flower, NVFlare and ByzFL
+# make test-integrations   the same for Flower, NVFlare and ByzFL, and for TensorBoard, Weights & Biases and MLflow
 # make docs   builds the documentation in build/site, with its two notebooks executed
 # make wheel  builds a wheel for every Python in build/wheels; make wheel-test tries it in empty environments
 # All need only Python >= 3.10 with venv; a C++17 compiler makes the kernels fast. `make CPU=1 test` takes the PyTorch
@@ -34,10 +34,10 @@ quick: $(VENV)/installed
 		tests/store/test_update_store.py tests/state_dicts tests/sim/run/test_federation.py tests/test_layout.py tests/test_readme.py \
 		tests/test_self_test.py
 
-# Against the real frameworks and their simulators, in an environment on top of the first one: their pins differ from
-# what that one has, and torch is not installed again.
+# Against the real frameworks and their simulators, and loggers, in an environment on top of the first one: their pins
+# differ from what that one has, and torch is not installed again.
 test-integrations: $(VENV)/frameworks/installed
-	$(VENV)/frameworks/bin/python -m pytest tests/integrations
+	$(VENV)/frameworks/bin/python -m pytest tests/integrations tests/sim/loggers
 
 # Warnings are errors, a link that leads nowhere and a cell that fails among them.
 docs: $(VENV)/documented
@@ -110,7 +110,7 @@ $(VENV)/frameworks/installed: $(VENV)/installed
 	$(BIN)/python -m venv $(VENV)/frameworks
 	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE_PACKAGES)')')" \
 		> "$$($(VENV)/frameworks/bin/python -c '$(SITE_PACKAGES)')/first_environment.pth"
-	$(VENV)/frameworks/bin/python -m pip install "fdcr_fast[flower,nvflare,byzfl]"
+	$(VENV)/frameworks/bin/python -m pip install "fdcr_fast[flower,nvflare,byzfl,tensorboard,wandb,mlflow]"
 	touch $@
 
 $(VENV)/documented: $(VENV)/installed

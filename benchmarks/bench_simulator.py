@@ -1,4 +1,5 @@
-"""Clients per second of whole simulators, each in processes of its own: ``python -m benchmarks.bench_simulator``.
+"""Clients per second of whole simulators, each in processes of its own: ``python -m benchmarks.bench_simulator``, with
+``--task resnet18`` or ``--task lstm`` of models that train by autograd.
 
 Peers other than plain loops run in virtual environments under ``--environments``, which are made when they are not
 there; that takes a package index once. They see this environment's torch instead of a copy.
@@ -16,28 +17,24 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.simulators.task import TASKS
 from benchmarks.tables import RESULTS, Report, Tables
 
 HERE = Path(__file__).parent
-CLIENTS = 200
 # It needs a JAX of its time.
 FEDJAX = ("fedjax", "jax==0.4.25", "jaxlib==0.4.25", "dm-haiku<0.0.13", "numpy<2", "scipy<1.13")
-REPORT = Report(
-    "simulator",
-    "Simulators: clients per second",
-    "python -m benchmarks.bench_simulator",
-    """\
-FedAvg of the paper's CNN on Fashion-MNIST: 200 clients of 50 images, one epoch, batches of 64, SGD with
+NAMES = {"cnn": "the paper's CNN", "resnet18": "ResNet-18", "lstm": "LEAF's LSTM"}
+TEXT = """\
+FedAvg of {model} on {name}: {clients} clients of {samples} samples, one epoch, batches of {batch}, SGD with
 momentum. Measured is training and aggregation of all clients, without evaluation, starting and the first round.
 *clients/s* is the median over rounds and repeats, which take turns; *spread* the smallest and largest. *x* is the rate
 of our row over that of the peer: a peer of one process is compared with one process of ours, all others with one of
 ours per core. Every process has one thread, "threads" are those of one process, and FedJAX takes what it wants. Of pfl,
 as many processes run at once as there are cores, each with all clients, and their rates are added. FDCR's clients also
-compute and send a Fisher. Flower and naive FDCR, which are slow, run one timed round per repeat.""",
-)
+compute and send a Fisher. Flower and naive FDCR, which are slow, run one timed round per repeat."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +74,25 @@ class Contender:
             (folder / "complete").touch()
         return str(python)
 
-    def measure(self, python: str, data: Path, rounds: int, timeout: float) -> tuple[str, list[float]]:
+    def measure(self, python: str, data: Path, rounds: int, clients: int, timeout: float) -> tuple[str, list[float]]:
         """Its version, and clients per second of every round."""
         command = [python, str(HERE / "simulators" / self.script), str(data)]
         command += [str(min(rounds, self.most_rounds)), str(self.threads)]
         with ThreadPoolExecutor(self.copies) as pool:
             outputs = list(pool.map(lambda _: run([*command, *self.arguments], timeout), range(self.copies)))
         found = [json.loads(output.strip().splitlines()[-1]) for output in outputs]
-        rates = zip(*([CLIENTS / seconds for seconds in each["seconds"]] for each in found), strict=True)
+        rates = zip(*([clients / seconds for seconds in each["seconds"]] for each in found), strict=True)
         return found[0]["version"], [sum(rate) for rate in rates]
+
+
+RUNNING: set[int] = set()  # groups of processes
+
+
+def _end(*_: object) -> None:
+    """End, and all that runs for the benchmark with it."""
+    for group in RUNNING:
+        os.killpg(group, signal.SIGKILL)
+    sys.exit(1)
 
 
 def run(command: list[str], timeout: float) -> str:
@@ -94,6 +101,7 @@ def run(command: list[str], timeout: float) -> str:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
+    RUNNING.add(process.pid)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -102,9 +110,22 @@ def run(command: list[str], timeout: float) -> str:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        RUNNING.discard(process.pid)
     if process.returncode != 0:
         raise RuntimeError((output.strip().splitlines() or ["no output"])[-1])
     return output
+
+
+def report_of(name: str) -> Report:
+    """A table of its own for each task; the first has the benchmark's name."""
+    first, plain = next(iter(TASKS)), asdict(TASKS[name])
+    command = "python -m benchmarks.bench_simulator"
+    return Report(
+        "simulator" if name == first else f"simulator_{name}",
+        f"Simulators: clients per second{'' if name == first else f', {name}'}",
+        command if name == first else f"{command} --task {name}",
+        TEXT.format(**{**plain, "model": NAMES[name]}),
+    )
 
 
 def contenders(cores: int) -> dict[str, Contender]:
@@ -126,17 +147,25 @@ def contenders(cores: int) -> dict[str, Contender]:
     }
 
 
+def _short(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4, help="timed rounds of a process")
-    parser.add_argument("--repeats", type=int, default=2, help="processes of every contender, which take turns")
+    parser.add_argument("--task", choices=list(TASKS), default=next(iter(TASKS)), help="what is trained")
+    parser.add_argument("--rounds", type=int, help="timed rounds of a process, by default the task's")
+    parser.add_argument("--repeats", type=int, help="processes of every contender, which take turns")
     parser.add_argument("--only", action="append", help="part of a contender's name; may be given several times")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds of one process")
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds of one process")
     parser.add_argument("--write-results", action="store_true", help=f"write the table in {RESULTS}")
     parser.add_argument("--environments", type=Path, default=Path.home() / ".cache" / "fdcr_fast" / "simulators")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs ends with it
+    signal.signal(signal.SIGTERM, _end)
 
+    report, clients = report_of(options.task), TASKS[options.task].clients
+    rounds, repeats = TASKS[options.task].rounds
+    rounds, repeats = options.rounds or rounds, options.repeats or repeats
     cores = os.cpu_count() or 1
     chosen = {
         name: contender
@@ -154,16 +183,19 @@ def main() -> None:
             print(f"{name}: {versions[name]}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.npz"
-        run([sys.executable, str(HERE / "simulators" / "ours.py"), str(data), "0", "1", "fedavg", "1"], options.timeout)
-        for _ in range(options.repeats):
+        run(
+            [sys.executable, str(HERE / "simulators" / "ours.py"), str(data), "0", "1", options.task, "1"],
+            options.timeout,
+        )
+        for _ in range(repeats):
             for name, python in list(pythons.items()):
                 try:
-                    versions[name], found = chosen[name].measure(python, data, options.rounds, options.timeout)
+                    versions[name], found = chosen[name].measure(python, data, rounds, clients, options.timeout)
                     rates[name] += found
                 except (RuntimeError, ValueError, LookupError) as error:  # whatever the peer prints
                     versions[name] = f"failed: {error}"
                     del pythons[name]
-                print(f"{name}: {', '.join(f'{rate:.0f}' for rate in rates[name])} ({versions[name]})", flush=True)
+                print(f"{name}: {', '.join(map(_short, rates[name]))} ({versions[name]})", flush=True)
 
     tables = Tables(RESULTS if options.write_results else None, print)
     medians = {name: statistics.median(found) for name, found in rates.items() if found}
@@ -173,11 +205,11 @@ def main() -> None:
         ours = medians.get(f"fdcr_fast, {server}, " + ("1 process" if one or cores == 1 else f"{cores} processes"))
         cells = {"simulator": name, "version": versions[name], "clients/s": "", "spread": "", "x": ""}
         if name in medians:
-            cells["clients/s"] = f"{medians[name]:.0f}"
-            cells["spread"] = f"{min(rates[name]):.0f} - {max(rates[name]):.0f}"
+            cells["clients/s"] = _short(medians[name])
+            cells["spread"] = f"{_short(min(rates[name]))} - {_short(max(rates[name]))}"
             if ours is not None:
                 cells["x"] = f"{ours / medians[name]:.1f}"
-        tables.add(REPORT, name, cells, {"clients_per_second": rates[name]})
+        tables.add(report, name, cells, {"clients_per_second": rates[name]})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 import fdcr_fast
-from fdcr_fast import __main__, cli
+from fdcr_fast import __main__, cli, commands
 from fdcr_fast.sim import ProgressEvent, SimulationConfig, SimulationResult, simulate
 from fdcr_fast.sim.run import figures
 from fdcr_fast.sim.study import Run, Study, StudyEvent, StudyProgress
@@ -144,11 +144,11 @@ def test_unknown_settings_of_a_file_are_named(tmp_path: Path) -> None:
 
 
 def test_demo_compares_the_settings_of_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [row.name for row in cli.DEMO.rows] == ["FedAvg", "FLAME", "FDCR", "CoalitionFDCR", "oracle"]
+    assert [row.name for row in commands.DEMO.rows] == ["FedAvg", "FLAME", "FDCR", "CoalitionFDCR", "oracle"]
     study = Path(__file__).parents[1] / "docs" / "studies" / "digits.yaml"
     if study.exists():  # in a checkout
         recorded = Study.from_yaml(study.read_text()).runs()
-        assert all((run.row, run.config) in [(r.row, r.config) for r in recorded] for run in cli.DEMO.runs())
+        assert all((run.row, run.config) in [(r.row, r.config) for r in recorded] for run in commands.DEMO.runs())
 
     def in_this_process(runs: list[Run], folder: Path, _: object, tell: StudyProgress) -> None:
         for run in runs:
@@ -156,17 +156,17 @@ def test_demo_compares_the_settings_of_the_study(tmp_path: Path, monkeypatch: py
             StudyRunFolder(folder / run.folder).execute(run.config)
             tell(StudyEvent(run, ended=True))
 
-    monkeypatch.setattr(cli, "DEMO", cli.DEMO.model_copy(update={"base": {**cli.DEMO.base, **SMALL}}))
-    monkeypatch.setattr(cli, "execute", in_this_process)
+    monkeypatch.setattr(commands, "DEMO", commands.DEMO.model_copy(update={"base": {**commands.DEMO.base, **SMALL}}))
+    monkeypatch.setattr(commands, "execute", in_this_process)
     monkeypatch.setattr(figures, "write_figures", lambda *_: None)
     out = tmp_path / "demo"
     result = invoke("demo", "--out", str(out))
     assert result.exit_code == 0, result.output
-    for row in cli.DEMO.rows:
+    for row in commands.DEMO.rows:
         assert row.name in result.stdout
     assert (out / "attack-success.png").exists()
     assert "<svg" in (out / "attack-success.svg").read_text()
-    monkeypatch.setattr(cli, "execute", lambda runs, *_: runs and pytest.fail("what had finished is run again"))
+    monkeypatch.setattr(commands, "execute", lambda runs, *_: runs and pytest.fail("what had finished is run again"))
     assert invoke("demo", "--out", str(out)).exit_code == 0
     page = out / "report.html"
     assert str(page) in invoke("report", str(out)).stdout.replace("\n", "")
@@ -177,7 +177,7 @@ def test_an_interrupted_run_says_how_to_resume_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(figures, "write_figures", lambda *_: None)
     out = tmp_path / "my run"
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "simulate", interrupted_in("fdcr"))
+        patch.setattr(commands, "simulate", interrupted_in("fdcr"))
         kept, lost = invoke("simulate", *TINY, "--out", str(out)), invoke("simulate", *TINY)
     command = f"fdcr-fast simulate --resume '{out}'"
     assert (kept.exit_code, lost.exit_code) == (130, 130)

@@ -28,11 +28,11 @@ def train(message, context):
     if not data:
         data["images"], data["labels"] = map(torch.from_numpy, task.load(path))
     client = int(context.node_config["partition-id"])
-    model = task.model()
+    model = task.model(path)
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    optimizer = task.sgd(model)
+    optimizer = task.sgd(model, path)
     x, y = data["images"][client], data["labels"][client]
-    for batch in torch.randperm(len(y)).split(task.BATCH):
+    for batch in torch.randperm(len(y)).split(task.current(path).batch):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
         optimizer.step()
@@ -42,7 +42,7 @@ def train(message, context):
 
 def after_round(round, arrays):
     laps()
-    weights.append(torch.cat([x.flatten() for x in arrays.to_torch_state_dict().values()]))
+    weights.append(torch.cat([x.float().flatten() for x in arrays.to_torch_state_dict().values()]))
     assert round == 0 or not torch.equal(*weights[-2:]), "the clients have failed"
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 task.use_threads()
 images, labels = map(torch.from_numpy, task.load())
-server = task.model()
+server, batch = task.model(), task.current(task.ARGUMENTS[0]).batch
 
 
 def one_round():
@@ -17,12 +17,12 @@ def one_round():
     for x, y in zip(images, labels, strict=True):
         client = copy.deepcopy(server)
         optimizer = task.sgd(client)
-        for inputs, targets in DataLoader(TensorDataset(x, y), task.BATCH, shuffle=True):
+        for inputs, targets in DataLoader(TensorDataset(x, y), batch, shuffle=True):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(client(inputs), targets).backward()
             optimizer.step()
         states.append(client.state_dict())
-    mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    mean = {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
     server.load_state_dict(mean)
 
 

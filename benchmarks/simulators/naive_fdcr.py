@@ -12,7 +12,7 @@ from benchmarks.bench_aggregation import published
 
 task.use_threads()
 images, labels = map(torch.from_numpy, task.load())
-server = task.model()
+server, batch = task.model(), task.current(task.ARGUMENTS[0]).batch
 
 
 def flat(tensors):
@@ -35,7 +35,7 @@ def one_round():
     for x, y in zip(images, labels, strict=True):
         client, data = copy.deepcopy(server), TensorDataset(x, y)
         optimizer = task.sgd(client)
-        for inputs, targets in DataLoader(data, task.BATCH, shuffle=True):
+        for inputs, targets in DataLoader(data, batch, shuffle=True):
             optimizer.zero_grad()
             F.cross_entropy(client(inputs), targets).backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""This library: ``ours.py DATA ROUNDS THREADS SERVER WORKERS``. With DATA that is not there, it is made."""
+"""This library: ``ours.py DATA ROUNDS THREADS SERVER WORKERS``. With DATA that is not there, SERVER is its task."""
 
 from pathlib import Path
 
@@ -7,49 +7,66 @@ import task
 import torch
 
 import fdcr_fast
-from fdcr_fast.sim import SimulationConfig
+from fdcr_fast.sim import FederatedData, SimulationConfig
 from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.costs import Stopwatch
+from fdcr_fast.sim.parts import Given, Parts
 from fdcr_fast.sim.run.federation import Federation
 
-CLIENTS, SAMPLES = 200, 50
+
+def write_data(path: Path, name: str) -> None:
+    made = task.TASKS[name]
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(made.classes, (made.clients, made.samples), generator=generator)
+    if name == "cnn":
+        images, labels = of_fashion_mnist(made)
+    elif len(made.shape) == 1:
+        images = torch.randint(256, (*labels.shape, *made.shape), generator=generator)
+    else:
+        images = torch.randn(*labels.shape, *made.shape, generator=generator)
+    np.savez(path, images=images.numpy(), labels=labels.numpy(), task=np.array(name))
 
 
-def config(server: str, workers: int) -> SimulationConfig:
-    return SimulationConfig(
+def of_fashion_mnist(made: task.Task) -> tuple[torch.Tensor, torch.Tensor]:
+    config = SimulationConfig(
         dataset="fashion-mnist",
-        clients=CLIENTS,
+        clients=made.clients,
         split="dirichlet-mix",
-        samples_per_client=SAMPLES,
+        samples_per_client=made.samples,
         malicious=0,
         attack="none",
-        server=server,
-        fishers="needed",
-        local_epochs=1,
-        batch_size=task.BATCH,
-        lr=task.LR,
-        momentum=task.MOMENTUM,
-        weight_decay=task.WEIGHT_DECAY,
-        max_test_samples=100,
-        workers=workers,
     )
-
-
-def write_data(path: Path) -> None:
-    data = Federation(config("fedavg", 1)).data
-    clients = [data[client] for client in range(CLIENTS)]
+    data = Federation(config).data
+    clients = [data[client] for client in range(made.clients)]
     images = torch.stack([client.images[client.indices] for client in clients]).contiguous()
-    labels = torch.stack([client.labels[client.indices] for client in clients])
-    np.savez(path, images=images.numpy(), labels=labels.numpy())
+    return images, torch.stack([client.labels[client.indices] for client in clients])
 
 
 def main() -> None:
     path, server, workers = Path(task.ARGUMENTS[0]), task.ARGUMENTS[3], int(task.ARGUMENTS[4])
     if not path.exists():
-        write_data(path)
+        write_data(path, server)
         return
     task.use_threads()
-    federation = Federation(config(server, workers))
+    images, labels = map(torch.from_numpy, task.load())
+    made = task.current(str(path))
+    data = FederatedData(train=list(zip(images, labels, strict=True)), test=(images[0], labels[0]))
+    config = SimulationConfig(
+        clients=len(images),
+        min_samples=1,
+        malicious=0,
+        attack="none",
+        server=server,
+        model=made.model,
+        fishers="needed",
+        local_epochs=1,
+        batch_size=made.batch,
+        lr=made.lr,
+        momentum=task.MOMENTUM,
+        weight_decay=task.WEIGHT_DECAY,
+        workers=workers,
+    )
+    federation = Federation(config, parts=Parts.of(config, Given(data=data)))
     params, round = federation.initial_params, 0
 
     def one_round() -> None:

@@ -19,7 +19,14 @@ task.use_threads()
 images, labels = map(torch.from_numpy, task.load())
 
 
-class Network(torch.nn.Sequential):
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = task.model()
+
+    def forward(self, inputs):
+        return self.model(inputs)
+
     def loss(self, inputs, targets, eval=False):
         return torch.nn.functional.cross_entropy(self(inputs), targets)
 
@@ -34,7 +41,7 @@ class Lap(TrainingProcessCallback):
 
 
 laps = task.Laps()
-network = Network(*task.model())
+network, current = Network(), task.current(task.ARGUMENTS[0])
 users = iter(np.tile(np.arange(len(images)), task.rounds() + 2).tolist())
 dataset = FederatedDataset(lambda user: Dataset([images[user], labels[user]]), lambda: next(users))
 model = PyTorchModel(
@@ -51,7 +58,7 @@ FederatedAveraging().run(
     ),
     SimulatedBackend(dataset, dataset),
     model,
-    NNTrainHyperParams(local_batch_size=task.BATCH, local_num_epochs=1, local_learning_rate=task.LR),
+    NNTrainHyperParams(local_batch_size=current.batch, local_num_epochs=1, local_learning_rate=current.lr),
     NNEvalHyperParams(local_batch_size=1024),
     callbacks=[Lap()],
 )

@@ -1,4 +1,4 @@
-"""What every simulator runs: FedAvg of the paper's CNN, one epoch of SGD per client, on data from a file.
+"""What every simulator runs: FedAvg of one of these models, one epoch of SGD per client, on data from a file.
 
 A contender is a script ``NAME.py DATA ROUNDS THREADS``, which prints one line of JSON as its last: its version, and the
 seconds of each round after the first.
@@ -10,19 +10,57 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from torch import nn
 
 from fdcr_fast.sim.training.models import build_model
+from fdcr_fast.sim.training.text import lstm
 
-BATCH, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.01, 0.9, 1e-5
+MOMENTUM, WEIGHT_DECAY = 0.9, 1e-5
 ARGUMENTS = sys.argv[1:]
 
 
+@dataclass(frozen=True)
+class Task:
+    """A model and its data.
+
+    Attributes:
+        name: Of the data.
+        samples: Of each client.
+        model: Its name in the simulator.
+        rounds: Timed ones of a process, and how many processes of every contender take turns.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    classes: int
+    clients: int
+    samples: int
+    batch: int
+    lr: float
+    model: str
+    rounds: tuple[int, int]
+
+
+TASKS = {
+    "cnn": Task("Fashion-MNIST", (1, 28, 28), 10, 200, 50, 64, 0.01, "cnn", (4, 2)),
+    "resnet18": Task("noise of CIFAR-10's shape", (3, 32, 32), 10, 20, 100, 32, 0.01, "resnet18", (1, 1)),
+    "lstm": Task("80 random bytes, of which the next is told", (80,), 256, 20, 20, 10, 0.1, "lstm", (2, 1)),
+}
+
+
+@cache
+def current(path: str) -> Task:
+    with np.load(path) as arrays:
+        return TASKS[str(arrays["task"])]
+
+
 def load(path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Images ``[K, n, 1, 28, 28]`` and labels ``[K, n]``."""
+    """Inputs ``[K, n, *shape]`` and labels ``[K, n]``."""
     with np.load(path or ARGUMENTS[0]) as arrays:
         return arrays["images"], arrays["labels"]
 
@@ -35,12 +73,16 @@ def use_threads() -> None:
     torch.set_num_threads(int(ARGUMENTS[2]))
 
 
-def model() -> nn.Module:
-    return build_model("cnn", (1, 28, 28), 10, seed=0)
+def model(path: str | None = None) -> nn.Module:
+    task = current(path or ARGUMENTS[0])
+    return build_model(
+        (lambda known: lstm(**known)) if task.model == "lstm" else task.model, task.shape, task.classes, 0
+    )
 
 
-def sgd(network: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+def sgd(network: nn.Module, path: str | None = None) -> torch.optim.SGD:
+    task = current(path or ARGUMENTS[0])
+    return torch.optim.SGD(network.parameters(), lr=task.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
 class Laps:

@@ -26,6 +26,8 @@ from fdcr_fast.ops.squared_grads import (
 from fdcr_fast.ops.tiles import STRETCH
 from fdcr_fast.ops.vectors import aggregate_vectors, vector_range
 
+from fdcr_fast.ops import backends  # noqa: F401  isort: skip  # kernels take the place of what is above
+
 __all__ = [
     "STRETCH",
     "aggregate_vectors",

@@ -1,23 +1,11 @@
 """Federated simulator: clients, attackers and a server in one process. Needs the extra ``fdcr_fast[sim]``."""
 
-from fdcr_fast.sim.config import SimulationConfig
-from fdcr_fast.sim.datasets.federated import FederatedData
-from fdcr_fast.sim.run.callbacks import Callback, FinishedRound, PartError
-from fdcr_fast.sim.run.records import ClientRecord, RoundRecord, Summary
-from fdcr_fast.sim.run.result import ProgressEvent, SimulationResult
-from fdcr_fast.sim.run.simulation import resume, simulate
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Callback",
-    "ClientRecord",
-    "FederatedData",
-    "FinishedRound",
-    "PartError",
-    "ProgressEvent",
-    "RoundRecord",
-    "SimulationConfig",
-    "SimulationResult",
-    "Summary",
-    "resume",
-    "simulate",
-]
+from fdcr_fast._lazy import public_names
+
+if TYPE_CHECKING:
+    from fdcr_fast.sim._public import *  # noqa: F403
+    from fdcr_fast.sim._public import __all__ as __all__
+else:
+    __getattr__, __dir__ = public_names(__name__)

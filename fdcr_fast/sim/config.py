@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import yaml
 from pydantic import field_validator, model_validator
 
 from fdcr_fast.rules.base import AggregationRule
@@ -40,12 +39,6 @@ class SimulationConfig(Settings):
             frozenset(value) if isinstance(value, dict) else value for _, value in self
         )  # whose values have no hash
         return hash(tuple(values))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_keys(cls, fields: Any) -> Any:
-        check_keys("setting", fields, cls.model_fields)
-        return fields
 
     @field_validator("device")
     @classmethod
@@ -182,6 +175,11 @@ class SimulationConfig(Settings):
         return self.participants
 
     @property
+    def local_passes(self) -> int:
+        """How far a client gets in a round that is not slow: its epochs, or its steps where those are given."""
+        return self.local_epochs if self.local_steps is None else self.local_steps
+
+    @property
     def sgd(self) -> SGD:
         """How everybody trains."""
         return SGD(self.batch_size, self.lr, self.momentum, self.weight_decay)
@@ -192,22 +190,3 @@ class SimulationConfig(Settings):
             return frozenset(self.malicious)
         order = torch.randperm(self.clients, generator=torch_generator(self.seed, "attackers"))
         return frozenset(order[: round(self.malicious * self.clients)].tolist())
-
-    def to_yaml(self) -> str:
-        """All fields as YAML that :meth:`from_yaml` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-    @classmethod
-    def from_yaml(cls, text: str, overrides: Mapping[str, Any] | None = None) -> SimulationConfig:
-        """Read fields from YAML; ``overrides`` win.
-
-        Raises:
-            ValueError: not a YAML mapping, or invalid fields.
-        """
-        try:
-            fields = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"not valid YAML: {error}") from error
-        if not isinstance(fields, dict | None):
-            raise ValueError(f"expected a mapping of settings, got {type(fields).__name__}")
-        return cls.model_validate({**(fields or {}), **(overrides or {})})

@@ -1,9 +1,56 @@
-"""Names that a person wrote, against those that there are."""
+"""The names that settings take, and what is said of others.
+
+The names are those of tables whose rows need PyTorch: what the command line says of them does not have to wait for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
+
+NAMES = {
+    "attacker_fishers": (
+        "honest",
+        "random",
+        "clean",
+        "benign-model",
+        "benign-mean",
+        "noisy-benign-mean",
+        "scaled",
+        "constant",
+    ),
+    "attacker_trainings": ("plain", "constrain-l2", "constrain-cosine", "pgd", "neurotoxin"),
+    "attacker_updates": ("plain", "scale", "norm-match", "sign-flip", "gaussian", "alie", "ipm"),
+    "attacks": ("none", "badnets", "blended", "dba", "edge-case", "label-flip"),
+    "clusterings": ("finch", "kmeans", "dbscan"),
+    "datasets": ("digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "usps"),
+    "discrepancies": ("mse", "l2", "cosine"),
+    "informed_baselines": ("oracle",),
+    "models": ("auto", "cnn", "mlp", "lenet", "resnet18", "resnet18-gn", "vgg11", "vit"),
+    "rules": (
+        "fedavg",
+        "fdcr",
+        "coalition-fdcr",
+        "norm-clipping",
+        "median",
+        "trimmed-mean",
+        "krum",
+        "multi-krum",
+        "geometric-median",
+        "bulyan",
+        "foolsgold",
+        "rlr",
+        "dnc",
+        "flame",
+        "alignins",
+        "crfl",
+        "multi-metrics",
+        "fltrust",
+        "finetuning",
+        "sageflow",
+    ),
+    "splits": ("dirichlet", "writer", "dirichlet-mix"),
+}
 
 
 def _plain(name: str) -> str:

@@ -8,11 +8,10 @@ from pathlib import Path
 import yaml
 from pydantic import AfterValidator, ValidationError
 
-from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER, Pixels
 from fdcr_fast.sim.attacks.schedule import parse_rounds
-from fdcr_fast.sim.datasets.readers import DATASETS
+from fdcr_fast.sim.attacks.trigger import PAPER_TRIGGER, Pixels
 from fdcr_fast.sim.imports import installed, is_path
-from fdcr_fast.sim.names import did_you_mean
+from fdcr_fast.sim.names import NAMES, did_you_mean
 
 
 class OneOf(AfterValidator):
@@ -152,11 +151,13 @@ def check_dataset(name: str) -> str:
     """The name of a data set, a file's absolute path, or an import path."""
     if name.endswith(".npz"):
         return str(absolute(Path(name)))
-    known = (*DATASETS, *installed("datasets"))
+    known = (*NAMES["datasets"], *installed("datasets"))
     if name in known or is_path(name):
         return name
     also = f"(or {', '.join([*installed('datasets'), 'package.module:name'])})"
-    raise ValueError(f"expected one of {', '.join(DATASETS)} or a file FILE.npz{did_you_mean(name, known)} {also}")
+    raise ValueError(
+        f"expected one of {', '.join(NAMES['datasets'])} or a file FILE.npz{did_you_mean(name, known)} {also}"
+    )
 
 
 def explain(error: ValidationError, *, flags: bool = True) -> str:

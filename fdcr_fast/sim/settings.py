@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -14,18 +16,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    model_validator,
 )
+from typing_extensions import Self
 
-from fdcr_fast.rules.fdcr.clustering import CLUSTERINGS
-from fdcr_fast.rules.fdcr.discrepancy import SCORES
-from fdcr_fast.rules.table import RULES
-from fdcr_fast.sim.attacks.fishers import ATTACKER_FISHERS
-from fdcr_fast.sim.attacks.poison import ATTACKS, PAPER_TRIGGER, Pixels
-from fdcr_fast.sim.attacks.training import ATTACKER_TRAININGS
-from fdcr_fast.sim.attacks.updates import ATTACKER_UPDATES
-from fdcr_fast.sim.datasets.readers import DATASETS
-from fdcr_fast.sim.datasets.splits import PARTITIONS
+from fdcr_fast.sim.attacks.trigger import PAPER_TRIGGER, Pixels
 from fdcr_fast.sim.imports import SHIPPED
+from fdcr_fast.sim.names import NAMES, check_keys
 from fdcr_fast.sim.notation import (
     OneOf,
     PartName,
@@ -45,8 +42,6 @@ from fdcr_fast.sim.notation import (
     parse_spans,
     parse_trigger,
 )
-from fdcr_fast.sim.servers import INFORMED_BASELINES
-from fdcr_fast.sim.training.models import MODELS
 
 
 class Settings(BaseModel):
@@ -56,8 +51,8 @@ class Settings(BaseModel):
 
     dataset: Annotated[str, AfterValidator(check_dataset)] = Field(
         default="digits",
-        description=f"{', '.join([*DATASETS, *SHIPPED['datasets']])}, FILE.npz with x_train y_train x_test y_test, or "
-        "package.module:name of a function that returns a FederatedData.",
+        description=f"{', '.join([*NAMES['datasets'], *SHIPPED['datasets']])}, FILE.npz with x_train y_train x_test "
+        "y_test, or package.module:name of a function that returns a FederatedData.",
     )
     dataset_options: Annotated[dict[str, Any], BeforeValidator(parse_mapping)] = Field(
         default={}, description="Arguments of that function by name."
@@ -79,9 +74,9 @@ class Settings(BaseModel):
         ge=0,
         le=1,
         description="Probability that one gets through 0 to local_epochs - 1 epochs only, which are all equally "
-        "likely; with 0 it sends nothing.",
+        "likely (or steps, with local_steps); with 0 it sends nothing.",
     )
-    split: Annotated[str, OneOf(*PARTITIONS)] = Field(
+    split: Annotated[str, OneOf(*NAMES["splits"])] = Field(
         default="dirichlet", description="How images are dealt to clients."
     )
     beta: PositiveFloat = Field(default=0.5, description="Dirichlet concentration; smaller is more heterogeneous.")
@@ -103,7 +98,7 @@ class Settings(BaseModel):
         "in others they are benign.",
     )
     warmup_rounds: NonNegativeInt = Field(default=0, description="First rounds, in which nobody attacks.")
-    attack: Annotated[str, PartName("attacks", *ATTACKS)] = Field(
+    attack: Annotated[str, PartName("attacks", *NAMES["attacks"])] = Field(
         default="badnets",
         description="What the data of malicious clients say; trigger-words, of texts; or package.module:name of an "
         "attack of your own.",
@@ -125,7 +120,7 @@ class Settings(BaseModel):
         default=None,
         description="FILE.npz; edge-case: x_train and x_test; blended: pattern, one image (without a file, noise).",
     )
-    attacker_training: Annotated[str, OneOf(*ATTACKER_TRAININGS)] = Field(
+    attacker_training: Annotated[str, OneOf(*NAMES["attacker_trainings"])] = Field(
         default="plain", description="How malicious clients train."
     )
     attacker_alpha: float = Field(
@@ -138,7 +133,7 @@ class Settings(BaseModel):
         default=None,
         description="pgd: radius; norm-match: norm of the update; auto is the norm that clean data would give.",
     )
-    attacker_update: Annotated[str, OneOf(*ATTACKER_UPDATES)] = Field(
+    attacker_update: Annotated[str, OneOf(*NAMES["attacker_updates"])] = Field(
         default="plain", description="What malicious clients send of what they trained."
     )
     attacker_factor: Annotated[PositiveFloat | None, BeforeValidator(parse_auto)] = Field(
@@ -149,7 +144,7 @@ class Settings(BaseModel):
     attacker_view: Literal["benign", "attackers"] = Field(
         default="benign", description="sign-flip, ipm, alie: whose updates the mean and deviation are taken of."
     )
-    attacker_fisher: Annotated[str, OneOf(*ATTACKER_FISHERS)] = Field(
+    attacker_fisher: Annotated[str, OneOf(*NAMES["attacker_fishers"])] = Field(
         default="honest",
         description="The Fisher that malicious clients upload; random is the published code's setting.",
     )
@@ -158,15 +153,15 @@ class Settings(BaseModel):
         description="scaled: factor, auto 10; noisy-benign-mean: log-normal noise, auto 0.1; constant: value, auto 1.",
     )
 
-    server: Annotated[str, PartName("rules", *RULES, *INFORMED_BASELINES)] = Field(
+    server: Annotated[str, PartName("rules", *NAMES["rules"], *NAMES["informed_baselines"])] = Field(
         default="fdcr",
         description="Aggregation rule, or package.module:name of one of your own; oracle is a baseline that is told "
         "who is malicious.",
     )
-    discrepancy: Annotated[str, OneOf(*SCORES)] = Field(
+    discrepancy: Annotated[str, OneOf(*NAMES["discrepancies"])] = Field(
         default="mse", description="FDCR: how far from the mean update."
     )
-    cluster: Annotated[Annotated[str, OneOf(*CLUSTERINGS)] | None, BeforeValidator(parse_none)] = Field(
+    cluster: Annotated[Annotated[str, OneOf(*NAMES["clusterings"])] | None, BeforeValidator(parse_none)] = Field(
         default="finch", description="FDCR: clustering of the discrepancies; none drops nobody."
     )
     partition: Literal["first", "last"] | NonNegativeInt = Field(
@@ -206,7 +201,7 @@ class Settings(BaseModel):
     )
 
     rounds: PositiveInt = Field(default=50, description="Communication rounds.")
-    model: Annotated[str, PartName("models", *MODELS)] = Field(
+    model: Annotated[str, PartName("models", *NAMES["models"])] = Field(
         default="auto",
         description="auto is the paper's cnn for images of 16 pixels or more, else mlp; lstm and transformer are for "
         "texts; or package.module:name of a function that returns an nn.Module.",
@@ -221,6 +216,11 @@ class Settings(BaseModel):
         default=None, description="Save the global model as safetensors after every so many rounds."
     )
     local_epochs: PositiveInt = Field(default=10, description="Epochs of local training per round.")
+    local_steps: PositiveInt | None = Field(
+        default=None,
+        description="Batches of local training per round instead of epochs: of all of a client's images in random "
+        "order, and again if these are not enough.",
+    )
     batch_size: PositiveInt = Field(default=64, description="Batch size of local training.")
     lr: PositiveFloat = Field(default=0.01, description="Learning rate of local SGD.")
     loss: Annotated[str, PartName("losses", "cross_entropy")] = Field(
@@ -265,3 +265,28 @@ class Settings(BaseModel):
         description="Benign clients that train at a time as one batched model, which a GPU needs to be busy; the "
         "rounding of results depends on it.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, fields: Any) -> Any:
+        check_keys("setting", fields, cls.model_fields)
+        return fields
+
+    def to_yaml(self) -> str:
+        """All fields as YAML that :meth:`from_yaml` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read fields from YAML; ``overrides`` win.
+
+        Raises:
+            ValueError: not a YAML mapping, or invalid fields.
+        """
+        try:
+            fields = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"not valid YAML: {error}") from error
+        if not isinstance(fields, dict | None):
+            raise ValueError(f"expected a mapping of settings, got {type(fields).__name__}")
+        return cls.model_validate({**(fields or {}), **(overrides or {})})

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from fdcr_fast.sim import SimulationConfig
-from fdcr_fast.sim.attacks.poison import PAPER_TRIGGER
+from fdcr_fast.sim.attacks.trigger import PAPER_TRIGGER
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -100,6 +102,19 @@ def smooth(output: Tensor, labels: Tensor) -> Tensor:
 
 def nesterov(parameters: Any, lr: float, momentum: float = 0.5) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr, momentum=momentum, nesterov=True)
+
+
+def unseeded(clients: int) -> FederatedData:
+    """Data of another random draw whenever it is called, as nothing is seeded here."""
+    return FederatedData(
+        train=[colours(20, seed=int(torch.randint(1000, ()))) for _ in range(clients)], test=colours(60)
+    )
+
+
+def noting(parameters: Any, lr: float, folder: str) -> torch.optim.Optimizer:
+    """Leaves a file that is named after this process and the one that it was forked from."""
+    (Path(folder) / f"{os.getpid()}-{os.getppid()}").touch()
+    return torch.optim.SGD(parameters, lr)
 
 
 class Stop(Callback):

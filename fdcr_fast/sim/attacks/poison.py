@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fdcr_fast.sim.attacks.trigger import PAPER_TRIGGER, Pixels
 from fdcr_fast.sim.datasets.dataset import as_images
 from fdcr_fast.sim.seeding import torch_generator
-
-Pixels = tuple[tuple[int, int], ...]
-PAPER_TRIGGER: Pixels = tuple((row, column) for row in (0, 2) for column in (0, 1, 2, 4, 5, 6))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class Participants:
 
     Attributes:
         clients: All of them, ascending.
-        epochs: Local epochs by client, of those who will send something.
+        epochs: Local epochs, or steps, by client, of those who will send something.
         missing: Why the others will not.
     """
 
@@ -37,8 +37,8 @@ def draw_participants(config: SimulationConfig, round: int) -> Participants:
     """Draw ``config.cohort()`` clients without replacement, and what becomes of each by itself.
 
     A client drops out with probability ``dropout``. Otherwise it is a straggler with probability ``stragglers``: when
-    time is up it has done ``e`` of its ``E = local_epochs`` epochs, ``e`` uniform in ``0..E-1``, and sends the model
-    that it has by then, or nothing where ``e = 0`` (Li et al. 2020, "Federated Optimization in Heterogeneous
+    time is up it has done ``e`` of its ``E`` epochs, or steps, ``e`` uniform in ``0..E-1``, and sends the model that
+    it has by then, or nothing where ``e = 0`` (Li et al. 2020, "Federated Optimization in Heterogeneous
     Networks", where ``e >= 1``).
     """
     drawn: Sequence[int] = range(config.clients)
@@ -46,7 +46,7 @@ def draw_participants(config: SimulationConfig, round: int) -> Participants:
         drawn = sorted(random.Random(derive_seed(config.seed, "participants", round)).sample(drawn, config.cohort()))
     epochs, missing = {}, {}
     for client in drawn:
-        done = config.local_epochs
+        done = config.local_passes
         if config.dropout or config.stragglers:
             generator = numpy_generator(config.seed, "participation", round, client)
             drops_out, straggles = generator.random(2) < (config.dropout, config.stragglers)
@@ -54,7 +54,7 @@ def draw_participants(config: SimulationConfig, round: int) -> Participants:
                 missing[client] = DROPPED_OUT
                 continue
             if straggles:
-                done = int(generator.integers(config.local_epochs))
+                done = int(generator.integers(config.local_passes))
         if done:
             epochs[client] = done
         else:

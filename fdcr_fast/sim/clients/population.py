@@ -20,7 +20,7 @@ class Job:
     Attributes:
         row: Place of the upload in the store.
         client: The client's id.
-        epochs: Number of epochs that it trains.
+        epochs: Number of epochs, or of steps, that it trains.
         attackers: Number of clients who attack in this round, it being one of them; 0 for one that does not.
     """
 

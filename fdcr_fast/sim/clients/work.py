@@ -13,7 +13,7 @@ from fdcr_fast.sim.costs import Stopwatch
 from fdcr_fast.sim.seeding import derive_seed, torch_generator
 from fdcr_fast.sim.training.base import Classifier
 from fdcr_fast.sim.training.objective import Objective
-from fdcr_fast.sim.training.sgd import shuffled
+from fdcr_fast.sim.training.sgd import batches, shuffled
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,20 +44,26 @@ class LocalWork:
         epochs: int | None = None,
         buffers: Tensor | None = None,
     ) -> Tensor:
-        """The client's model ``w_k [P]`` after local training, of as many epochs as configured or as given.
+        """The client's model ``w_k [P]`` after local training, of as many epochs, or steps, as configured or as given.
 
         ``buffers`` ``[B]`` become those of its model.
         """
         with self.clock.phase("training"):
-            order = self.order(client, samples.indices, self.config.local_epochs if epochs is None else epochs)
+            order = self.order(client, samples.indices, self.config.local_passes if epochs is None else epochs)
             seed = derive_seed(self.config.seed, "training", self.round, client)
             return self.classifier.train(
                 self.params, samples.images, samples.labels, order, self.config.sgd, objective, buffers, seed
             )
 
     def order(self, client: int, indices: Tensor, epochs: int) -> Tensor:
-        """The order in which a client takes its images in each epoch, ``[epochs, n]``, drawn by seed and round."""
-        return shuffled(indices, epochs, torch_generator(self.config.seed, "shuffle", self.round, client))
+        """The order in which a client takes its images in each epoch, ``[epochs, n]``, drawn by seed and round.
+
+        With ``local_steps`` there is a batch in each row, and as many of them as ``epochs``.
+        """
+        generator = torch_generator(self.config.seed, "shuffle", self.round, client)
+        if self.config.local_steps is None:
+            return shuffled(indices, epochs, generator)
+        return batches(indices, epochs, self.config.batch_size, generator)
 
     def fisher_indices(self, indices: Tensor) -> Tensor:
         """The images that a Fisher is taken over: all, or ``fisher_samples`` of them drawn by seed and round."""

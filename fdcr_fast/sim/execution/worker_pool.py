@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -54,7 +55,7 @@ class _Reply(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Supplies:
-    """What every worker is given when it starts.
+    """What every worker of a pool is given.
 
     Attributes:
         vectors: Global parameters as sent out, and what the last round changed in them, in shared memory, ``[2, P]``.
@@ -69,7 +70,7 @@ class _Supplies:
 
 @dataclass(eq=False)
 class _Process:
-    """A worker as its pool sees it.
+    """A worker as its pool sees it; another pool may have had it before.
 
     Attributes:
         begun: Number of jobs that it has begun, in shared memory, ``[1]``.
@@ -82,6 +83,31 @@ class _Process:
     done: int = 0
     ready: bool = False
     orders: deque[_Order] = field(default_factory=deque)
+
+    def release(self) -> bool:
+        """Take the supplies back, unless it is at work or has died."""
+        if not self.ready or self.orders:
+            return False
+        try:
+            self.connection.send(None)
+        except OSError:
+            return False
+        return True
+
+
+_kept: list[_Process] | None = None  # those that pools have left; None where nobody keeps them
+
+
+@contextmanager
+def kept_workers() -> Iterator[None]:
+    """In the block, workers of pools that have been closed serve in the next ones."""
+    global _kept
+    _kept = []
+    try:
+        yield
+    finally:
+        workers, _kept = _kept, None
+        _end(workers)
 
 
 class WorkerPool:
@@ -136,18 +162,22 @@ class WorkerPool:
                 self.close()
 
     def close(self) -> None:
-        """End the processes; the next run starts new ones."""
-        for worker in self._workers:
-            worker.process.terminate()
-        for worker in self._workers:
-            worker.process.join()
-            worker.connection.close()
-        self._workers = []
+        """Give up the processes; the next run starts new ones."""
+        workers, self._workers = self._workers, []
+        if _kept is not None:
+            _kept.extend(worker for worker in workers if worker.release())
+        _end([worker for worker in workers if _kept is None or worker not in _kept])
 
     def _start(self) -> _Process:
+        worker = _kept.pop() if _kept else self._new()
+        worker.ready = False
+        worker.connection.send(self._supplies)
+        return worker
+
+    def _new(self) -> _Process:
         here, there = self._context.Pipe()
         begun = SharedTensor((1,), torch.int64)
-        process = self._context.Process(target=_work, args=(self._supplies, begun, there), daemon=True)
+        process = self._context.Process(target=_work, args=(begun, there), daemon=True)
         process.start()
         there.close()
         return _Process(process, here, begun)
@@ -187,26 +217,39 @@ class WorkerPool:
         return Outcome(lost, f"failed: its worker process ended with exit code {code} (killed? out of memory?)")
 
 
-def _work(supplies: _Supplies, begun: SharedTensor, connection: Connection) -> None:
-    """What a process does until its pool closes the connection."""
+def _end(workers: Sequence[_Process]) -> None:
+    for worker in workers:
+        worker.process.terminate()
+    for worker in workers:
+        worker.process.join()
+        worker.connection.close()
+
+
+def _work(begun: SharedTensor, connection: Connection) -> None:
+    """What a process does until its connection is closed: get ready for a pool, perform its orders, and so on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the pool ends its processes itself
+    try:
+        while True:
+            _serve(connection.recv(), begun, connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass
+
+
+def _serve(supplies: _Supplies, begun: SharedTensor, connection: Connection) -> None:
+    """Perform the orders of one pool until it sends None."""
     torch.set_num_threads(supplies.config.threads)
     classifier = supplies.build.classifier()
     params, last_update = supplies.vectors.tensor
-    try:
-        connection.send(None)
-        while True:
-            order = connection.recv()
-            clock = Stopwatch()
-            given = last_update if order.has_last_update else None
-            work = LocalWork(supplies.config, classifier, clock, order.round, params, given)
-            results = []
-            for job in order.jobs:
-                begun.tensor.add_(1)
-                results.append(_perform(supplies, work, job))
-            connection.send(_Reply(clock.seconds, results))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass
+    connection.send(None)
+    for order in iter(connection.recv, None):
+        clock = Stopwatch()
+        given = last_update if order.has_last_update else None
+        work = LocalWork(supplies.config, classifier, clock, order.round, params, given)
+        results = []
+        for job in order.jobs:
+            begun.tensor.add_(1)
+            results.append(_perform(supplies, work, job))
+        connection.send(_Reply(clock.seconds, results))
 
 
 def _perform(supplies: _Supplies, work: LocalWork, job: Job) -> _Result:

@@ -18,15 +18,6 @@ PROGRAM = "fdcr-fast"
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 
 
-class Commands(click.Group):
-    """A group of commands that know their command line: it is their context's ``obj``."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep the arguments before they are parsed."""
-        ctx.obj = command_line(*args)
-        return super().parse_args(ctx, args)
-
-
 def command_line(*arguments: str | Path) -> str:
     """A command of this program, quoted for a shell."""
     return shlex.join([PROGRAM, *map(str, arguments)])

@@ -1,22 +1,11 @@
 """Studies: many simulations described by one YAML file, run side by side, summed up in tables and figures."""
 
-from fdcr_fast.sim.study.pool import StudyEvent, StudyProgress, execute, pending
-from fdcr_fast.sim.study.readiness import check
-from fdcr_fast.sim.study.results import StudyResults
-from fdcr_fast.sim.study.spec import SCALES, Row, Run, Setting, Study, select, shipped_studies
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "SCALES",
-    "Row",
-    "Run",
-    "Setting",
-    "Study",
-    "StudyEvent",
-    "StudyProgress",
-    "StudyResults",
-    "check",
-    "execute",
-    "pending",
-    "select",
-    "shipped_studies",
-]
+from fdcr_fast._lazy import public_names
+
+if TYPE_CHECKING:
+    from fdcr_fast.sim.study._public import *  # noqa: F403
+    from fdcr_fast.sim.study._public import __all__ as __all__
+else:
+    __getattr__, __dir__ = public_names(__name__)

@@ -1,4 +1,4 @@
-"""Runs of a study side by side, each in a process of its own."""
+"""Runs of a study side by side, in processes that they share one after the other."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-from fdcr_fast.sim.config import SimulationConfig
+import torch
+
+from fdcr_fast.sim.costs import begin_peak_rss
 from fdcr_fast.sim.execution.forkserver import forkserver_context
+from fdcr_fast.sim.execution.worker_pool import kept_workers
 from fdcr_fast.sim.run.result import ProgressEvent
 from fdcr_fast.sim.study.folder import StudyRunFolder
 from fdcr_fast.sim.study.spec import Run
@@ -43,48 +46,82 @@ def pending(runs: Sequence[Run], runs_folder: Path) -> list[Run]:
     return [run for name, run in distinct.items() if not StudyRunFolder(runs_folder / name).finished]
 
 
+@dataclass(eq=False)
+class _Process:
+    """A process that executes one run after the other."""
+
+    process: ForkServerProcess
+    connection: Connection
+
+
 def execute(
     runs: Sequence[Run], runs_folder: Path, workers: int | None = None, progress: StudyProgress | None = None
 ) -> None:
-    """Execute all runs that have no result yet, ``workers`` at a time (as many as there are cores).
+    """Execute all runs that have no result yet, ``workers`` at a time (by default as many as the cores suffice for).
 
-    Every run has a process of its own, so that one that crashes takes no other with it, and its peak memory is its
-    own. Results do not depend on ``workers`` or on the order in which runs end. After a kill at any moment the same
-    call goes on: finished runs are skipped, others resume from their last round.
+    As many processes take one run after the other, and keep those in which runs with ``workers`` train their clients.
+    One that crashes takes no other run with it and is replaced; a run's peak memory is its own. Results do not depend
+    on ``workers`` or on the order in which runs end. After a kill at any moment the same call goes on: finished runs
+    are skipped, others resume from their last round.
 
     A script must call this under ``if __name__ == "__main__"``, as its processes import the script.
     """
     context = forkserver_context()
     waiting = pending(runs, runs_folder)[::-1]
-    running: dict[Connection, tuple[Run, ForkServerProcess]] = {}
+    most = workers or at_a_time(waiting)
+    idle: list[_Process] = []
+    running: dict[Connection, tuple[Run, _Process]] = {}
 
     def tell(event: StudyEvent) -> None:
         if progress is not None:
             progress(event)
 
+    def end(run: Run, exit_code: int | None = None) -> None:
+        tell(StudyEvent(run, ended=True, error=_outcome(runs_folder / run.folder, exit_code)))
+
     try:
         while waiting or running:
-            while waiting and len(running) < (workers or os.cpu_count() or 1):
-                run = waiting.pop()
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(run.config, runs_folder / run.folder, sender))
-                process.start()
-                sender.close()
-                running[receiver] = run, process
+            while waiting and len(running) < most:
+                run, worker = waiting.pop(), idle.pop() if idle else _start(context)
+                running[worker.connection] = run, worker
+                worker.connection.send((run.config, runs_folder / run.folder))
                 tell(StudyEvent(run))
             ready = wait(list(running))
-            for receiver in [each for each in running if each in ready]:
-                run, process = running[receiver]
+            for connection in [each for each in running if each in ready]:
+                run, worker = running[connection]
                 try:
-                    tell(StudyEvent(run, receiver.recv()))
-                except EOFError:
-                    del running[receiver]
-                    process.join()
-                    tell(StudyEvent(run, ended=True, error=_outcome(runs_folder / run.folder, process.exitcode)))
+                    event = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    del running[connection]
+                    worker.process.join()
+                    end(run, worker.process.exitcode)
+                    continue
+                if event is not None:
+                    tell(StudyEvent(run, event))
+                else:
+                    del running[connection]
+                    idle.append(worker)
+                    end(run)
     finally:
-        for _, process in running.values():
-            process.terminate()
-            process.join()
+        for worker in idle:
+            worker.connection.close()  # which ends it
+        for _, worker in running.values():
+            worker.process.terminate()
+        for worker in [*idle, *(worker for _, worker in running.values())]:
+            worker.process.join()
+
+
+def at_a_time(runs: Sequence[Run]) -> int:
+    """How many runs the cores suffice for, each with as many processes as it says."""
+    return max(1, (os.cpu_count() or 1) // max((run.config.workers for run in runs), default=1))
+
+
+def _start(context: ForkServerContext) -> _Process:
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there,))
+    process.start()
+    there.close()
+    return _Process(process, here)
 
 
 def _outcome(path: Path, exit_code: int | None) -> str | None:
@@ -94,7 +131,16 @@ def _outcome(path: Path, exit_code: int | None) -> str | None:
     return folder.error
 
 
-def _work(config: SimulationConfig, path: Path, sender: Connection) -> None:
-    """What a process does: execute one run and report its progress."""
+def _work(connection: Connection) -> None:
+    """What a process does until the study closes the connection: execute runs and report their progress."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the study ends its processes itself
-    StudyRunFolder(path).execute(config, sender.send)
+    try:
+        with kept_workers():
+            while True:
+                config, path = connection.recv()
+                begin_peak_rss()
+                with torch.random.fork_rng(devices=[]):  # every run begins with what a process of its own would have
+                    StudyRunFolder(path).execute(config, connection.send)
+                connection.send(None)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass

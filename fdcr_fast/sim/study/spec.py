@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Annotated, Any
 
 import yaml
@@ -25,26 +24,11 @@ from pydantic_core import ErrorDetails
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.names import check_keys, did_you_mean
 from fdcr_fast.sim.notation import OneOf, explain
+from fdcr_fast.sim.study.paper import SCALES, SHIPPED
 
 FIGURES = ("summary", "rounds", "attack-success", "ranks", "clients", "similarity")  # which ``study.figures`` draws
 
 HOW_ALONE = ("data_dir", "workers", "callbacks")  # fields that say how a run is made, and nothing of its results
-
-# Fields by data set that lie over a study's own ``base``. "paper" is the paper's setting: of every training set it puts
-# a tenth aside; all else are the defaults. "small" takes half a minute to a minute per run on one core.
-_SMALL = {"max_train_samples": 6000, "max_test_samples": 2000, "local_epochs": 5, "rounds": 12}
-SCALES: dict[str, dict[str, dict[str, Any]]] = {
-    "small": {
-        "cifar10": {**_SMALL, "lr": 0.03},
-        "fashion-mnist": {**_SMALL, "lr": 0.02},
-        "usps": {**_SMALL, "lr": 0.01},
-    },
-    "paper": {
-        "cifar10": {"max_train_samples": 45_000},
-        "fashion-mnist": {"max_train_samples": 54_000},
-        "usps": {"max_train_samples": 6_561},
-    },
-}
 
 
 class Setting(BaseModel):
@@ -169,8 +153,8 @@ class Study(BaseModel):
 
     @classmethod
     def shipped(cls, name: str) -> Study:
-        """A study that comes with the library, by a name of :func:`shipped_studies`."""
-        return cls.from_yaml((_SHIPPED / f"{name}.yaml").read_text())
+        """A study that comes with the library, by a name of :func:`fdcr_fast.sim.study.shipped_studies`."""
+        return cls.from_yaml((SHIPPED / f"{name}.yaml").read_text())
 
     def runs(self, scale: str | None = None, overrides: Mapping[str, Any] | None = None) -> list[Run]:
         """All runs, setting by setting, row by row, seed by seed.
@@ -205,14 +189,6 @@ class Study(BaseModel):
 def _describe(problem: ErrorDetails) -> str:
     """What is wrong with a study, after the place where it is."""
     return ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))
-
-
-_SHIPPED = resources.files("fdcr_fast.sim.study") / "shipped"
-
-
-def shipped_studies() -> list[str]:
-    """Names of the studies that come with the library: the paper's tables and figures."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _SHIPPED.iterdir() if entry.name.endswith(".yaml"))
 
 
 def select(runs: Collection[Run], rows: Collection[str] = (), settings: Collection[str] = ()) -> list[Run]:

@@ -111,7 +111,8 @@ class Classifier(ABC):
             params: Where training begins.
             images: ``[N, C, H, W]``.
             labels: int64 ``[N]``.
-            order: Indices of the images in the order in which each epoch takes them, int64 ``[epochs, n]``.
+            order: Indices of the images in the order in which each epoch takes them, int64 ``[epochs, n]``; an epoch's
+                last batch is what is left.
             sgd: How it is done.
             objective: What is minimised; None for the class loss alone.
             buffers: Those that training begins with, replaced by those that it ends with.

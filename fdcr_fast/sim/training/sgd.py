@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,3 +24,13 @@ def shuffled(indices: Tensor, epochs: int, generator: torch.Generator) -> Tensor
     for epoch in order:
         torch.randperm(len(indices), generator=generator, out=epoch)
     return indices[order]
+
+
+def batches(indices: Tensor, steps: int, batch_size: int, generator: torch.Generator) -> Tensor:
+    """So many batches of the given images, of which none comes again before all have come, ``[steps, size]``.
+
+    They are of ``batch_size`` images, or of all where there are fewer.
+    """
+    size = min(batch_size, len(indices))
+    epochs = math.ceil(steps * size / len(indices))
+    return shuffled(indices, epochs, generator).reshape(-1)[: steps * size].view(steps, size)

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from fdcr_fast.sim.attacks.poison import (
     ATTACKS,
-    PAPER_TRIGGER,
     BadNets,
     DistributedBackdoor,
     LabelFlip,
-    Pixels,
     Poisoning,
     PoisonOptions,
 )
+from fdcr_fast.sim.attacks.trigger import PAPER_TRIGGER, Pixels
 
 OPTIONS = PoisonOptions(
     target=2,

@@ -226,3 +226,34 @@ def test_a_fisher_may_be_that_of_some_images() -> None:
         chosen = coefficients.round(decimals=3)
         assert sorted(chosen.tolist(), reverse=True)[:4] == [0.25] * 4
         assert chosen.count_nonzero() == 4
+
+
+def test_steps_are_batches_of_images_that_all_come_before_any_comes_again() -> None:
+    federation, work = collected(local_steps=7, batch_size=3, malicious=0)
+    for client, data in enumerate(federation.data):
+        order = work.order(client, data.indices, 7)
+        assert order.shape == (7, 3)
+        count = Counter(order.flatten().tolist())
+        assert set(count) <= set(data.indices.tolist())
+        assert max(count.values()) - min(count[int(index)] for index in data.indices) <= 1
+        assert torch.equal(work.order(client, data.indices, 4), order[:4]), "who is slow gets less far on the same way"
+    steps = {len(work.order(0, federation.data[0].indices[:n], 7)[0]) for n in (1, 2, 3, 50)}
+    assert steps == {1, 2, 3}, "clients with fewer images take all of them"
+
+    assert len(federation.store)
+    for sent in federation.store:
+        client = int(str(sent.client))
+        data = federation.data[client]
+        params, velocity = work.params.clone(), torch.zeros_like(work.params)
+        for batch in work.order(client, data.indices, 7):
+            _, grad = work.classifier.grad(params, data.images, data.labels, batch)
+            velocity = grad + work.config.weight_decay * params + work.config.momentum * velocity
+            params -= work.config.lr * velocity
+        torch.testing.assert_close(sent.update, params - work.params, rtol=1e-4, atol=1e-6)
+        assert sent.num_samples == len(data.indices)
+
+
+def test_who_is_slow_takes_fewer_steps() -> None:
+    drawn = draw_participants(tiny_config(clients=200, malicious=0, local_steps=3, local_epochs=9, stragglers=1.0), 1)
+    assert set(drawn.epochs.values()) == {1, 2}
+    assert set(draw_participants(tiny_config(local_steps=3, local_epochs=9), 1).epochs.values()) == {3}

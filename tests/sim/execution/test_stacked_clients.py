@@ -46,6 +46,7 @@ def collected(federation: Federation) -> dict[object, Upload]:
     [
         {"stack": 4},
         {"stack": 100, "stragglers": 0.6, "fisher_samples": 7, "weight_decay": 0.01},
+        {"stack": 4, "local_steps": 5, "batch_size": 4, "stragglers": 0.5},
         {"stack": 2, "fishers": "needed", "server": "fedavg", "momentum": 0.0},
         {"stack": 3, "model": "cnn", "min_samples": 2, "lr": 0.01},
     ],

@@ -22,6 +22,7 @@ CROWD: dict[str, Any] = {"clients": 12, "min_samples": 5, "malicious": (1, 5, 8)
 ATTACKS: list[dict[str, Any]] = [
     {"attacker_training": "neurotoxin", "attacker_fisher": "random", "rounds": 3, "stragglers": 0.3, "local_epochs": 2},
     {"attacker_update": "alie", "attacker_view": "attackers", "attacker_fisher": "noisy-benign-mean"},
+    {"local_steps": 3, "batch_size": 4, "fisher_samples": 5, "stragglers": 0.5, "malicious": (1,)},
     {"split": "dirichlet-mix", "samples_per_client": 9, "min_samples": 10, "attack": "dba", "server": "foolsgold"},
 ]
 

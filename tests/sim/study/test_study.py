@@ -19,13 +19,14 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from fdcr_fast import cli
+from fdcr_fast import cli, commands
 from fdcr_fast.sim import SimulationConfig, simulate
 from fdcr_fast.sim.datasets.dataset import Dataset
 from fdcr_fast.sim.datasets.readers import load_dataset
 from fdcr_fast.sim.run.metrics import summarize
 from fdcr_fast.sim.study import SCALES, Study, StudyEvent, check, execute, pending, select, shipped_studies
 from fdcr_fast.sim.study.figures import OF_A_RUN, OF_THE_STUDY, write_figures
+from fdcr_fast.sim.study.pool import at_a_time
 from fdcr_fast.sim.study.results import FinishedRun, StudyResults
 from fdcr_fast.sim.study.spec import FIGURES
 from tests.support.tiny import write_npz
@@ -235,6 +236,36 @@ def test_failures_are_recorded_tried_again_and_stop_nobody(tmp_path: Path) -> No
     assert {event.run.row for event in told if event.ended and event.error} == {"trigger"}
     assert {event.run.row for event in told if event.ended and not event.error} == {"no data", "killed"}
     assert [line["row"] for line in results_csv(failing, tmp_path / "runs") if line["error"]] == ["trigger"]
+
+
+def test_runs_share_processes_to_the_same_bits(tmp_path: Path) -> None:
+    noted = tmp_path / "processes"
+    noted.mkdir()
+    base = {
+        "dataset": "tests.support.users:unseeded",
+        "optimizer": "tests.support.users:noting",
+        "optimizer_options": {"folder": str(noted)},
+        "clients": 4,
+        "rounds": 2,
+        "local_epochs": 1,
+        "workers": 2,
+    }
+    four = study(base=base, rows=[{"name": "mean", "server": "fedavg"}, {"name": "median", "server": "median"}])
+    execute(four.runs(), tmp_path / "together", workers=1)
+    trained, forked_from = zip(*(path.name.split("-") for path in noted.iterdir()), strict=True)
+    assert len(set(trained)) <= 2, "runs do not share those who train"
+    assert len(set(forked_from)) == 1, "runs do not share a process"
+
+    last = Study.model_validate({**four.model_dump(), "rows": [four.rows[-1]], "seeds": [3]})
+    execute(last.runs(), tmp_path / "alone")
+    assert results_csv(last, tmp_path / "together") == results_csv(last, tmp_path / "alone")
+
+
+def test_runs_with_processes_of_their_own_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for workers, expected in ((1, 4), (2, 2), (3, 1), (9, 1)):
+        assert at_a_time(study(base={**TINY["base"], "workers": workers}).runs()) == expected
+    assert at_a_time([]) == 4
 
 
 def test_all_runs_are_tried_on_their_data_before_the_first_starts(
@@ -458,7 +489,7 @@ def test_the_command_runs_a_study_and_reports(tmp_path: Path, monkeypatch: pytes
     assert refused.exit_code == 1
     assert "nothing was run, as 1 of 1 runs cannot start:\n- bad, seed 0: trigger: pixels" in refused.output
     assert len(list((out / "runs").iterdir())) == 1
-    monkeypatch.setattr(cli, "check", lambda runs: None)
+    monkeypatch.setattr(commands, "check", lambda runs: None)
     failed = CliRunner().invoke(cli.cli, bad, catch_exceptions=False)
     assert failed.exit_code == 1
     assert "1 runs failed" in failed.output
@@ -490,7 +521,7 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path: Path, monkeypatch: pyt
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "execute", interrupt)
+    monkeypatch.setattr(commands, "execute", interrupt)
     file = tmp_path / "my study.yaml"
     file.write_text(yaml.safe_dump(TINY))
     done = CliRunner().invoke(cli.cli, ["study", str(file), "--out", str(tmp_path / "out"), "--seeds", "1"])
@@ -500,7 +531,7 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path: Path, monkeypatch: pyt
 
 
 def test_reproducing_without_data_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "execute", lambda *_: pytest.fail("there are no data"))
+    monkeypatch.setattr(commands, "execute", lambda *_: pytest.fail("there are no data"))
     done = CliRunner().invoke(cli.cli, ["reproduce", "table2", "--out", str(tmp_path / "out")], catch_exceptions=False)
     assert done.exit_code == 1
     assert "nothing was run, as 12 of 12 runs cannot start" in done.output
