@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from fdcr_fast.round.tiles import Span
@@ -16,8 +17,9 @@ class Shard:
 
     def within(self, ranges: Tensor, span: Span) -> Tensor:
         """The part of the model's ranges ``[R, 2]`` that lies in a span, counted from the span's first parameter."""
-        bounds = (ranges - self.first - span.first).clamp(0, span.num_params)
-        return bounds[bounds[:, 0] < bounds[:, 1]]
+        first = self.first + span.first
+        bounds = [(max(start - first, 0), min(stop - first, span.num_params)) for start, stop in ranges.tolist()]
+        return torch.tensor([part for part in bounds if part[0] < part[1]], dtype=torch.int64).view(-1, 2)
 
     def sum(self, spans: Iterable[Span], zeros: Tensor, read: Callable[[Span, Tensor], Tensor]) -> Tensor:
         """A sum over all parameters; ``read`` returns what it is given plus that over a span."""
