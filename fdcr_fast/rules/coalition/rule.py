@@ -76,9 +76,9 @@ class CoalitionFDCR(AggregationRule):
     there ``x_k``, the mean of ``cos(D_k, w)`` over the last rounds
     (:func:`fdcr_fast.rules.coalition.trust.model_agreement`). ``scores`` holds ``zs(p) - zs(x) + zs(c) / 2``. For two
     rounds 30 % of the clients are kept, those of the least score, then 10 % more in each round, but nobody whose
-    ``x_k`` is less than ``0.2 + 0.3 p_k`` times their median: where nobody attacks, hardly anybody is dropped in the
-    end. Updates are clipped to the round's median norm. An attacker can add a multiple of ``w`` to its update, which
-    ``x`` does not see through.
+    ``x_k`` is less than ``0.2 + 0.3 p_k`` times their median; where that would be nobody, all are kept from the
+    fifth round on. Updates are clipped to the round's median norm. An attacker can add a multiple of ``w`` to its
+    update, which ``x`` does not see through.
 
     With ``start="bold"`` the set that maximises ``J`` is dropped from the first round on, whether anybody attacks or
     not; one wrong decision in the first rounds then loses the run. ``scores`` holds by how much the best set with a

@@ -14,6 +14,7 @@ from fdcr_fast.rules.param_groups import ParamGroups
 _CORE = 0.3  # share of the clients that is kept in the first rounds
 _CORE_ROUNDS = 2
 _GROWTH = 0.1  # share of the clients by which the core may grow in a round
+_UNANIMITY_ROUND = 5  # from which all are kept where all agree
 _LEAST_AGREEMENT = 0.2  # of the core's median, for who is in no coalition
 _MORE_AGREEMENT = 0.3  # for who certainly is in one
 
@@ -57,7 +58,8 @@ def trusted(scores: Tensor, membership: Tensor, agreement: Tensor | None, round:
 
     The core are the ``m`` clients that are suspected least, ``m`` being 30 % of all for two rounds, and 10 % more in
     each round from there. Once it grows, those are dropped whose agreement is below ``0.2 + 0.3 p_k`` times the core's
-    median (or, where that is negative, below it): who looks like a coalition must agree more.
+    median (or, where that is negative, below it): who looks like a coalition must agree more. From the fifth round on,
+    if that is nobody of all clients, all are kept.
 
     Args:
         scores: How much each client is suspected, float64 ``[n]``.
@@ -73,4 +75,6 @@ def trusted(scores: Tensor, membership: Tensor, agreement: Tensor | None, round:
         return kept
     median = agreement[kept].median()
     least = (_LEAST_AGREEMENT + _MORE_AGREEMENT * membership) * median
-    return kept & (agreement >= torch.minimum(least, median))
+    agrees = agreement >= torch.minimum(least, median)
+    nobody_attacks = round >= _UNANIMITY_ROUND and bool(agrees.all())
+    return agrees if nobody_attacks else kept & agrees

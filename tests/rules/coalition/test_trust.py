@@ -52,7 +52,8 @@ class Reference:
         kept = list(core)
         if self.round > 2:
             middle = sorted(evidence[core])[(len(core) - 1) // 2]
-            kept = [k for k in core if evidence[k] >= min((0.2 + 0.3 * p[k]) * middle, middle)]
+            agree = [k for k in range(K) if evidence[k] >= min((0.2 + 0.3 * p[k]) * middle, middle)]
+            kept = agree if self.round >= 5 and len(agree) == K else [k for k in core if k in agree]
         longest = sorted(length)[(K - 1) // 2]
         shares = np.array([n[k] if k in kept else 0.0 for k in range(K)]) / sum(n[k] for k in kept)
         return shares * np.minimum(1, longest / length) @ D, kept, scores
@@ -97,6 +98,18 @@ def test_the_core_grows_and_leaves_out_who_does_not_agree():
     assert kept(9) == kept(400) == [0, 1, 3, 4, 5, 6, 7, 9]
     assert kept(9, -1 - scores) == [0, 1, 2, 3, 4, 5], "at least half of the core is kept where all shrink the model"
     assert kept(9, 0 * agreement) == list(range(10))
+
+
+def test_all_are_kept_from_the_fifth_round_on_where_all_agree():
+    scores = torch.arange(10, dtype=torch.float64)
+    agreement = torch.full_like(scores, 0.4)
+
+    def kept(round):
+        return int(trusted(scores, 0 * scores, agreement, round).sum())
+
+    assert [kept(4), kept(5)] == [5, 10]
+    agreement[9] = 0.07
+    assert kept(5) == 6, "one who does not agree, in the core or not, is a reason to wait"
 
 
 def views(K, seed=0):
