@@ -21,6 +21,7 @@ from fdcr_fast import (
     AggregationRule,
     Bulyan,
     CoalitionFDCR,
+    CoalitionState,
     CoordinateMedian,
     DnC,
     FedAvg,
@@ -56,6 +57,10 @@ RULES = {
     ),
     "coalition": partial(
         CoalitionFDCR, groups=ParamGroups((slice(P - 9000, P),), (slice(10, 3000), slice(4000, P - 9000)))
+    ),
+    "coalition-later": lambda: CoalitionFDCR(
+        groups=ParamGroups((slice(P - 9000, P),), (slice(10, 3000), slice(4000, P - 9000))),
+        state=CoalitionState(rounds=1),  # from the second round on it looks at the global parameters
     ),
     "krum": partial(Krum, num_byzantine=2),
     "multi-krum": partial(MultiKrum, num_byzantine=2),

@@ -17,13 +17,14 @@ from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.coalition.search import Views, find_coalition, margins, membership, set_scores
 from fdcr_fast.rules.coalition.state import CoalitionState
 from fdcr_fast.rules.coalition.trust import median_alignment, model_agreement, trusted
-from fdcr_fast.rules.coalition.views import round_views, standard_scores, standardised
+from fdcr_fast.rules.coalition.views import cautious_views, features_of, round_views, standard_scores, standardised
 from fdcr_fast.rules.param_groups import ParamGroups
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.rules.valid_clients import of_all, valid_ids
 
 _CONCENTRATION_WEIGHT = 0.3  # of c beside A in J
+_KURTOSIS_WEIGHT = 0.5  # of c among what speaks against a client
 _GATE_PERMUTATIONS = 19
 _GATE_DEVIATIONS = 1.5
 
@@ -68,16 +69,16 @@ class CoalitionFDCR(AggregationRule):
     :func:`fdcr_fast.rules.coalition.search.find_coalition`. It takes an honest majority:
     ``|S| <= floor((K - 1) / 2)``, and with fewer than 3 clients nobody is dropped.
 
-    With ``start="cautious"`` the rule keeps a backdoor out while it is unsure who attacks. Each client's probability
-    ``p_k`` of being in a coalition (see :func:`fdcr_fast.rules.coalition.search.membership`) is weighed against what
-    speaks for it by itself: in the first round ``<D_k, m> / ||D_k||``, ``m`` being the median of every parameter, and
-    from there ``x_k``, the mean of ``cos(D_k, w)`` over the last rounds
-    (:func:`fdcr_fast.rules.coalition.trust.model_agreement`). For two rounds 30 % of the clients are kept, those of the
-    largest ``zs(x) - zs(p)``, then 10 % more in each round, but nobody whose ``x_k`` is less than ``0.2 + 0.3 p_k``
-    times their median: where nobody attacks, hardly anybody is dropped in the end. Updates are clipped to the round's
-    median norm.
-    ``scores`` holds ``zs(p) - zs(x)``. An attacker can add a multiple of ``w`` to its update, which ``x`` does not see
-    through.
+    With ``start="cautious"`` the rule keeps a backdoor out while it is unsure who attacks. ``c`` is ``zs`` of the
+    kurtosis ``log(mean(D_k^4) / mean(D_k^2)^2)`` of the features alone. Each client's probability ``p_k`` of being in a
+    coalition (see :func:`fdcr_fast.rules.coalition.search.membership`) is weighed against what speaks for it by itself,
+    over the features: in the first round ``<D_k, m> / ||D_k||``, ``m`` being the median of every parameter, and from
+    there ``x_k``, the mean of ``cos(D_k, w)`` over the last rounds
+    (:func:`fdcr_fast.rules.coalition.trust.model_agreement`). ``scores`` holds ``zs(p) - zs(x) + zs(c) / 2``. For two
+    rounds 30 % of the clients are kept, those of the least score, then 10 % more in each round, but nobody whose
+    ``x_k`` is less than ``0.2 + 0.3 p_k`` times their median; where that would be nobody, all are kept from the
+    fifth round on. Updates are clipped to the round's median norm. An attacker can add a multiple of ``w`` to its
+    update, which ``x`` does not see through.
 
     With ``start="bold"`` the set that maximises ``J`` is dropped from the first round on, whether anybody attacks or
     not; one wrong decision in the first rounds then loses the run. ``scores`` holds by how much the best set with a
@@ -146,19 +147,25 @@ class CoalitionFDCR(AggregationRule):
             return Selection(clients.valid)
         groups = ParamGroups.whole(clients.num_params) if self.groups is None else self.groups
         self.state.check_model(clients.num_params)
-        seen = round_views(clients, groups, self.regularisation)
-        views = _standard(self.state.remember(ids, seen, decay=self.decay, max_clients=self.max_clients))
+        features = features_of(clients, groups) if self.start == "cautious" else None
+        if features is None:
+            seen = round_views(clients, groups, self.regularisation)
+        else:
+            seen = cautious_views(clients, features)
+        means = self.state.remember(ids, seen, decay=self.decay, max_clients=self.max_clients)
+        views = _standard(means)
         members, score = find_coalition(views)
         agreement = None
-        if self.start == "bold":
+        if features is None:
             dropped = members if self._stands_out(views, score) else torch.zeros_like(members)
             scores = margins(members, views)
         else:
             if self.state.rounds > 1:  # the first model may have learned nothing yet
-                agreement = self.state.agree(ids, model_agreement(global_params, clients))
-            evidence = median_alignment(global_params, clients) if agreement is None else agreement
+                agreement = self.state.agree(ids, model_agreement(global_params, clients, groups, features))
+            evidence = median_alignment(global_params, clients, groups, features) if agreement is None else agreement
             suspicion = membership(members, views)
-            scores = standard_scores(suspicion) - standard_scores(evidence)
+            unusual = _KURTOSIS_WEIGHT * standard_scores(means.concentration)
+            scores = standard_scores(suspicion) - standard_scores(evidence) + unusual
             dropped = ~trusted(scores, suspicion, agreement, self.state.rounds)
         kept = clients.valid & ~of_all(clients, dropped)
         explanation = _explanation(ids, views, members, dropped, agreement)

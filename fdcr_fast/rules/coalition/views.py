@@ -39,15 +39,41 @@ def standard_scores(values: Tensor) -> Tensor:
     return torch.where(finite, values - mean, 0.0) / deviation if deviation > 0 else torch.zeros_like(values)
 
 
+@dataclass(frozen=True)
+class Features:
+    """What the valid clients' updates of the features tell by themselves, float64 ``[n]``.
+
+    Attributes:
+        length: ``||D_k||`` over the features.
+        kurtosis: ``log(mean(D_k^4) / mean(D_k^2)^2)``: how few of them change most, such as those that see a trigger.
+    """
+
+    length: Tensor
+    kurtosis: Tensor
+
+
+def features_of(clients: ClientUpdates, groups: ParamGroups) -> Features:
+    """One reading of the features of a round."""
+    squares, kurtosis = _feature_moments(clients, groups, None)
+    return Features(squares.sqrt(), kurtosis)
+
+
 def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
     """The views of one round of valid clients only; see :class:`fdcr_fast.CoalitionFDCR` for the formulas."""
     mean_fisher = _mean_fisher(clients)
     head = _head_importance(clients, groups, mean_fisher)
-    kurtosis = _kurtosis(clients, groups, mean_fisher, regularisation)
+    floor = regularisation * _mean_over_params(clients, mean_fisher)
+    _, kurtosis = _feature_moments(clients, groups, 1 / (mean_fisher + floor))
     return Views(
         standardised(_similarity(clients, mean_fisher)),
         standard_scores(head) + standard_scores(kurtosis),
     )
+
+
+def cautious_views(clients: ClientUpdates, features: Features) -> Views:
+    """The views of a cautious start, in which ``c`` is the kurtosis of the features alone."""
+    similarity = _similarity(clients, _mean_fisher(clients))
+    return Views(standardised(similarity), standard_scores(features.kurtosis))
 
 
 @dataclass(frozen=True)
@@ -123,9 +149,8 @@ def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: T
     return clients.of_valid(torch.log(weighted / plain).cpu())
 
 
-def _kurtosis(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor, regularisation: float) -> Tensor:
-    """``kappa_k``: how much a client's update concentrates on unimportant features."""
-    floor = regularisation * _mean_over_params(clients, mean_fisher)
+def _feature_moments(clients: ClientUpdates, groups: ParamGroups, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum of ``q = factors D_k^2`` over the features, and the logarithm of ``mean(q^2) / mean(q)^2``."""
     size = sum(group.stop - group.start for group in groups.features)
-    first, second = readings.moments(clients, 1 / (mean_fisher + floor), ranges=groups.features, squares=True)
-    return clients.of_valid(torch.log((second / size) / (first / size) ** 2).cpu())
+    first, second = readings.moments(clients, factors, ranges=groups.features, squares=True).cpu()
+    return clients.of_valid(first), clients.of_valid(torch.log((second / size) / (first / size) ** 2))

@@ -9,7 +9,17 @@ import torch
 from fdcr_fast import CoalitionFDCR, CoalitionState
 from fdcr_fast.rules.coalition.search import Views, find_coalition, margins, membership, minorities, set_scores
 from fdcr_fast.rules.coalition.trust import trusted
-from tests.rules.coalition.test_rule import GROUPS, P, kept_by, reference_score, reference_views, standard, uploads, z
+from tests.rules.coalition.test_rule import (
+    GROUPS,
+    P,
+    features,
+    kept_by,
+    reference_score,
+    reference_views,
+    standard,
+    uploads,
+    z,
+)
 
 
 class Reference:
@@ -22,24 +32,28 @@ class Reference:
         """The step, who is kept, and the scores."""
         K, length = len(D), np.linalg.norm(D, axis=1)
         self.round += 1
-        A, c = reference_views(D, F)
+        A, _ = reference_views(D, F)
+        feat, known = D[:, features()], w[features()]
+        far = np.linalg.norm(feat, axis=1)
+        c = z(np.log((feat**4).mean(1) / (feat**2).mean(1) ** 2))
         self.A, self.c = 0.8 * self.A + A, 0.8 * self.c + c
         sets = [row.nonzero().flatten().tolist() for row in minorities(K)]
         J = [reference_score(standard(self.A), 0.3 * z(self.c), S) for S in sets]
         total = sum(math.exp(j / 2) for j in J)
         p = np.array([sum(math.exp(j / 2) for j, S in zip(J, sets, strict=True) if k in S) / total for k in range(K)])
-        evidence = D @ np.median(D, axis=0) / length
+        evidence = feat @ np.median(feat, axis=0) / far
         if self.round > 1:
-            self.x = 0.5 * self.x + D @ w / length / np.linalg.norm(w)
+            self.x = 0.5 * self.x + feat @ known / far / np.linalg.norm(known)
             self.counts = 0.5 * self.counts + 1
             evidence = self.x / self.counts
-        scores = z(p) - z(evidence)
+        scores = z(p) - z(evidence) + 0.5 * z(self.c)
         core = sorted(range(K), key=lambda k: scores[k])
         core = core[: max(1, math.floor(K * (0.3 + 0.1 * max(0, self.round - 2)) + 0.5))]
         kept = list(core)
         if self.round > 2:
             middle = sorted(evidence[core])[(len(core) - 1) // 2]
-            kept = [k for k in core if evidence[k] >= min((0.2 + 0.3 * p[k]) * middle, middle)]
+            agree = [k for k in range(K) if evidence[k] >= min((0.2 + 0.3 * p[k]) * middle, middle)]
+            kept = agree if self.round >= 5 and len(agree) == K else [k for k in core if k in agree]
         longest = sorted(length)[(K - 1) // 2]
         shares = np.array([n[k] if k in kept else 0.0 for k in range(K)]) / sum(n[k] for k in kept)
         return shares * np.minimum(1, longest / length) @ D, kept, scores
@@ -86,6 +100,18 @@ def test_the_core_grows_and_leaves_out_who_does_not_agree():
     assert kept(9, 0 * agreement) == list(range(10))
 
 
+def test_all_are_kept_from_the_fifth_round_on_where_all_agree():
+    scores = torch.arange(10, dtype=torch.float64)
+    agreement = torch.full_like(scores, 0.4)
+
+    def kept(round):
+        return int(trusted(scores, 0 * scores, agreement, round).sum())
+
+    assert [kept(4), kept(5)] == [5, 10]
+    agreement[9] = 0.07
+    assert kept(5) == 6, "one who does not agree, in the core or not, is a reason to wait"
+
+
 def views(K, seed=0):
     torch.manual_seed(seed)
     x = torch.randn(K, K, dtype=torch.float64)
@@ -118,6 +144,19 @@ def test_who_attacks_alone_is_dropped_and_nobody_where_nobody_does():
             D[list(attackers)] -= 2 * w
             result = kept_by(rule, D, F, n, "tensors", w=w)
         assert result.dropped_clients == list(attackers)
+
+
+def test_who_changes_few_features_most_is_not_in_the_first_core():
+    D, F, n = uploads(10, 0)
+    rule = CoalitionFDCR(groups=GROUPS)
+    core = kept_by(rule, D, F, n, "tensors").kept.nonzero().flatten().tolist()
+    for client in core:
+        peaked = D.copy()
+        peaked[client, features()[:2]] *= 20
+        assert not kept_by(CoalitionFDCR(groups=GROUPS), peaked, F, n, "tensors").kept[client]
+        peaked = D.copy()
+        peaked[client, np.setdiff1d(np.arange(P), features())] *= 1.01  # of all else nothing but the similarity changes
+        assert kept_by(CoalitionFDCR(groups=GROUPS), peaked, F, n, "tensors").kept[client]
 
 
 def test_a_stored_state_goes_on_to_the_same_bits_and_one_of_before_is_read():
