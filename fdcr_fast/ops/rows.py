@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from fdcr_fast.ops.operator import BLOCK_ELEMENTS, check_floating, operator
-from fdcr_fast.ops.tiles import check_clients, check_numbers
+from fdcr_fast.ops.operator import BLOCK_ELEMENTS, operator
+from fdcr_fast.ops.tiles import check_clients, check_numbers, check_pieces
 
 
 def _check_fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Tensor | None = None) -> None:
@@ -61,11 +60,9 @@ def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Te
 
 
 def _check_fill_rows(values: Sequence[Tensor], rows: Tensor, base: Tensor | None = None) -> None:
-    for piece in values:
-        check_floating(values=piece)
-        torch._check(piece.dim() == 1, partial("values must be vectors, got {}".format, tuple(piece.shape)))
+    numbers = check_pieces("values", values)
     torch._check(rows.dim() == 3, lambda: f"expected a client matrix [T, K, L], got {tuple(rows.shape)}")
-    numbers, clients = sum(piece.shape[0] for piece in values), rows.shape[1]
+    clients = rows.shape[1]
     torch._check(
         clients > 0 and numbers % clients == 0, lambda: f"{numbers} numbers are not {clients} vectors of one length"
     )

@@ -7,7 +7,7 @@ what lies behind parameter ``P - 1`` in the last tile is never read. A plain ``[
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -54,6 +54,18 @@ def check_numbers(name: str, vector: Tensor, size: int) -> None:
     """Refuse what is not so many numbers in float64."""
     message = f"{name} must be float64 [{size}], got {vector.dtype} {tuple(vector.shape)}"
     torch._check(vector.dtype == torch.float64 and vector.shape == (size,), partial(str, message))
+
+
+def check_pieces(name: str, pieces: Sequence[Tensor]) -> int:
+    """Refuse what are no vectors of floating numbers.
+
+    Returns:
+        How many numbers there are in all.
+    """
+    for piece in pieces:
+        check_floating(**{name: piece})
+        torch._check(piece.dim() == 1, partial("{} must be vectors, got {}".format, name, tuple(piece.shape)))
+    return sum(piece.shape[0] for piece in pieces)
 
 
 def check_read(read: Tensor, clients: int) -> None:

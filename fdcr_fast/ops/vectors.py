@@ -5,15 +5,14 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from fdcr_fast.ops.aggregation import discrepancy, discrepancy_and_mean, norms_and_mean, rescaled_mean
-from fdcr_fast.ops.operator import BLOCK_ELEMENTS, check_floating, operator
+from fdcr_fast.ops.operator import BLOCK_ELEMENTS, operator
 from fdcr_fast.ops.rows import fill_rows
-from fdcr_fast.ops.tiles import check_numbers
+from fdcr_fast.ops.tiles import check_numbers, check_pieces
 
 
 class SplitVector:
@@ -36,7 +35,7 @@ class SplitVector:
 
 
 def _check_vector_range(values: Sequence[Tensor]) -> None:
-    _check_pieces("values", values)
+    check_pieces("values", values)
     torch._check(any(piece.shape[0] for piece in values), lambda: "the range of no numbers is undefined")
 
 
@@ -76,7 +75,7 @@ def _check_aggregate_vectors(
     shares = {name: x for name, x in (("alpha", alpha), ("weights", weights)) if x is not None}
     torch._check(len(shares) > 0, lambda: "alpha, weights or both must be given")
     clients = next(iter(shares.values())).numel()
-    count = _check_pieces("updates", updates)
+    count = check_pieces("updates", updates)
     torch._check(
         clients > 0 and count % clients == 0, lambda: f"{count} numbers are not {clients} vectors of one length"
     )
@@ -98,7 +97,7 @@ def _check_aggregate_vectors(
     )
     torch._check(given or not (reweight or rescale), lambda: "importances need fishers")
     if given:
-        numbers = _check_pieces("fishers", fishers)
+        numbers = check_pieces("fishers", fishers)
         torch._check(numbers == count, lambda: f"fishers have {numbers} numbers, updates {count}")
     for name, vector in {"fisher_min": fisher_min, "fisher_max": fisher_max, **shares}.items():
         if vector is not None:
@@ -108,14 +107,6 @@ def _check_aggregate_vectors(
     elif totals.numel():
         check_numbers("totals", totals, clients)
         torch._check(not rescale, lambda: "norms come beside the plain mean alone")
-
-
-def _check_pieces(name: str, pieces: Sequence[Tensor]) -> int:
-    """How many numbers there are in all."""
-    for piece in pieces:
-        check_floating(**{name: piece})
-        torch._check(piece.dim() == 1, partial("{} must be vectors, got {}".format, name, tuple(piece.shape)))
-    return sum(piece.shape[0] for piece in pieces)
 
 
 def _fake_aggregate_vectors(

@@ -17,7 +17,7 @@ from fdcr_fast import ops
 from fdcr_fast.memory import empty
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.shard import WHOLE
-from fdcr_fast.round.tiles import ClientTiles, ClientVectors, MatrixTiles, Span
+from fdcr_fast.round.tiles import ClientTiles, MatrixTiles, Span
 from fdcr_fast.round.vectors import arrays
 
 Importances = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -78,18 +78,16 @@ def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Any:
 
 def scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
     """One reading for the distances of the reweighted updates to their mean."""
-    if (own := _own_vectors(clients)) is not None:
-        importances = _own_importances(clients, own, reweight)
-        totals, _ = ops.aggregate_vectors(
-            None, own.updates, own.base, *importances, alpha, None, _no_totals(clients), reweight, False, single
-        )
-        return _scores(totals)
+    totals = _no_totals(clients)
+    own = _of_own_vectors(clients, None, alpha, None, totals, reweight, False, single)
+    if own is not None:
+        return _scores(own[0])
 
     def read(span: Span, totals: Tensor) -> Tensor:
         importances = _importances(clients, span, reweight)
         return ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, single)
 
-    return _scores(clients.sum(_no_totals(clients), read))
+    return _scores(clients.sum(totals, read))
 
 
 def squared_norms(clients: ClientUpdates) -> Tensor:
@@ -137,11 +135,9 @@ def measured(clients: ClientUpdates) -> ClientUpdates:
 
 def mean(global_params: Tensor, clients: ClientUpdates, weights: Tensor, *, rescale: bool, single: bool) -> Tensor:
     """One reading for the new global parameters."""
-    if (own := _own_vectors(clients)) is not None:
-        importances = _own_importances(clients, own, rescale)
-        return ops.aggregate_vectors(
-            global_params, own.updates, own.base, *importances, None, weights, _NOTHING, False, rescale, single
-        )[1]
+    own = _of_own_vectors(clients, global_params, None, weights, _NOTHING, False, rescale, single)
+    if own is not None:
+        return own[1]
     return _by_span(
         global_params,
         clients,
@@ -162,21 +158,10 @@ def scores_and_mean(
     single: bool,
 ) -> tuple[Scores, Tensor]:
     """:func:`scores` and :func:`mean` in one reading, with the same bits."""
-    if (own := _own_vectors(clients)) is not None:
-        importances = _own_importances(clients, own, reweight or rescale)
-        totals, new = ops.aggregate_vectors(
-            global_params,
-            own.updates,
-            own.base,
-            *importances,
-            alpha,
-            weights,
-            _no_totals(clients),
-            reweight,
-            rescale,
-            single,
-        )
-        return _scores(totals), new
+    totals = _no_totals(clients)
+    own = _of_own_vectors(clients, global_params, alpha, weights, totals, reweight, rescale, single)
+    if own is not None:
+        return _scores(own[0]), own[1]
     params = _NewParams(global_params)
 
     def read(span: Span, totals: Tensor) -> Tensor:
@@ -187,7 +172,7 @@ def scores_and_mean(
         params.put(span, new)
         return totals
 
-    return _scores(clients.sum(_no_totals(clients), read)), params.new
+    return _scores(clients.sum(totals, read)), params.new
 
 
 def norms_and_mean(
@@ -200,10 +185,9 @@ def norms_and_mean(
         )
         return scores.squared_norm, params
     zeros = torch.zeros(len(clients.clients), dtype=torch.float64)
-    if (own := _own_vectors(clients)) is not None:
-        return ops.aggregate_vectors(
-            global_params, own.updates, own.base, [], None, None, None, weights, zeros, False, False, single
-        )
+    own = _of_own_vectors(clients, global_params, None, weights, zeros, False, False, single)
+    if own is not None:
+        return own
     new = _NewParams(global_params)
 
     def read(span: Span, totals: Tensor) -> Tensor:
@@ -310,15 +294,24 @@ def _importances(clients: ClientUpdates, span: Span, wanted: bool) -> Importance
     return (span.fishers, clients.fisher_min, clients.fisher_max) if wanted else (None, None, None)
 
 
-def _own_vectors(clients: ClientUpdates) -> ClientVectors | None:
-    """The clients' vectors as they came, where all parameters are read there at once."""
-    return clients.tiles.vectors if clients.shard is WHOLE else None
-
-
-def _own_importances(
-    clients: ClientUpdates, own: ClientVectors, wanted: bool
-) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    return (own.fishers, clients.fisher_min, clients.fisher_max) if wanted else ([], None, None)
+def _of_own_vectors(
+    clients: ClientUpdates,
+    global_params: Tensor | None,
+    alpha: Tensor | None,
+    weights: Tensor | None,
+    totals: Tensor,
+    reweight: bool,
+    rescale: bool,
+    single: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """One reading of the clients' vectors as they came; None where they are not all read there at once."""
+    own = clients.tiles.vectors if clients.shard is WHOLE else None
+    if own is None:
+        return None
+    importances = (own.fishers, clients.fisher_min, clients.fisher_max) if reweight or rescale else ([], None, None)
+    return ops.aggregate_vectors(
+        global_params, own.updates, own.base, *importances, alpha, weights, totals, reweight, rescale, single
+    )
 
 
 def _no_totals(clients: ClientUpdates) -> Tensor:
