@@ -28,7 +28,6 @@ POINTS: tuple[tuple[str, Any, str], ...] = (
     ("take in", AggregationRule, "_take_in"),
     ("Fisher ranges", ops, "importance_range"),
     ("norms", readings, "measured"),
-    ("guess", readings, "sampled_norms"),
     ("guess", readings, "sampled_scores"),
     ("screen", ClientUpdates, "screened"),
     ("one reading", readings, "scores_and_mean"),

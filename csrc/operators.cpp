@@ -34,6 +34,13 @@ std::vector<double> numbers(const Tensor& tensor, int64_t expected, const char* 
 
 // --- client matrices
 
+// A vector of any stride, or a contiguous tensor of any shape, as the numbers from `first` on.
+VectorSegment segment(const Tensor& piece, int64_t first) {
+  const bool vector = piece.dim() == 1;
+  STD_TORCH_CHECK(vector || piece.is_contiguous(), "values must be vectors or contiguous");
+  return {source(piece, "values"), first, piece.numel(), vector ? piece.stride(0) : 1};
+}
+
 // Vectors that arrive in pieces, one after the other, all of one length; segments live as long as this does.
 struct Vectors {
   ClientVectors problem{};
@@ -44,10 +51,9 @@ struct Vectors {
     segments.reserve(values.size());
     int64_t numbers = 0;
     for (const Tensor& piece : values) {
-      STD_TORCH_CHECK(piece.dim() == 1, "values must be vectors");
-      if (piece.size(0) > 0)
-        segments.push_back({source(piece, "values"), numbers, piece.size(0), piece.stride(0)});
-      numbers += piece.size(0);
+      const VectorSegment s = segment(piece, numbers);
+      if (s.size > 0) segments.push_back(s);
+      numbers += s.size;
     }
     STD_TORCH_CHECK(clients > 0 && numbers % clients == 0, numbers, " numbers are not ", clients,
                     " vectors of one length");
@@ -101,27 +107,32 @@ void fill_rows(const std::vector<Tensor>& values, Tensor rows, const std::option
   fill(values, base, rows, nullptr);
 }
 
-Tensor vector_range(const std::vector<Tensor>& values) {
-  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-  double low = std::numeric_limits<double>::infinity(), high = -low;
-  for (const Tensor& piece : values) {
-    STD_TORCH_CHECK(piece.dim() == 1, "values must be vectors");
-    const int64_t n = piece.size(0);
-    if (n == 0) continue;
-    double least, most;
-    kernels().range({source(piece, "values"), n, 0, 0, piece.stride(0)}, 1, n, &least, &most, pool_for(n));
-    if (least != least || low != low) {
-      low = high = kNaN;
-    } else {
-      low = std::min(low, least);
-      high = std::max(high, most);
+std::tuple<Tensor, Tensor> vector_range(const std::vector<Tensor>& values, int64_t clients) {
+  const Vectors vectors(values, clients, std::nullopt);
+  STD_TORCH_CHECK(vectors.params > 0, "the range of no numbers is undefined");
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  Tensor low = torch::stable::new_empty(values[0], {clients}, ScalarType::Double);
+  Tensor high = torch::stable::new_empty(values[0], {clients}, ScalarType::Double);
+  std::fill_n(doubles(low), clients, kInfinity);
+  std::fill_n(doubles(high), clients, -kInfinity);
+  for (const VectorSegment& s : vectors.segments) {
+    for (int64_t done = 0; done < s.size;) {  // a segment may hold numbers of several clients
+      const int64_t client = (s.first + done) / vectors.params;
+      const int64_t n = std::min(s.size, (client + 1) * vectors.params - s.first) - done;
+      double &least = doubles(low)[client], &most = doubles(high)[client];
+      double smallest, largest;
+      const Source from{element_at(s.source, done * s.stride), s.source.element};
+      kernels().range({from, n, 0, 0, s.stride}, 1, n, &smallest, &largest, pool_for(n));
+      done += n;
+      if (smallest != smallest || least != least) {
+        least = most = std::numeric_limits<double>::quiet_NaN();
+      } else {
+        least = std::min(least, smallest);
+        most = std::max(most, largest);
+      }
     }
   }
-  STD_TORCH_CHECK(!values.empty() && (low <= high || low != low), "the range of no numbers is undefined");
-  Tensor result = torch::stable::new_empty(values[0], {2}, ScalarType::Double);
-  doubles(result)[0] = low;
-  doubles(result)[1] = high;
-  return result;
+  return {std::move(low), std::move(high)};
 }
 
 // --- aggregation

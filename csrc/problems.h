@@ -15,6 +15,11 @@ struct Source {
   Element element = Element::kFloat32;
 };
 
+inline const void* element_at(const Source& source, int64_t index) {
+  const int64_t bytes = source.element == Element::kFloat64 ? 8 : source.element == Element::kFloat32 ? 4 : 2;
+  return static_cast<const char*>(source.data) + index * bytes;
+}
+
 constexpr int kMaxDims = 3;
 
 // Sum over n of the squares of the per-sample weight gradients of a (grouped) convolution with zero padding.

@@ -15,7 +15,7 @@ from fdcr_fast.memory import empty, pages
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("size", [(0,), (3, 0, 2), (5,), (1024, 4), (7, 3, 50_001), (3, 1 << 20)])
 def test_an_empty_tensor_is_one_that_can_be_written(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensors = [empty(size, dtype) for _ in range(2)]
+    tensors = [empty(size, dtype, lasting=lasting) for lasting in (False, True)]
     for number, tensor in enumerate(tensors):
         assert tensor.shape == size
         assert tensor.dtype == dtype
@@ -32,7 +32,7 @@ def test_pages_begin_with_one(nbytes: int) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what pages memory has")
 def test_huge_pages_are_asked_for() -> None:
-    tensor = empty([8 << 20], torch.uint8)
+    tensor = empty([8 << 20], torch.uint8, lasting=True)
     flags = ""
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

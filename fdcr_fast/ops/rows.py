@@ -35,7 +35,8 @@ def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Te
     is NaN.
 
     Args:
-        values: Vectors that make up one vector ``[P]``; floating, any strides and dtypes.
+        values: Vectors of any strides, or contiguous tensors of any shape, that make up one vector ``[P]`` in this
+            order; floating, any dtypes.
         row: ``[T, L]``, floating; written.
         statistics: Those of the numbers before these, float64 ``(squared norm, smallest, largest)``; ``(0, inf, -inf)``
             where there are none. The compiled kernels give a vector that is copied in parts of a multiple of
@@ -46,7 +47,7 @@ def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Te
     Returns:
         ``[3]`` float64, the statistics with these numbers.
     """
-    num_params = sum(piece.shape[0] for piece in values)
+    num_params = sum(piece.numel() for piece in values)
     if num_params == 0:
         return statistics.clone()
     (vector,) = _filled(values, row[:, None], base)
@@ -88,12 +89,12 @@ def fill_rows(values: Sequence[Tensor], rows: Tensor, base: Tensor | None = None
     """Copy the vectors of all clients into a tiled client matrix, as :func:`fill_row` does with one of them.
 
     Args:
-        values: Vectors that make up those of the clients ``[P]``, one client after the other; floating, any strides and
-            dtypes.
+        values: As in :func:`fill_row`, those that make up the vectors of the clients ``[P]``, one client after the
+            other.
         rows: Tiled client matrix ``[T, K, L]`` with at least one client; written.
         base: As in :func:`fill_row`.
     """
-    if sum(piece.shape[0] for piece in values):
+    if any(piece.numel() for piece in values):
         _filled(values, rows, base)
 
 
@@ -101,7 +102,7 @@ def _filled(values: Sequence[Tensor], rows: Tensor, base: Tensor | None) -> Tens
     """What was copied into the rows, ``[K, P]``."""
     clients, length = rows.shape[1:]
     dtype = rows.dtype if base is None else base.dtype
-    vectors = torch.cat([piece.to(rows.device, dtype) for piece in values]).view(clients, -1)
+    vectors = torch.cat([piece.flatten().to(rows.device, dtype) for piece in values]).view(clients, -1)
     if base is not None:
         vectors = (vectors - base.to(rows.device)).to(rows.dtype)
     tiles, rest = divmod(vectors.shape[1], max(length, 1))

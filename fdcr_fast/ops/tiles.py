@@ -57,15 +57,18 @@ def check_numbers(name: str, vector: Tensor, size: int) -> None:
 
 
 def check_pieces(name: str, pieces: Sequence[Tensor]) -> int:
-    """Refuse what are no vectors of floating numbers.
+    """Refuse what are no floating numbers in a row: vectors of any strides, or contiguous tensors of any shape.
 
     Returns:
         How many numbers there are in all.
     """
     for piece in pieces:
         check_floating(**{name: piece})
-        torch._check(piece.dim() == 1, partial("{} must be vectors, got {}".format, name, tuple(piece.shape)))
-    return sum(piece.shape[0] for piece in pieces)
+        torch._check(
+            piece.dim() == 1 or piece.is_contiguous(),
+            partial("{} must be vectors or contiguous, got {} {}".format, name, tuple(piece.shape), piece.stride()),
+        )
+    return sum(piece.numel() for piece in pieces)
 
 
 def check_read(read: Tensor, clients: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,46 +17,57 @@ from fdcr_fast.ops.tiles import check_numbers, check_pieces
 
 
 class SplitVector:
-    """A vector in pieces ``[n]``, of which parts are wanted."""
+    """A vector in pieces, vectors or contiguous tensors, of which parts are wanted."""
 
     def __init__(self, pieces: Sequence[Tensor]) -> None:
-        self.pieces = [piece for piece in pieces if piece.numel()]
-        self._ends = list(itertools.accumulate(piece.numel() for piece in self.pieces))
+        self.pieces = list(pieces)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(piece.numel() for piece in self.pieces))
 
     def between(self, start: int, stop: int) -> list[Tensor]:
         """Numbers ``[start, stop)``, at least one, in pieces."""
         first, last = bisect.bisect_right(self._ends, start), bisect.bisect_left(self._ends, stop)
         found = self.pieces[first : last + 1]
         if self._ends[last] > stop:
-            found[-1] = found[-1][: stop - self._ends[last]]
+            found[-1] = found[-1].flatten()[: stop - self._ends[last]]
         begin = self._ends[first - 1] if first else 0
         if begin < start:
-            found[0] = found[0][start - begin :]
+            found[0] = found[0].flatten()[start - begin :]
         return found
 
 
-def _check_vector_range(values: Sequence[Tensor]) -> None:
-    check_pieces("values", values)
-    torch._check(any(piece.shape[0] for piece in values), lambda: "the range of no numbers is undefined")
+def _check_vector_range(values: Sequence[Tensor], clients: int) -> None:
+    count = check_pieces("values", values)
+    torch._check(
+        clients > 0 and count % clients == 0, lambda: f"{count} numbers are not {clients} vectors of one length"
+    )
+    torch._check(count > 0, lambda: "the range of no numbers is undefined")
 
 
-def _fake_vector_range(values: Sequence[Tensor]) -> Tensor:
-    return values[0].new_empty(2, dtype=torch.float64)
+def _fake_vector_range(values: Sequence[Tensor], clients: int) -> tuple[Tensor, Tensor]:
+    low, high = (values[0].new_empty(clients, dtype=torch.float64) for _ in range(2))
+    return low, high
 
 
 @operator(check=_check_vector_range, fake=_fake_vector_range)
-def vector_range(values: Sequence[Tensor]) -> Tensor:
-    """Smallest and largest number of one vector, as :func:`importance_range` tells those of many; NaN if any is NaN.
+def vector_range(values: Sequence[Tensor], clients: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest number of each client, as :func:`importance_range` tells them; NaN if any is NaN.
 
     Args:
-        values: Vectors that make up the vector, which has at least one number; floating, any strides and dtypes.
+        values: As in :func:`fill_rows`; at least one number of each client.
+        clients: ``K``.
 
     Returns:
-        ``[2]`` float64.
+        ``(minimum, maximum)``, float64 ``[K]``.
     """
-    ranges = [piece.aminmax() for piece in values if piece.shape[0]]
-    low, high = (torch.stack([end.double() for end in ends]) for ends in zip(*ranges, strict=True))
-    return torch.stack([low.min(), high.max()])
+    vectors = SplitVector(values)
+    num_params = sum(piece.numel() for piece in values) // clients
+    rows = (vectors.between(k * num_params, (k + 1) * num_params) for k in range(clients))
+    ranges = [torch.stack([torch.stack(piece.aminmax()).double() for piece in row if piece.numel()]) for row in rows]
+    low, high = torch.stack([row.amin(0) for row in ranges])[:, 0], torch.stack([row.amax(0) for row in ranges])[:, 1]
+    return low.clone(), high.clone()
 
 
 def _check_aggregate_vectors(
@@ -148,8 +160,7 @@ def aggregate_vectors(
 
     Args:
         global_params: ``w [P]``; may be None without ``weights``.
-        updates: Vectors that make up those of the clients ``[P]``, one client after the other; floating, any strides
-            and dtypes, and rounded to float32.
+        updates: As in :func:`fill_rows`; rounded to float32.
         base: ``[P]``, float32, taken from every client's vector; None for zeros.
         fishers: As ``updates``, without base; empty for none.
         fisher_min: ``[K]`` float64 from :func:`vector_range`, rounded like the numbers; None without ``fishers``.
@@ -167,7 +178,7 @@ def aggregate_vectors(
     shares = alpha if alpha is not None else weights
     assert shares is not None, "checked"
     rows, importances, K = SplitVector(updates), SplitVector(fishers), len(shares)
-    num_params = sum(piece.shape[0] for piece in updates) // K
+    num_params = sum(piece.numel() for piece in updates) // K
     old = totals.new_empty(num_params) if global_params is None else global_params
     params = old.new_empty(num_params) if weights is not None else totals.new_empty(0)
     totals, ranges = totals.clone(), (fisher_min, fisher_max)

@@ -210,22 +210,14 @@ def worth_sampling(clients: ClientUpdates) -> bool:
     return clients.num_params > 2 * _FEWEST_SAMPLED
 
 
-def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: bool) -> Scores:
-    """Scores over a few of the parameters, spread over all of them: a guess."""
-    totals = _no_totals(clients)
+def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool) -> Scores:
+    """Scores guessed from a few of the parameters, spread over all of them."""
+    totals, size = _no_totals(clients), 0
     for span in _sample(clients.tiles):
         importances = _importances(clients, span, reweight)
-        totals = ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, single)
-    return _scores(clients.shard.sum_parts(totals))
-
-
-def sampled_norms(clients: ClientUpdates) -> Tensor:
-    """Squared norms ``[K]`` of the updates, guessed from a few of the parameters."""
-    total, size = torch.zeros(len(clients.clients), dtype=torch.float64, device=clients.tiles.device), 0
-    for span in _sample(clients.tiles):
-        total += ops.squared_norm(span.updates, span.num_params)
+        totals = ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, False)
         size += span.num_params
-    return clients.shard.sum_parts(total * (clients.tiles.num_params / size))
+    return _scores(clients.shard.sum_parts(totals * (clients.tiles.num_params / size)))
 
 
 def _sample(tiles: ClientTiles) -> Iterator[Span]:

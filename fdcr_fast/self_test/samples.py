@@ -81,7 +81,7 @@ def samples(params: int = 10, device: str = "cpu") -> dict[str, list[tuple[Any, 
             (randn(params), updates, None, None, None, alpha, alpha, totals, False, False, True),
         ],
         "norms_and_mean": [(randn(params), updates, alpha, totals[:3], False)],
-        "vector_range": [([randn(4), randn(params, dtype=BF16)],)],
+        "vector_range": [([randn(4), randn(params - 4), randn(params, dtype=BF16)], 2)],
         "aggregate_vectors": [
             (randn(params), own, randn(params), own_fishers, low, high, alpha, alpha, totals, True, True, False),
             (randn(params), own, None, [], None, None, None, alpha, totals[:3], False, False, True),

@@ -162,10 +162,12 @@ class Attendance:
         with self.lock:
             self.settle()
             clients = self._packed()
-            tiles = self._rows.tiles(list(map(_ROW, clients)))
+            rows = list(map(_ROW, clients))
+            tiles, ranges = self._rows.tiles(rows), self._rows.ranges(rows)
             rejected = dict(self.rejected)
         numbers = np.array(list(map(_NUMBERS, clients)), dtype=np.float64).reshape(-1, 4)
         num_samples, squared_norm, low, high = map(torch.from_numpy, numbers.T)
+        low, high = (low, high) if ranges is None else ranges
         with_fishers = self._rows.shape.with_fishers
         return ClientUpdates(
             tiles=tiles,

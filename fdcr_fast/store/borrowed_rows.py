@@ -1,4 +1,4 @@
-"""Rows that stay in the tensors in which they came, from where rules read them through a small buffer."""
+"""Rows that stay in the tensors in which they came, from where rules read them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from fdcr_fast.round.tiles import ClientVectors, Span
 from fdcr_fast.store.rows import FISHER, UPDATE, Accepted, Statistics, StoreShape, Vectors
 from fdcr_fast.store.store_tiles import StoreTiles, whole_stretches
 
-_UNREAD = torch.full((1,), torch.nan, dtype=torch.float64)
 _SPAN_BYTES = 1 << 23  # of the buffer: many parameters at once, and still in cache when they are read
 
 
@@ -30,7 +29,7 @@ class BorrowedRow:
 
 
 class BorrowedRows:
-    """Rows of which only the Fishers are looked at when they come: the updates are when they are aggregated.
+    """Rows that are looked at when they are aggregated, and not when they come.
 
     Args:
         shape: Shape of the rows as rules read them.
@@ -45,19 +44,17 @@ class BorrowedRows:
         self._rows: dict[int, BorrowedRow] = {}
 
     def fill(self, row: int, vectors: Vectors, base: Tensor | None = None) -> tuple[Statistics, int]:
-        """Keep a client's vectors as a row that is nobody's yet; statistics of the Fisher, and no checksum."""
-        split = {matrix: SplitVector(pieces) for matrix, pieces in vectors.items()}
-        statistics = {matrix: self._range(pieces) for matrix, pieces in vectors.items() if matrix != UPDATE}
-        self._rows[row] = BorrowedRow(split, base)
-        return statistics, 0
+        """Keep a client's vectors as a row that is nobody's yet; no statistics, and no checksum."""
+        self._rows[row] = BorrowedRow({matrix: SplitVector(pieces) for matrix, pieces in vectors.items()}, base)
+        return {}, 0
 
-    def _range(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Smallest and largest number of a vector, behind a norm that nobody has asked for.
-
-        Rounding changes no order: it is enough to round these two.
-        """
-        rounded = ops.vector_range(pieces).cpu().to(self.shape.dtype)
-        return torch.cat([_UNREAD, rounded.double()])
+    def ranges(self, rows: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """One reading of the Fishers. Rounding changes no order: it is enough to round what is found."""
+        if not (rows and self.shape.with_fishers):
+            return None
+        pieces = [piece for row in rows for piece in self._rows[row].vectors[FISHER].pieces]
+        low, high = torch.stack(ops.vector_range(pieces, len(rows))).cpu().to(self.shape.dtype).double()
+        return low, high
 
     def commit(self, accepted: Accepted) -> None:
         """The clients hold what they sent: there is nothing to write down."""
@@ -91,7 +88,7 @@ class BorrowedRows:
 
 
 class BorrowedTiles(StoreTiles):
-    """Rows as rules read them: a span is filled from the clients' tensors when it is asked for."""
+    """Rows as rules read them: where they lie, or in spans that are filled from there when they are asked for."""
 
     windows = 4  # each takes a slice of every client's tensors
 

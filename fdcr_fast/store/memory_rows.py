@@ -36,7 +36,7 @@ class MemoryRows:
         elif pinned:
             self.data = torch.empty(size, dtype=shape.dtype, device=device, pin_memory=True)
         else:
-            self.data = empty(size, shape.dtype, device)
+            self.data = empty(size, shape.dtype, device, lasting=True)
 
     def __getstate__(self) -> tuple[StoreShape, SharedTensor]:
         if self._shared is None:
@@ -58,6 +58,9 @@ class MemoryRows:
             matrix: ops.fill_row(pieces, self.data[:, row, matrix], NO_STATISTICS, base if matrix == UPDATE else None)
             for matrix, pieces in vectors.items()
         }, 0
+
+    def ranges(self, rows: Sequence[int]) -> None:
+        """None: every row was looked at when it was filled."""
 
     def commit(self, accepted: Accepted) -> None:
         """Memory has nothing to write down."""

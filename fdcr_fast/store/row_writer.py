@@ -46,7 +46,7 @@ class RowWriter:
             vectors = {**vectors, FISHER: self._pieces("Fisher", fisher)}
         statistics, checksum = self.rows.fill(row, vectors, base)
         norm = statistics[UPDATE][0].item() if UPDATE in statistics else None
-        low, high = statistics[FISHER][1:].tolist() if with_fishers else (None, None)
+        low, high = statistics[FISHER][1:].tolist() if FISHER in statistics else (None, None)
         reason = rejection_reason(count, norm, low, high)
         if reason is not None:
             raise ValueError(reason)

@@ -130,7 +130,7 @@ class Rows(Protocol):
 
     @property
     def unread(self) -> bool:
-        """Whether updates are looked at when they are aggregated, and not when they come."""
+        """Whether rows are looked at when they are aggregated, and not when they come."""
 
     def fill(self, row: int, vectors: Vectors, base: Tensor | None = None) -> tuple[Statistics, int]:
         """Put a client's vectors, the update less the base, into a row that is nobody's yet.
@@ -138,6 +138,9 @@ class Rows(Protocol):
         Returns:
             Their statistics, and a checksum, which is 0 where there is none.
         """
+
+    def ranges(self, rows: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Smallest and largest number of the Fisher in each row, float64; None if statistics told them when it came."""
 
     def commit(self, accepted: Accepted) -> None:
         """Make a filled row count."""

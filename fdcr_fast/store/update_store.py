@@ -63,7 +63,8 @@ class UpdateStore:
         sync: With ``path``, False trades crash safety for speed: nothing is flushed to the disk before the system does.
         shared: Whether other processes can fill rows; see :meth:`writer`.
         copy: False for a store that takes no memory: contributions stay in the tensors that were put, which must not
-            change before the round is aggregated, and are read from there. Whether an update is finite is seen then.
+            change before the round is aggregated, and are read from there. Whether their numbers can be used is seen
+            then.
 
     Raises:
         TypeError: an argument is of another type than it can be.

@@ -18,7 +18,9 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def vector_pieces(
     name: str, values: Any, num_params: int, layout: ParamLayout | None, buffer_dtype: torch.dtype
 ) -> list[Tensor]:
-    """Vectors that make up the client's vector ``[P]``; copied only where torch cannot share the memory.
+    """What makes up the client's vector ``[P]``: vectors, or contiguous tensors in the shapes of the parameters.
+
+    They are copied only where torch cannot share the memory, or where the numbers do not lie in their order.
 
     Args:
         name: Name of the vector in messages.
@@ -80,7 +82,7 @@ def _pieces_of(values: Mapping[Any, Any] | Sequence[Any], layout: ParamLayout | 
     for name, piece in zip(layout.names, pieces, strict=True):
         if piece.dtype not in FLOATS:
             raise TypeError(f"parameter {name} must be floating point, got {piece.dtype}")
-    return [piece.reshape(-1) for piece in pieces]
+    return [piece if piece.is_contiguous() else piece.reshape(-1) for piece in pieces]
 
 
 def _is_buffer(values: Any) -> bool:

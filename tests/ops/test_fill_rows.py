@@ -13,13 +13,13 @@ from tests.support.operands import vectors
 @given(problem=vectors(), clients=st.integers(1, 4), wide=st.booleans(), with_base=st.booleans())
 def test_rows_of_many_clients_less_a_base(implementation, problem, clients, wide, with_base):
     pieces, row = problem
-    P = sum(len(piece) for piece in pieces)
+    P = sum(piece.numel() for piece in pieces)
     rows = torch.full((row.shape[0], clients, row.shape[1]), torch.nan, dtype=row.dtype)
     base = torch.linspace(-1, 1, P, dtype=torch.float64 if wide else torch.float32) if with_base else None
     vectors = [[piece * (k + 1) for piece in pieces] for k in range(clients)]
     implementation("fill_rows")([piece for vector in vectors for piece in vector], rows, base)
     for k, vector in enumerate(vectors):
-        expected = torch.cat([piece.to(row.dtype if base is None else base.dtype) for piece in vector])
+        expected = torch.cat([x.flatten().to(row.dtype if base is None else base.dtype) for x in vector])
         expected = expected if base is None else (expected - base).to(row.dtype)
         flat = rows[:, k].reshape(-1)
         assert torch.equal(flat[:P], expected)

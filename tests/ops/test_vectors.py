@@ -14,11 +14,12 @@ from tests.support.operands import FLOATS, laid_out, vectors
 
 
 def cut(matrix, cuts, layout="contiguous", dtypes=(torch.float32,)):
-    """The rows of a matrix in pieces, one row after the other, every piece in another memory."""
+    """The rows of a matrix in pieces, one after the other, each in another memory and some in two dimensions."""
     pieces = []
     for k, row in enumerate(matrix):
         for i, piece in enumerate(row.tensor_split(cuts[k % len(cuts)])):
-            pieces.append(laid_out(piece.to(dtypes[(k + i) % len(dtypes)]).clone(), layout))
+            piece = laid_out(piece.to(dtypes[(k + i) % len(dtypes)]).clone(), layout)
+            pieces.append(piece.view(-1, 3) if len(piece) % 3 == 0 and piece.is_contiguous() else piece)
     return pieces
 
 
@@ -97,7 +98,7 @@ def test_the_bits_of_rows_that_were_copied(compiled, problem, seed, kind, reweig
 def test_against_float64_written_down_from_the_paper(implementation, problem, reweight, rescale):
     K, P, updates, fishers, base, w = problem
     shares = torch.arange(1, K + 1, dtype=torch.float64) / sum(range(1, K + 1))
-    delta, F = (torch.cat([piece.float() for piece in pieces]).view(K, P) for pieces in (updates, fishers))
+    delta, F = (torch.cat([piece.flatten().float() for piece in pieces]).view(K, P) for pieces in (updates, fishers))
     delta = delta - (0 if base is None else base)
     low, high = F.double().amin(1) - 0.25, F.double().amax(1) + 0.25
     importance = (F.double() - low[:, None]) / (high - low)[:, None]
@@ -141,16 +142,33 @@ def test_same_bits_for_any_number_of_threads(compiled):
         assert torch.equal(params, results[0][1])
 
 
-@given(problem=vectors())
-def test_range_of_a_vector(implementation, problem):
+@given(problem=vectors(), clients=st.integers(1, 6))
+def test_ranges_of_vectors(implementation, problem, clients):
     pieces, _ = problem
-    numbers = torch.cat([piece.double() for piece in pieces])
-    if len(numbers) == 0:
+    numbers = torch.cat([piece.flatten().double() for piece in pieces])
+    pieces = [*pieces, torch.zeros(-len(numbers) % clients)]  # some lie in the vectors of two clients
+    rows = torch.cat([numbers, pieces[-1]]).view(clients, -1)
+    if rows.numel() == 0:
         with pytest.raises(RuntimeError, match="no numbers"):
-            ops.vector_range(pieces)
+            ops.vector_range(pieces, clients)
         return
-    expected = torch.stack([numbers.min(), numbers.max()])
-    torch.testing.assert_close(implementation("vector_range")(pieces), expected, rtol=0, atol=0, equal_nan=True)
+    got = implementation("vector_range")(pieces, clients)
+    for x, expected in zip(got, (rows.amin(1), rows.amax(1)), strict=True):
+        torch.testing.assert_close(x, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "clients", "message"),
+    [
+        ([torch.ones(5)], 2, "vectors of one length"),
+        ([torch.ones(5)], 0, "vectors of one length"),
+        ([torch.ones(4, 2).t()], 2, "vectors or contiguous"),
+        ([torch.ones(4).long()], 2, "float"),
+    ],
+)
+def test_no_range_of_what_does_not_fit(values, clients, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.vector_range(values, clients)
 
 
 @pytest.mark.parametrize("piece", range(3))
@@ -158,8 +176,10 @@ def test_range_of_a_vector(implementation, problem):
 def test_range_tells_non_finite_numbers(implementation, piece, value):
     pieces = [torch.ones(3), torch.ones(4097), torch.ones(1)]
     pieces[piece][-1] = value
-    low, high = implementation("vector_range")(pieces).tolist()
+    others = [torch.full((4101,), 2.0)]
+    (one, low), (other, high) = (x.tolist() for x in implementation("vector_range")(others + pieces, 2))
     assert (math.isnan(low) and math.isnan(high)) if math.isnan(value) else value in (low, high)
+    assert one == other == 2
 
 
 ONE = torch.ones(1, dtype=torch.float64)
@@ -170,7 +190,7 @@ ONE = torch.ones(1, dtype=torch.float64)
     [
         ({"weights": None, "alpha": None}, "must be given"),
         ({"updates": [torch.ones(5)]}, "vectors of one length"),
-        ({"updates": [torch.ones(4, 1)]}, "must be vectors"),
+        ({"updates": [torch.ones(2, 2).t()]}, "vectors or contiguous"),
         ({"updates": [torch.ones(4).long()]}, "float"),
         ({"global_params": torch.ones(3)}, "global_params"),
         ({"global_params": None}, "global_params"),

@@ -88,8 +88,10 @@ def test_a_wrong_guess_costs_one_more_reading(reads, monkeypatch):
 
 
 def test_nobody_is_guessed_where_nobody_can_be_dropped(reads, monkeypatch):
+    w, updates, fishers, n = attacked()
+    store = stored(updates, fishers, n)  # which knows the norms
     monkeypatch.setattr(readings, "sampled_scores", None)
-    FDCR(cluster=None).aggregate(*attacked())
+    FDCR(cluster=None).aggregate(w, store)
     assert reads == [("scores_and_mean", True)]
 
 
@@ -222,11 +224,22 @@ def test_a_rule_that_extends_the_mean_may_look_at_norms():
     assert FedAvg(clip="median").aggregate(w, updates, None, n).weights.sum() < 1
 
 
+def guess_norms(monkeypatch, square):
+    """Make all squared norms seem to be this one."""
+    right = readings.sampled_scores
+
+    def sampled_scores(*arguments, **options):
+        scores = right(*arguments, **options)
+        return scores._replace(squared_norm=torch.full_like(scores.squared_norm, square))
+
+    monkeypatch.setattr(readings, "sampled_scores", sampled_scores)
+
+
 @pytest.mark.parametrize("guess", [0.0, 1e-40, 1e40, float("nan"), float("inf")])
 def test_a_wrong_guess_of_norms_changes_nothing(monkeypatch, guess):
     w, updates, fishers, n = attacked()
     expected = FDCR().aggregate(w, updates, fishers, n)
-    monkeypatch.setattr(readings, "sampled_norms", lambda _: torch.full((20,), guess, dtype=torch.float64))
+    guess_norms(monkeypatch, guess)
     same_result(FDCR().aggregate(w, updates, fishers, n), expected)
 
 
@@ -237,7 +250,7 @@ def test_what_one_entry_hides_is_found_without_a_reading_of_its_own(monkeypatch,
     updates[5, column] = value
     result = FDCR().aggregate(w, updates, fishers, n)
     assert list(result.rejected) == [5]
-    monkeypatch.setattr(readings, "sampled_norms", lambda _: torch.full((20,), torch.nan, dtype=torch.float64))
+    guess_norms(monkeypatch, torch.nan)
     same_result(result, FDCR().aggregate(w, updates, fishers, n))
 
 
@@ -248,5 +261,5 @@ def test_norms_at_the_bound_are_judged_by_exact_norms(monkeypatch, factor):
     median = norms[1:].sort().values[9]  # the lower median of all: row 0 is the longest
     updates[0] *= float(2 * median * factor / norms[0])
     result = FDCR(norm_bound=2.0).aggregate(w, updates, fishers, n)
-    monkeypatch.setattr(readings, "sampled_norms", lambda _: torch.full((20,), torch.nan, dtype=torch.float64))
+    guess_norms(monkeypatch, torch.nan)
     same_result(result, FDCR(norm_bound=2.0).aggregate(w, updates, fishers, n))

@@ -152,7 +152,7 @@ def test_a_store_that_does_not_copy_gives_the_same_bits(rule):
         assert torch.equal(found[0][name], value)
 
 
-def test_a_store_that_does_not_copy_tells_bad_updates_when_it_is_aggregated():
+def test_a_store_that_does_not_copy_tells_bad_numbers_when_it_is_aggregated():
     state = network().state_dict()
     store = StateStore(state, K, copy=False)
     for k in range(K):
@@ -160,11 +160,13 @@ def test_a_store_that_does_not_copy_tells_bad_updates_when_it_is_aggregated():
         if k == 2:
             client["3.bias"] = torch.full((3,), torch.nan)
         fisher = torch.rand(store.layout.numel) * (torch.nan if k == 4 else 1)
-        assert store.put(client, fisher, COUNTS[k], k) == (k != 4)
+        assert store.put(client, fisher, COUNTS[k], k)
     result = store.aggregate(FDCR())[1]
     assert result.rejected.keys() == {2, 4}
     assert "update is not finite" in result.rejected[2]
+    assert "Fisher is not finite" in result.rejected[4]
     assert not result.kept[result.clients.index(2)]
+    assert not result.kept[result.clients.index(4)]
 
 
 def test_a_store_that_does_not_copy_has_no_file(tmp_path):

@@ -120,6 +120,7 @@ def vectors(draw):
         )
         for n in sizes
     ]
+    pieces = [x.view(2, len(x) // 2) if len(x) % 2 == 0 and x.is_contiguous() else x for x in pieces]
     P = sum(sizes)
     L = draw(st.sampled_from([max(P, 1), max(P // 3, 1), P + 5, 1, 16, 64, 2048, 2500]))
     dtype = draw(st.sampled_from(FLOATS))

@@ -144,6 +144,7 @@ def fill(
 def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Tensor | None = None) -> Tensor:
     """Copy a vector into tiles, with statistics of what is kept."""
     tiles, length = row.shape
+    values = [piece.flatten() for piece in values]
     if base is not None:
         parts_of_base = base.to(row.device).split([len(piece) for piece in values])
         values = [piece.to(part) - part for piece, part in zip(values, parts_of_base, strict=True)]

@@ -176,22 +176,23 @@ class _OneReading:
         """
         if not readings.worth_sampling(clients):
             return None
-        single = readings.may_fit_single(clients)
+        single, guess = readings.may_fit_single(clients), None
         if clients.tiles.device.type == "cpu":
-            guess = clients.with_norms(readings.sampled_norms(clients))
-            single = readings.fits_single(guess)
-            if not all_pass(self.rule, guess):
+            guess = self._guess(clients, self.rule.shares(clients, clients.valid))
+            known = clients.with_norms(guess.squared_norm)
+            single = readings.fits_single(known)
+            if not all_pass(self.rule, known):
                 return None
-        return foreseen(self.rule, clients, single, lambda: self.of(clients, single))
+        return foreseen(self.rule, clients, single, lambda: self.of(clients, single, guess))
 
-    def of(self, clients: ClientUpdates, single: bool) -> Read:
+    def of(self, clients: ClientUpdates, single: bool, guess: readings.Scores | None = None) -> Read:
         """The outcome, and the statistics of the round with the squared norms of this reading.
 
         These are as right as its products, which are in float32 if ``single``.
         """
         rule, on = self.rule, clients.on_device()
         alpha = rule.shares(on, on.valid)
-        expected = self._expected(on, alpha, single)
+        expected = self._expected(on, alpha, guess)
         while True:
             if expected is None:
                 scores = readings.scores(on, alpha, reweight=rule.importance, single=single)
@@ -221,14 +222,18 @@ class _OneReading:
             params = readings.mean(self.global_params, on, weights, rescale=rule.rescale, single=single)
         return (selection, own, params), statistics
 
-    def _expected(self, clients: ClientUpdates, alpha: Tensor, single: bool) -> Tensor | None:
+    def _expected(self, clients: ClientUpdates, alpha: Tensor, guess: readings.Scores | None) -> Tensor | None:
         """Who will probably be kept; None for a round that takes no longer to read twice than to guess."""
         if self.rule.cluster is None:
             return clients.valid
-        if not readings.worth_sampling(clients):
-            return None
-        guess = readings.sampled_scores(clients, alpha, reweight=self.rule.importance, single=single)
+        if guess is None:
+            if not readings.worth_sampling(clients):
+                return None
+            guess = self._guess(clients, alpha)
         return self.rule.decide(guess.distance, clients).kept
+
+    def _guess(self, clients: ClientUpdates, alpha: Tensor) -> readings.Scores:
+        return readings.sampled_scores(clients, alpha, reweight=self.rule.importance)
 
 
 def _fetched(selection: Selection, *others: Any) -> list[Any]:
