@@ -212,10 +212,10 @@ def worth_sampling(clients: ClientUpdates) -> bool:
 
 def sampled_scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool) -> Scores:
     """Scores guessed from a few of the parameters, spread over all of them."""
-    totals, size = _no_totals(clients), 0
+    totals, size, single = _no_totals(clients), 0, may_fit_single(clients)
     for span in _sample(clients.tiles):
         importances = _importances(clients, span, reweight)
-        totals = ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, False)
+        totals = ops.discrepancy(span.updates, *importances, alpha, totals, span.num_params, single)
         size += span.num_params
     return _scores(clients.shard.sum_parts(totals * (clients.tiles.num_params / size)))
 
