@@ -6,7 +6,7 @@ import functools
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,7 +57,7 @@ def phases(run: Callable[[], Any], repeats: int) -> dict[str, float]:
     return dict(sorted(medians.items(), key=lambda phase: -phase[1]))
 
 
-def shares(seconds: dict[str, float]) -> str:
+def shares(seconds: Mapping[str, float]) -> str:
     """``one reading 90 %, guess 8 %``: the phases that take a hundredth of the round or more."""
     total = sum(seconds.values())
     return ", ".join(f"{name} {100 * s / total:.0f} %" for name, s in seconds.items() if s >= 0.01 * total)

@@ -1,12 +1,8 @@
-"""Aggregation beside what limits it: every target with its verdict, and the phases of the rounds that miss theirs.
-
-python -m pytest benchmarks/bench_limits.py
-"""
+"""Whole rounds beside reads of the same bytes, plain PyTorch, and the Gram's limit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,20 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench, Comparison, Times
-from benchmarks.phases import phases, shares
+from benchmarks.harness import Comparison, Times
+from benchmarks.limits.report import REPORT, SHARE, add, at_level, judge, levels, threads
+from benchmarks.phases import phases
 from benchmarks.plain_rules import PLAIN_RULES, RANDOM, relative_error
 from benchmarks.rounds import FDCR_RULE, filled, name_of, require_memory, stacked, stored, sum_of
 from benchmarks.rules import ATTACKERS, RULES
-from benchmarks.tables import Report
-from benchmarks.targets import Target, summary, verdict
-from fdcr_fast import FLAME, AggregationRule, CoalitionFDCR, FedAvg, MultiKrum, UpdateStore, _native
+from benchmarks.targets import Target
+from fdcr_fast import FLAME, AggregationRule, CoalitionFDCR, FedAvg, MultiKrum, UpdateStore
+
+__all__ = ["REPORT"]
 
 MILLION, RESNET18 = 1_000_000, 11_000_000  # parameters
 NUMBER = 4  # bytes of a float32
-COLUMNS = ("", "K", "P", "ms", "measured", "of", "target", "verdict", "phases", "busy", "rounds")
 SOURCES = ("tensors", "store")
-SHARE = 0.25  # of the seconds, for most comparisons
+_REPEATS = 3  # of what is watched for its phases
 CALLS = 20  # of a rule, timed together where one takes less than a millisecond
 
 FDCR_STORE = {
@@ -55,94 +52,11 @@ SMALL: dict[str, tuple[AggregationRule, float]] = {
 }
 MEANS = {"FedAvg": FedAvg(), "norm clipping": FedAvg(clip="median")}
 
-REPORT = Report(
-    "limits",
-    "Limits of aggregation",
-    "python -m pytest benchmarks/bench_limits.py",
-    """\
-Float32, one client in ten an attacker; FDCR with two-means, but beside PyTorch all rules with their
-default options. *measured*: speed of a whole ``aggregate`` as a share of the yardstick's, or its time as a multiple:
-median and quartiles of the ratios within interleaved repeats in one process. Yardsticks: a *raw read* is ``torch.sum``,
-a plain SIMD sum, over as many bytes as the rule needs; *mv* is ``torch.mv(D.t(), w)``; *PyTorch* the shortest code that
-does the same without any check (``benchmarks/plain_rules.py``); the *Gram's limit* the larger of reading the updates
-and the share of one triangle, ``(K + 1) / 2K``, of the time of ``x @ x.T``. *phases*: of a round by itself, those of a
-hundredth or more. *busy*: cores that others kept busy, or half the distance of the quartiles of the yardstick's times,
-where either is large.""",
-    summary,
-)
-
-
-def judge(
-    bench: Bench,
-    name: str,
-    size: tuple[int, int],
-    found: Comparison,
-    yardstick: str,
-    target: Target,
-    run: Callable[[], Any] | None = None,
-) -> None:
-    """A row on ours beside a yardstick, or by itself; with its phases if it is given to be run for them."""
-    ours = next(iter(found.times))
-    own, other = found.times[ours], found.times[yardstick]
-    value, low, high = target.measured(own, other)
-    parts = {} if run is None else phases(run, repeats=3)
-    excess = target.excess(value)
-    cells = {
-        "ms": f"{1e3 * own.median:,.2f}",
-        "measured": f"**{value:.2f}** ({low:.2f} to {high:.2f})",
-        "of": "" if ours == yardstick else yardstick,
-        "target": str(target),
-        "verdict": verdict(excess, parts),
-        "phases": shares(parts),
-    }
-    times = {each: found.times[each].seconds for each in (ours, yardstick)}
-    add(bench, name, size, cells, {"excess": excess, "phases": parts, "times": times}, found)
-
-
-def add(
-    bench: Bench,
-    name: str,
-    size: tuple[int, int],
-    cells: Mapping[str, str],
-    figures: Mapping[str, Any],
-    found: Comparison,
-) -> None:
-    K, P = size
-    rounds = len(next(iter(found.times.values())).seconds)
-    row = {"": name, "K": str(K), "P": f"{P:,}", **cells, "busy": found.busy, "rounds": str(rounds)}
-    cells = {column: row.get(column, "") for column in COLUMNS}
-    bench.add(f"{name}, K = {K}, P = {P:,}", cells, {**figures, "busy": found.busy})
 
 
 def contiguous_sum(size: int) -> Callable[[], Tensor]:
     """A plain read of so many numbers."""
     return torch.zeros(size).add_(1).sum
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def at_level(level: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same with the kernels of another instruction set."""
-    native = _native.module
-    assert native is not None
-
-    def other() -> None:
-        before = native.simd_level()
-        native.set_simd_level(level)
-        try:
-            run()
-        finally:
-            native.set_simd_level(before)
-
-    return other
 
 
 @pytest.mark.parametrize("by", ["one thread", "all threads"])
@@ -168,13 +82,12 @@ def test_fdcr_from_the_store(bench, sized, size):
     def ours() -> Any:
         return FDCR_RULE.aggregate(w, store)
 
-    native = _native.module
-    others = [level for level in native.cpu_features() if level != native.simd_level()] if native else []
+    used, others = levels()
     contenders = {"ours": ours, "raw read": sum_of(store), **{level: at_level(level, ours) for level in others}}
     found = bench.compare(contenders, SHARE)
-    judge(bench, "FDCR, store", size, found, "raw read", target, ours)
+    judge(bench, "FDCR, store", size, found, "raw read", target, phases(ours, _REPEATS))
     for level in others:  # the default is the fastest but for noise
-        name = f"FDCR, store, {native.simd_level()} beside {level}"
+        name = f"FDCR, store, {used} beside {level}"
         judge(bench, name, size, found, level, Target(1.05, "multiple"))
 
 
@@ -189,7 +102,7 @@ def test_fdcr_from_tensors(bench, sized, size):
         return FDCR_RULE.aggregate(w, updates, fishers, n)
 
     found = bench.compare({"ours": ours, "raw read": lambda: (updates.sum(), fishers.sum())}, SHARE)
-    judge(bench, "FDCR, tensors", size, found, "raw read", target, ours)
+    judge(bench, "FDCR, tensors", size, found, "raw read", target, phases(ours, _REPEATS))
 
 
 @pytest.mark.parametrize("size", BFLOAT16, ids=name_of)
@@ -203,7 +116,7 @@ def test_bfloat16_store(bench, sized, size):
         return FDCR_RULE.aggregate(w, narrow)
 
     found = bench.compare({"ours": ours, "float32": lambda: FDCR_RULE.aggregate(w, wide)}, SHARE)
-    judge(bench, "FDCR, bfloat16 store", size, found, "float32", Target(1.6), ours)
+    judge(bench, "FDCR, bfloat16 store", size, found, "float32", Target(1.6), phases(ours, _REPEATS))
 
 
 @pytest.mark.parametrize("name", MEANS)
@@ -214,7 +127,7 @@ def test_means_from_the_store(bench, sized, size, name):
     w, _, store = stored(K, P)
     run = partial(MEANS[name].aggregate, w, store)
     found = bench.compare({"ours": run, "raw read": sum_of(store, K * P)}, SHARE)
-    judge(bench, f"{name}, store", size, found, "raw read", Target(0.9), run)
+    judge(bench, f"{name}, store", size, found, "raw read", Target(0.9), phases(run, _REPEATS))
 
 
 @pytest.mark.parametrize("size", MEANS_TENSORS, ids=name_of)
@@ -225,7 +138,7 @@ def test_means_from_tensors(bench, sized, size):
     weights = (n / n.sum()).float()
     run = partial(FedAvg().aggregate, w, updates, None, n)
     found = bench.compare({"ours": run, "mv": lambda: torch.mv(updates.t(), weights)}, SHARE)
-    judge(bench, "FedAvg, tensors", size, found, "mv", Target(1.0, "multiple"), run)
+    judge(bench, "FedAvg, tensors", size, found, "mv", Target(1.0, "multiple"), phases(run, _REPEATS))
 
 
 @pytest.mark.parametrize("size", PUTS, ids=name_of)
@@ -286,7 +199,8 @@ def test_whole_rounds(bench, whole, name, source):
     if name not in RANDOM:
         assert relative_error(plain(w, updates, fishers, n, f), run().params.double(), w) < 1e-3
     found = bench.compare({"ours": run, "PyTorch": lambda: plain(w, updates, fishers, n, f)}, share=0.1)
-    judge(bench, f"{name}, {source}, default options", whole.size, found, "PyTorch", Target(0.7, "multiple"), run)
+    target, row = Target(0.7, "multiple"), f"{name}, {source}, default options"
+    judge(bench, row, whole.size, found, "PyTorch", target, phases(run, _REPEATS))
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +221,7 @@ def test_pairwise_rules(bench, pairwise, name, source):
     pairs = zip(found.times["mm"].seconds, found.times["read"].seconds, strict=True)
     found.times["Gram's limit"] = Times(tuple(max(triangle * mm, read) for mm, read in pairs))
     target = Target(1.3, "multiple")
-    judge(bench, f"{name}, {source}", pairwise.size, found, "Gram's limit", target, run)
+    judge(bench, f"{name}, {source}", pairwise.size, found, "Gram's limit", target, phases(run, _REPEATS))
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -324,4 +238,4 @@ def test_small_federations(bench, name, source):
     found = bench.compare({f"{CALLS} calls": repeatedly}, share=0.05)
     once = Times(tuple(seconds / CALLS for seconds in found.times[f"{CALLS} calls"].seconds))
     label, target = f"{name}, {source}", Target(bound, "ms")
-    judge(bench, label, whole.size, Comparison({label: once}, found.busy), label, target, run)
+    judge(bench, label, whole.size, Comparison({label: once}, found.busy), label, target, phases(run, _REPEATS))
