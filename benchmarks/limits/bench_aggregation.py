@@ -53,7 +53,6 @@ SMALL: dict[str, tuple[AggregationRule, float]] = {
 MEANS = {"FedAvg": FedAvg(), "norm clipping": FedAvg(clip="median")}
 
 
-
 def contiguous_sum(size: int) -> Callable[[], Tensor]:
     """A plain read of so many numbers."""
     return torch.zeros(size).add_(1).sum
