@@ -45,12 +45,12 @@ class Buffers:
             # What is infinite in both states, such as a mask, differs by NaN.
             value = torch.where(own.isfinite(), own + value, own)
         copied: Tensor = value.to(own.dtype, copy=True)
-        unchanged = (copied == own) | (copied.isnan() & own.isnan())
-        if unchanged.all():
-            return None
-        if not (copied.isfinite() | unchanged).all():
-            raise ValueError(f"buffer {name} is not finite")
-        return copied
+        if not copied.isfinite().all():
+            unchanged = (copied == own) | (copied.isnan() & own.isnan())
+            if not (copied.isfinite() | unchanged).all():
+                raise ValueError(f"buffer {name} is not finite")
+            return None if unchanged.all() else copied
+        return None if torch.equal(copied, own) else copied
 
     def combined(self, name: str, changed: Sequence[Tensor | None], weights: Tensor, trim: int | None) -> Tensor:
         """The new buffer from those of the clients that count, and their weights; see :func:`held_mean`.
