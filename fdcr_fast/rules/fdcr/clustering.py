@@ -141,15 +141,15 @@ def kmeans(values: Any) -> Any:
 
     Of several equally good splits the lowest is taken.
     """
-    values = torch.as_tensor(values)
+    xp = np if isinstance(values, np.ndarray) else torch
     centred = values - values.mean()
-    centred = centred / centred.abs().max()
+    centred = centred / abs(centred).max()
     below = centred.cumsum(0)[:-1]
-    number = torch.arange(len(values), device=values.device)
+    number = (values == values).cumsum(0) - 1
     # Least within is most between; the sum above is minus the sum below, since the values are centred.
-    between = below.square() / (number[1:] * (len(values) - number[1:]))
-    between = torch.where(values[:-1] == values[1:], -1.0, between)
-    return (number > between.argmax()).long()
+    between = below * below / (number[1:] * (len(values) - number[1:]))
+    between = xp.where(values[:-1] == values[1:], -1.0, between)
+    return xp.where(number > between.argmax(), 1, 0)
 
 
 def check_density(eps: float, min_samples: int) -> None:
