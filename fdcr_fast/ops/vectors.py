@@ -29,12 +29,12 @@ class SplitVector:
     def between(self, start: int, stop: int) -> list[Tensor]:
         """Numbers ``[start, stop)``, at least one, in pieces."""
         first, last = bisect.bisect_right(self._ends, start), bisect.bisect_left(self._ends, stop)
-        found = self.pieces[first : last + 1]
-        if self._ends[last] > stop:
-            found[-1] = found[-1].flatten()[: stop - self._ends[last]]
         begin = self._ends[first - 1] if first else 0
-        if begin < start:
-            found[0] = found[0].flatten()[start - begin :]
+        if first == last:
+            return [self.pieces[first].flatten()[start - begin : stop - begin]]
+        found = self.pieces[first : last + 1]
+        found[0] = found[0].flatten()[start - begin :]
+        found[-1] = found[-1].flatten()[: stop - self._ends[last - 1]]
         return found
 
 
