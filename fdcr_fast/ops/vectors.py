@@ -64,10 +64,10 @@ def vector_range(values: Sequence[Tensor], clients: int) -> tuple[Tensor, Tensor
     """
     vectors = SplitVector(values)
     num_params = sum(piece.numel() for piece in values) // clients
-    rows = (vectors.between(k * num_params, (k + 1) * num_params) for k in range(clients))
-    ranges = [torch.stack([torch.stack(piece.aminmax()).double() for piece in row if piece.numel()]) for row in rows]
-    low, high = torch.stack([row.amin(0) for row in ranges])[:, 0], torch.stack([row.amax(0) for row in ranges])[:, 1]
-    return low.clone(), high.clone()
+    rows = [vectors.between(k * num_params, (k + 1) * num_params) for k in range(clients)]
+    low = [torch.stack([piece.amin().double() for piece in row if piece.numel()]).amin() for row in rows]
+    high = [torch.stack([piece.amax().double() for piece in row if piece.numel()]).amax() for row in rows]
+    return torch.stack(low), torch.stack(high)
 
 
 def _check_aggregate_vectors(
