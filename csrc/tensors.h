@@ -26,6 +26,7 @@ void check_place(const Tensor& tensor, const char* name);
 inline Source source(const Tensor& tensor, const char* name) {
   check_place(tensor, name);
   const void* data = tensor.const_data_ptr();
+  STD_TORCH_CHECK(data != nullptr || tensor.numel() == 0, name, " has no memory: it was freed");
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return {data, Element::kFloat32};

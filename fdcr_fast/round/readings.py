@@ -50,13 +50,18 @@ def may_fit_single(clients: ClientUpdates) -> bool:
     return clients.num_params >= ops.STRETCH and torch.float64 not in clients.tiles.dtypes
 
 
+def least_norm(clients: ClientUpdates) -> float:
+    """The norm of updates of the smallest size that float32 products are right for."""
+    return _LEAST_RMS * math.sqrt(clients.num_params)
+
+
 def fits_single(clients: ClientUpdates) -> bool:
     """Whether products of this round stay far from the limits of float32; small rounds are computed in float64."""
     if not may_fit_single(clients):
         return False
     rows = clients.valid_rows
     largest = math.sqrt(clients.squared_norm.numpy()[rows].max())
-    if not _LEAST_RMS * clients.num_params**0.5 <= largest <= _MOST_NORM:
+    if not least_norm(clients) <= largest <= _MOST_NORM:
         return False
     if clients.fisher_min is None or clients.fisher_max is None:
         return True
@@ -71,7 +76,7 @@ def trusted(scores: Scores, clients: ClientUpdates, alpha: Tensor) -> Any:
     distance, shares = xp.sqrt(squares[rows]), shares[rows]
     smallest, largest = distance.min(), distance.max()
     rounded = 2 * xp.sqrt(mean_square) + smallest + shares @ distance
-    least = smallest >= _LEAST_RMS * clients.num_params**0.5
+    least = smallest >= least_norm(clients)
     apart = smallest < (1 - _SAME) * largest
     return least & apart & (rounded <= _CANCELLATION * smallest)
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TypeAlias
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fdcr_fast.round import readings
@@ -17,6 +19,7 @@ from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.result import Outcome
 
 _NORM_MARGIN = 1e-4  # norms from float32 products are right to much less
+_TINY = 5e-324
 
 # The outcome of a round, and its squared norms and the ranges of its Fishers, on the CPU.
 Read: TypeAlias = tuple[Outcome, list[Tensor | None]]
@@ -51,7 +54,14 @@ def foreseen_outcome(clients: ClientUpdates) -> Outcome | None:
 
 
 def all_pass(rule: AggregationRule, clients: ClientUpdates) -> bool:
-    """Whether nobody is rejected, nor would be if norms were a little different."""
+    """Whether nobody is rejected, nor would be if norms were a little different.
+
+    Those of float32 products may be lost where they are small: they could be anything below, and set a smaller median.
+    """
     bound = rule.norm_bound
     bound = None if bound is None else max(bound * (1 - _NORM_MARGIN), 1.0)
+    lost = readings.least_norm(clients) ** 2
+    squares = clients.squared_norm.numpy()
+    if (squares < lost).any():
+        clients = clients.with_norms(torch.from_numpy(np.where(squares < lost, _TINY, squares)))
     return clients.screened(importance=rule.needs_fishers, norm_bound=bound).rows is None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdcr_fast.layout import as_tensor
+from fdcr_fast.store.upload import plain_tensor, tensor_view
 
 _EXACT = 2.0**63 - 2.0**12  # sums of int64 that are smaller by float64's reckoning do not overflow
 
@@ -30,7 +30,7 @@ class Buffers:
             ValueError: It is of another shape, or not finite where the global one is.
             TypeError: It is no tensor of real numbers.
         """
-        own, value = self.own[name], as_tensor(value)
+        own, value = self.own[name], plain_tensor(tensor_view(value))
         if value.shape != own.shape:
             raise ValueError(f"buffer {name} has shape {list(value.shape)}, expected {list(own.shape)}")
         if value.is_complex():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fdcr_fast.layout import ParamLayout, as_tensor, by_plain_name, inner_module
-from fdcr_fast.store.upload import tensor_view
+from fdcr_fast.store.upload import plain_tensor, tensor_view
 
 State: TypeAlias = Mapping[str, Any] | nn.Module
 
@@ -93,7 +93,7 @@ def same_values(one: Any, other: Any) -> bool:
     """Whether two of a state's entries have the same values."""
     if one is None or other is None:
         return False
-    one, other = as_tensor(one), as_tensor(other)
+    one, other = plain_tensor(tensor_view(one)), plain_tensor(tensor_view(other))
     if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
         return False
     if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():

@@ -100,6 +100,7 @@ class StateStore:
             layout=self.layout,
             path=path,
             copy=copy,
+            cleared=True,
         )
 
     def _set_global(self, global_state: State) -> None:
@@ -112,17 +113,16 @@ class StateStore:
         own = {plain: as_entry(entries[name]) for plain, name in names.items()}
         plain_layout = by_plain_name({name: name for name in self.layout.names})
         params = {plain: plain_layout[plain] for plain in own if plain in plain_layout}
-        vector = self.layout.flatten(own)  # raises where they are missing, before anything is changed
+        vector = self.layout.flatten(own)
+        owners = {**params, **known_ties(own, params, by_plain_name(dict(self.layout.tied)))}
+        taken = {name: entries[name] if plain in owners else copied(entries[name]) for plain, name in names.items()}
+        others = {plain: as_entry(taken[name]) for plain, name in names.items() if plain not in owners}
+        rest = {plain: value for plain, value in others.items() if is_real(value)}
+        maybe_tied = _possible_ties({name: own[name] for name in params}, rest)
+        # All that can fail is behind us: nothing is changed unless everything is.
         self._vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
         self._plain = {name: plain for plain, name in names.items()}
-        self._owners = {**params, **known_ties(own, params, by_plain_name(dict(self.layout.tied)))}
-        self._global = {
-            name: value if self._plain[name] in self._owners else copied(value) for name, value in entries.items()
-        }
-        others = {plain: as_entry(self._global[name]) for plain, name in names.items() if plain not in self._owners}
-        rest = {plain: value for plain, value in others.items() if is_real(value)}
-        self._buffers = Buffers(rest)
-        self._maybe_tied = _possible_ties({name: own[name] for name in params}, rest)
+        self._owners, self._global, self._buffers, self._maybe_tied = owners, taken, Buffers(rest), maybe_tied
         self._received: dict[Hashable, _Received] = {}
 
     def __repr__(self) -> str:
@@ -176,9 +176,13 @@ class StateStore:
         except Exception as error:  # the state is the client's, and so is whatever it raises
             self.reject(client_id, shown(error, str))
             return False
+        # Whoever aggregates meanwhile must find it as soon as the client is accepted.
+        first = self._received.setdefault(client_id, received)
         accepted = self.updates.put(named, fisher, num_samples, client_id, base=None if difference else self._vector)
         if accepted:
             self._received[client_id] = received
+        elif first is received and client_id not in self.updates:
+            self._received.pop(client_id, None)
         return accepted
 
     def reject(self, client_id: Hashable, reason: str) -> None:
@@ -219,7 +223,7 @@ class StateStore:
         return {name: new[owners.get(plain, plain)] for name, plain in self._plain.items()}, result
 
     def _in_this_round(self, client_id: Hashable) -> Hashable:
-        """The id by which the store knows a client; its round must not have ended."""
+        """The id by which the store knows a client; its round must not have ended, which the store itself minds too."""
         if self.updates.aggregated:
             raise RuntimeError(
                 "the round was aggregated: clear(state) begins the next one, from the state that was sent out for it"

@@ -38,6 +38,7 @@ class Attendance:
         accepted: The clients that are there already, by id.
         ended: Whether their round has ended.
         on_invalid: Whether a contribution that is rejected raises as well.
+        cleared: Whether only :meth:`clear` begins the next round.
 
     Attributes:
         lock: Lock to hold while several things are looked at that must belong together.
@@ -45,9 +46,17 @@ class Attendance:
         rejected: Reason by client id of those that were not accepted.
     """
 
-    def __init__(self, rows: Rows, accepted: dict[Hashable, Accepted], ended: bool, on_invalid: OnInvalid) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        accepted: dict[Hashable, Accepted],
+        ended: bool,
+        on_invalid: OnInvalid,
+        cleared: bool = False,
+    ) -> None:
         self._rows = rows
         self._on_invalid = on_invalid
+        self._cleared = cleared
         self.lock = threading.Condition()
         self.accepted = accepted
         self.rejected: dict[Hashable, str] = {}
@@ -207,9 +216,15 @@ class Attendance:
         return clients
 
     def _begin_round(self) -> None:
-        """Forget the last round if it has ended."""
+        """Forget the last round if it has ended.
+
+        Raises:
+            RuntimeError: only :meth:`clear` does.
+        """
         if not self.ended:
             return
+        if self._cleared:
+            raise RuntimeError("the round was aggregated: clear begins the next one")
         self.settle()
         if self._aggregated is not None:  # else another client has begun the next round meanwhile
             self._next_round({client: c for client, c in self.accepted.items() if client not in self._aggregated})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,11 +80,28 @@ class BorrowedRows:
         return torch.cat(copied, dim=1)
 
     def tiles(self, rows: Sequence[int]) -> BorrowedTiles:
-        """The given rows, as rules read them."""
-        return BorrowedTiles(self.shape, [self._rows[row] for row in rows], self.device)
+        """The given rows, as rules read them.
+
+        Raises:
+            ValueError: a tensor has another size than when it was put.
+        """
+        borrowed = [self._rows[row] for row in rows]
+        for row, each in zip(rows, borrowed, strict=True):
+            sizes = {sum(map(Tensor.numel, vector.pieces)) for vector in each.vectors.values()}
+            if sizes != {self.shape.num_params}:
+                raise ValueError(
+                    f"the tensors of row {row} have {sorted(sizes)} numbers, expected {self.shape.num_params}: they must "
+                    "not change between put and aggregate"
+                )
+        return BorrowedTiles(self.shape, borrowed, self.device)
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _place(base: Tensor | None) -> Hashable:
+    """What is the same for the same numbers in memory."""
+    return None if base is None else (base.data_ptr(), base.stride(), base.dtype)
 
 
 class BorrowedTiles(StoreTiles):
@@ -96,7 +113,7 @@ class BorrowedTiles(StoreTiles):
         super().__init__(shape)
         self.device = device
         self._rows = rows
-        same_base = [list(run) for _, run in itertools.groupby(range(len(rows)), lambda k: id(rows[k].base))]
+        same_base = [list(run) for _, run in itertools.groupby(range(len(rows)), lambda k: _place(rows[k].base))]
         self._runs = [(slice(run[0], run[-1] + 1), rows[run[0]].base) for run in same_base]
         self._step = whole_stretches(shape, _SPAN_BYTES // (max(len(rows), 1) * shape.piece_bytes))
         self._buffer = empty((self._step, len(rows), shape.matrices, shape.tile), shape.dtype, device)

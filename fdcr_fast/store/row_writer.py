@@ -40,6 +40,7 @@ class RowWriter:
             ValueError: why the client cannot be.
         """
         count = _number(num_samples)
+        _require_usable(count)
         vectors: Vectors = {UPDATE: self._pieces("update" if base is None else "state", update)}
         with_fishers = self.rows.shape.with_fishers
         if with_fishers:
@@ -47,9 +48,7 @@ class RowWriter:
         statistics, checksum = self.rows.fill(row, vectors, base)
         norm = statistics[UPDATE][0].item() if UPDATE in statistics else None
         low, high = statistics[FISHER][1:].tolist() if FISHER in statistics else (None, None)
-        reason = rejection_reason(count, norm, low, high)
-        if reason is not None:
-            raise ValueError(reason)
+        _require_usable(count, norm, low, high)
         return Accepted(client, row, count, math.nan if norm is None else norm, low or 0.0, high or 0.0, checksum)
 
     def check_base(self, base: Any) -> None:
@@ -86,6 +85,14 @@ def check_layout(layout: ParamLayout | None, num_params: int) -> None:
         raise TypeError(f"layout must be a ParamLayout, got {layout!r}")
     if layout is not None and layout.numel != num_params:
         raise ValueError(f"the layout has {layout.numel} parameters, the store {num_params}")
+
+
+def _require_usable(
+    num_samples: float, squared_norm: float | None = None, low: float | None = None, high: float | None = None
+) -> None:
+    reason = rejection_reason(num_samples, squared_norm, low, high)
+    if reason is not None:
+        raise ValueError(reason)
 
 
 def _number(value: Any) -> float:

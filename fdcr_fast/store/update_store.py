@@ -64,7 +64,9 @@ class UpdateStore:
         shared: Whether other processes can fill rows; see :meth:`writer`.
         copy: False for a store that takes no memory: contributions stay in the tensors that were put, which must not
             change before the round is aggregated, and are read from there. Whether their numbers can be used is seen
-            then.
+            then, by ``aggregate``, whose ``on_invalid`` counts for that.
+        cleared: Whether :meth:`clear` must begin every round after the first: what is put into one that was aggregated
+            raises RuntimeError then.
 
     Raises:
         TypeError: an argument is of another type than it can be.
@@ -91,6 +93,7 @@ class UpdateStore:
         sync: bool = True,
         shared: bool = False,
         copy: bool = True,
+        cleared: bool = False,
     ) -> None:
         if isinstance(num_params, ParamLayout):
             layout, num_params = num_params if layout is None else layout, num_params.numel
@@ -98,6 +101,8 @@ class UpdateStore:
         buffer_dtype = dtype if buffer_dtype is None else as_dtype("buffer_dtype", buffer_dtype)
         check_layout(layout, num_params)
         refuse({}, on_invalid)
+        if on_invalid == "raise" and not copy:
+            raise ValueError('numbers that are not copied are not looked at by put: give aggregate on_invalid="raise"')
         rows = new_rows(  # last, since it may make a file
             num_params,
             capacity,
@@ -112,7 +117,7 @@ class UpdateStore:
             shared=shared,
             copy=copy,
         )
-        self._start(rows, RowWriter(rows, layout, buffer_dtype), Attendance(rows, {}, False, on_invalid))
+        self._start(rows, RowWriter(rows, layout, buffer_dtype), Attendance(rows, {}, False, on_invalid, cleared))
 
     @classmethod
     def open(
@@ -325,7 +330,7 @@ class UpdateStore:
             replace: Whether a contribution under an accepted id takes the place of the first one, which stays until the
                 new one is accepted; that takes a free row. By default it is not accepted.
             base: ``w [P]``, float32 or float64, where ``update`` is the client's state ``w_k`` instead: the difference
-                is formed in the dtype of ``w`` while it is copied.
+                is formed in the dtype of ``w`` while it is copied. A store without copies keeps it, too.
 
         Returns:
             Whether it was accepted; if not, ``rejected`` tells why.
@@ -342,6 +347,7 @@ class UpdateStore:
             check_integer("row", row)
         if base is not None:
             self._writer.check_base(base)
+            base = base.detach() if base.requires_grad else base
         arrival = self._attendance.enter(client_id, row, replace)
         if arrival is None:
             return False
@@ -394,6 +400,6 @@ class UpdateStore:
         tiles = self.client_updates().tiles
         if not isinstance(tiles, MatrixTiles):
             raise ValueError(
-                "of a store in a file, or for another device, there are spans: see client_updates().spans()"
+                "of a store in a file, for another device, or without copies, there are spans: see client_updates().spans()"
             )
         return tiles

@@ -38,7 +38,7 @@ def vector_pieces(
             raise TypeError("it is a module, whose state is no update (StateStore.put_state takes states)")
         if isinstance(values, Mapping) or (isinstance(values, list | tuple) and layout is not None):
             return _pieces_of(values, layout)
-        vector = _from_buffer(values, buffer_dtype) if _is_buffer(values) else _plain(tensor_view(values))
+        vector = _from_buffer(values, buffer_dtype) if _is_buffer(values) else plain_tensor(tensor_view(values))
     except Exception as error:  # the object is the client's, and so is whatever it raises
         raise ValueError(f"the {name} is no vector: {shown(error, str)}") from None
     if vector.dtype not in FLOATS:
@@ -78,7 +78,7 @@ def _pieces_of(values: Mapping[Any, Any] | Sequence[Any], layout: ParamLayout | 
         raise TypeError(
             "it is a mapping by parameter name, and the store has no layout (layout=ParamLayout.from_module(model))"
         )
-    pieces = [_plain(tensor) for tensor in layout.tensors(values)]
+    pieces = [plain_tensor(tensor) for tensor in layout.tensors(values)]
     for name, piece in zip(layout.names, pieces, strict=True):
         if piece.dtype not in FLOATS:
             raise TypeError(f"parameter {name} must be floating point, got {piece.dtype}")
@@ -129,7 +129,7 @@ def _borrowed(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain_tensor(tensor: Tensor) -> Tensor:
     """The same numbers as a tensor without a class or gradient of its own."""
     if type(tensor) is not Tensor:
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:

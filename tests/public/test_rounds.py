@@ -95,6 +95,49 @@ def test_states_need_the_state_that_was_sent():
     assert store.put_state(other, None, 1, 0)
 
 
+def test_who_comes_while_the_round_ends_begins_no_other_one(monkeypatch):
+    model = nn.Linear(3, 2)
+    store = StateStore(model, 4, with_fishers=False)
+    assert store.put_state(model, None, 1, 0)
+    store.aggregate(FedAvg())
+    monkeypatch.setattr(store, "_in_this_round", lambda client: client)  # it was still open when the client looked
+    with pytest.raises(RuntimeError, match="the round was aggregated"):
+        store.put_state(model, None, 1, 1)
+    assert store.updates.aggregated
+    assert store.updates.clients == (0,)
+
+
+def test_what_a_client_sent_is_there_as_soon_as_it_is_accepted(monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    store, other = StateStore(model, 4, with_fishers=False), copy.deepcopy(model)
+    other[1].running_mean += 2
+    put, seen = store.updates.put, []
+
+    def aggregated_at_once(*arguments, **options):
+        accepted = put(*arguments, **options)
+        seen.append(store.aggregate(FedAvg())[0])
+        return accepted
+
+    monkeypatch.setattr(store.updates, "put", aggregated_at_once)
+    assert store.put_state(other, None, 1, 0)
+    assert torch.equal(seen[0]["1.running_mean"], other[1].running_mean)
+
+
+def test_a_state_that_cannot_be_copied_changes_nothing():
+    class Unique:
+        def __deepcopy__(self, memo):
+            raise TypeError("there is but one")
+
+    first = {"weight": torch.ones(3), "extra": "text"}
+    store = StateStore(first, 2, with_fishers=False)
+    assert store.put_state(first, None, 1, 0)
+    with pytest.raises(TypeError, match="there is but one"):
+        store.clear({"weight": torch.zeros(3), "extra": Unique()})
+    state, _ = store.aggregate(FedAvg())
+    assert state["extra"] == "text"
+    assert torch.equal(state["weight"], first["weight"])
+
+
 def test_states_under_ids_of_other_types():
     model = nn.Linear(3, 2)
     store = StateStore(model, 3, with_fishers=False)

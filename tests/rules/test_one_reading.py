@@ -263,3 +263,21 @@ def test_norms_at_the_bound_are_judged_by_exact_norms(monkeypatch, factor):
     result = FDCR(norm_bound=2.0).aggregate(w, updates, fishers, n)
     guess_norms(monkeypatch, torch.nan)
     same_result(result, FDCR(norm_bound=2.0).aggregate(w, updates, fishers, n))
+
+
+@pytest.mark.parametrize("rule", [FDCR(), FedAvg(norm_bound=100.0)], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("size", [1e-18, 1e-22, 1e-25])
+def test_norms_that_float32_loses_still_set_the_median(rule, size):
+    generator = torch.Generator().manual_seed(0)
+    updates = size * torch.randn(6, 20_000, generator=generator)
+    updates[5] = 1e-2 * torch.randn(20_000, generator=generator)
+    fishers = torch.rand(6, 20_000, generator=generator) if rule.needs_fishers else None
+    result = rule.aggregate(torch.zeros(20_000), updates, fishers, [10] * 6)
+    assert list(result.rejected) == [5]
+
+
+def test_clients_that_send_nothing_new_cost_no_reading(reads):
+    w, updates, fishers, n = attacked(attackers=0)
+    updates[3] = 0
+    FDCR(cluster="kmeans").aggregate(w, updates, fishers, n)
+    assert [kind for kind, _ in reads].count("scores_and_mean") == 1

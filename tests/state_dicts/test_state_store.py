@@ -169,6 +169,17 @@ def test_a_store_that_does_not_copy_tells_bad_numbers_when_it_is_aggregated():
     assert not result.kept[result.clients.index(4)]
 
 
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_buffer_whose_memory_was_freed_rejects_its_client(copy):
+    state = network().state_dict()
+    store, client = StateStore(state, K, with_fishers=False, copy=copy), trained(state, 0)
+    name = next(name for name in client if name.endswith("running_mean"))
+    client[name] = client[name].clone()
+    client[name].untyped_storage().resize_(0)
+    assert not store.put_state(client, None, 1, 0)
+    assert "its memory was freed" in store.rejected[0]
+
+
 def test_a_store_that_does_not_copy_has_no_file(tmp_path):
     with pytest.raises(ValueError, match="has no memory of its own"):
         StateStore(network().state_dict(), K, copy=False, path=tmp_path / "round.store")
