@@ -71,6 +71,13 @@ def test_any_number_of_workers_gives_the_same_bits(expected: Any) -> None:
     assert_same(simulate(users.config(workers=2), **users.EVERYTHING), expected)
 
 
+def test_no_client_leaves_buffers_to_the_next_one() -> None:
+    one, two = (simulate(users.config(workers=n), model=users.Noting, data=users.data) for n in (1, 2))
+    assert_same(two, one)
+    assert one.buffers[0] == 9, "3 batches in each round"
+    assert not [record.reason for record in one.clients if record.reason]
+
+
 def killed_run(folder: Path, data: bool) -> None:
     given = users.EVERYTHING if data else {**users.EVERYTHING, "data": users.data()}
     simulate(users.config(), folder, **given, callbacks=[users.Stop(2, partial(os._exit, 9))])
@@ -205,6 +212,7 @@ class Shorter(users.Corner):
     ("given", "error", "message"),
     [
         ({"model": lambda: nn.Flatten()}, ValueError, "the model has no parameters to train"),
+        ({"model": lambda: nn.LazyLinear(3)}, ValueError, "shapes when it is made, weight, bias do not"),
         (
             {"model": lambda: nn.Linear(3, 3).double()},
             ValueError,
