@@ -182,6 +182,21 @@ def test_a_rule_that_returns_nonsense_is_named(rule: AggregationRule, message: s
         simulate(users.config(), data=users.data, rule=Infinite())
 
 
+class Forgetful(FedAvg):
+    def memory(self) -> Any:
+        return {"rounds": 1}
+
+
+def test_a_rule_whose_memory_is_no_bytes_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PartError, match=r"Forgetful: TypeError: memory\(\) must return bytes, it returned a dict"):
+        simulate(users.config(), tmp_path, data=users.data, rule=Forgetful())
+
+
+def test_callbacks_are_a_sequence() -> None:
+    with pytest.raises(TypeError, match=r"callbacks: expected a sequence of them, got .*Told"):
+        simulate(users.config(), data=users.data, callbacks=users.Told())  # type: ignore[arg-type]
+
+
 def test_a_callback_that_raises_is_named_and_loses_no_finished_round(tmp_path: Path, expected: Any) -> None:
     def fail() -> None:
         raise KeyError("loss")

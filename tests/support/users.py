@@ -51,6 +51,23 @@ class Noting(Residual):
         return super().forward(images) + self.mean + self.batches + (0 if self.late is None else self.late)
 
 
+class Leaving(Residual):
+    """Leaves a process in which no other model can be trained."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = super().forward(images)
+        if self.training:
+            torch.set_default_dtype(torch.float64)
+            torch.set_default_device("meta")
+            torch.set_grad_enabled(False)
+            torch.use_deterministic_algorithms(True)
+            torch.set_num_threads(3)
+            os.environ["FDCR_FAST_TEST"] = "left"
+            os.environ.pop("HOME", None)
+            os.chdir("/")
+        return output
+
+
 def colours(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Noisy images ``[3, 8, 8]`` of three classes, told by which channel is bright."""
     generator = torch.Generator().manual_seed(seed)

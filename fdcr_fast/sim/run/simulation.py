@@ -88,7 +88,7 @@ def simulate(
     given = Given(model, data, rule, attack, loss, optimizer)
     parts = Parts.of(config, given)
     config = named(config, given)
-    told = Callbacks([*named_callbacks(config), *callbacks])
+    told = Callbacks(named_callbacks(config), callbacks)
     with num_threads(config.threads), closing(Federation(config, group, parts)) as federation:
         folder = None if out is None else RunFolder(Path(out))
         if folder is not None:
@@ -127,7 +127,7 @@ def resume(
         if value != getattr(config, setting):
             raise ValueError(f"{setting}: the run in {out} was begun with {getattr(config, setting)}, got {value}")
     parts = Parts.of(config, given)
-    told = Callbacks([*named_callbacks(config), *callbacks])
+    told = Callbacks(named_callbacks(config), callbacks)
     with num_threads(config.threads), closing(Federation(config, group, parts)) as federation:
         state = folder.load() or RunState(federation.initial_params, [], [])
         if state.memory:
@@ -147,7 +147,7 @@ def _run(
 ) -> SimulationResult:
     config = federation.config
     if not federation.processes.first:
-        folder, progress, told = None, None, Callbacks(())
+        folder, progress, told = None, None, Callbacks()
     path = None if folder is None else folder.path
     told.tell("on_start", config, path, len(state.rounds))
     for number in range(len(state.rounds) + 1, config.rounds + 1):
@@ -157,7 +157,7 @@ def _run(
         state.buffers = federation.buffers
         state.rounds.append(record)
         state.clients.extend(clients)
-        state.memory = federation.rule.memory()
+        state.memory = federation.memory()
         state.scores.extend(federation.watch.scores)
         state.ranks.extend(federation.watch.ranks)
         state.watched = federation.watch.memories()
