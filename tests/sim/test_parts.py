@@ -182,6 +182,15 @@ def test_a_rule_that_returns_nonsense_is_named(rule: AggregationRule, message: s
         simulate(users.config(), data=users.data, rule=Infinite())
 
 
+@pytest.mark.parametrize("changed", [{"model_options": {"width": 5}}, {"model": "tests.support.users:Noting"}])
+def test_a_model_that_has_changed_since_the_run_began_is_said(tmp_path: Path, changed: dict[str, Any]) -> None:
+    with pytest.raises(PartError):
+        simulate(users.config(**PATHS), tmp_path, callbacks=[users.Stop(1, partial(int, "stop"))])
+    (tmp_path / "config.yaml").write_text(users.config(**{**PATHS, **changed}).to_yaml())
+    with pytest.raises(ValueError, match=r"checkpoint.npz is of a model of \d+ parameters and \d+ numbers in buffers"):
+        resume(tmp_path)
+
+
 class Forgetful(FedAvg):
     def memory(self) -> Any:
         return {"rounds": 1}

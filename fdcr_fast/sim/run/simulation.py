@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fdcr_fast.rules.base import AggregationRule
@@ -129,13 +129,28 @@ def resume(
     parts = Parts.of(config, given)
     told = Callbacks(named_callbacks(config), callbacks)
     with num_threads(config.threads), closing(Federation(config, group, parts)) as federation:
-        state = folder.load() or RunState(federation.initial_params, [], [])
+        state = folder.load()
+        if state is None:
+            state = RunState(federation.initial_params, [], [])
+        else:
+            _check_model(state, federation.initial_params, federation.buffers, folder.checkpoint_path)
         if state.memory:
             federation.rule = federation.rule.with_memory(state.memory)
         if state.buffers is not None:
             federation.buffers = state.buffers
         federation.watch.remember(state.watched)
         return _run(federation, state, folder, progress, told)
+
+
+def _check_model(state: RunState, params: Tensor, buffers: Tensor, path: Path) -> None:
+    """Raise ValueError if a checkpoint is not of a model of these parameters ``[P]`` and buffers ``[B]``."""
+    update = params if state.last_update is None else state.last_update
+    found = len(state.params), len(update), 0 if state.buffers is None else len(state.buffers)
+    if found != (len(params), len(params), len(buffers)):
+        raise ValueError(
+            f"{path} is of a model of {found[0]} parameters and {found[2]} numbers in buffers, the run's has "
+            f"{len(params)} and {len(buffers)}: has its code changed?"
+        )
 
 
 def _run(
