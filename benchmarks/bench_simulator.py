@@ -29,12 +29,14 @@ FEDJAX = ("fedjax", "jax==0.4.25", "jaxlib==0.4.25", "dm-haiku<0.0.13", "numpy<2
 NAMES = {"cnn": "the paper's CNN", "resnet18": "ResNet-18", "lstm": "LEAF's LSTM"}
 TEXT = """\
 FedAvg of {model} on {name}: {clients} clients of {samples} samples, one epoch, batches of {batch}, SGD with
-momentum. Measured is training and aggregation of all clients, without evaluation, starting and the first round.
-*clients/s* is the median over rounds and repeats, which take turns; *spread* the smallest and largest. *x* is the rate
-of our row over that of the peer: a peer of one process is compared with one process of ours, all others with one of
-ours per core. Every process has one thread, "threads" are those of one process, and FedJAX takes what it wants. Of pfl,
-as many processes run at once as there are cores, each with all clients, and their rates are added. FDCR's clients also
-compute and send a Fisher. Flower and naive FDCR, which are slow, run one timed round per repeat."""
+momentum. Measured is training and aggregation, without evaluation, starting and a first round of a tenth of the
+clients. *clients/s* is the median over rounds and repeats, which take turns; *spread* the smallest and largest. *x* is
+the rate of our row over that of the peer: one process of one thread is compared with one of ours, all others, which
+have all cores, with one of ours per core. Every process has one thread, "threads" are those of one process, and FedJAX
+takes what it wants. One process alone has its core's share of the clients. Of pfl and of naive loops in several
+processes, one runs on each core, with such a share, and their rates are added. {more}"""
+MORE = """\
+FDCR's clients also compute and send a Fisher. Flower and naive FDCR, which are slow, run one timed round per repeat."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Contender:
     Attributes:
         threads: Of one process, where the script heeds them.
         copies: How many run at once.
+        share: It has one client of so many.
         packages: Of its own environment; none for a script that runs in this one.
         shares_torch: Whether the environment sees the packages of this one.
         most_rounds: Timed ones, for slow contenders.
@@ -53,6 +56,7 @@ class Contender:
     threads: int
     arguments: tuple[str, ...] = ()
     copies: int = 1
+    share: int = 1
     packages: tuple[str, ...] = ()
     shares_torch: bool = True
     most_rounds: int = 1000
@@ -77,7 +81,8 @@ class Contender:
     def measure(self, python: str, data: Path, rounds: int, clients: int, timeout: float) -> tuple[str, list[float]]:
         """Its version, and clients per second of every round."""
         command = [python, str(HERE / "simulators" / self.script), str(data)]
-        command += [str(min(rounds, self.most_rounds)), str(self.threads)]
+        clients //= self.share
+        command += [str(min(rounds, self.most_rounds)), str(self.threads), str(clients)]
         with ThreadPoolExecutor(self.copies) as pool:
             outputs = list(pool.map(lambda _: run([*command, *self.arguments], timeout), range(self.copies)))
         found = [json.loads(output.strip().splitlines()[-1]) for output in outputs]
@@ -124,27 +129,40 @@ def report_of(name: str) -> Report:
         "simulator" if name == first else f"simulator_{name}",
         f"Simulators: clients per second{'' if name == first else f', {name}'}",
         command if name == first else f"{command} --task {name}",
-        TEXT.format(**{**plain, "model": NAMES[name]}),
+        TEXT.format(**{**plain, "model": NAMES[name], "more": MORE if name == first else ""}).rstrip(),
     )
 
 
-def contenders(cores: int) -> dict[str, Contender]:
-    ours = {
-        f"fdcr_fast, {server}, {workers} process{'es' if workers > 1 else ''}": Contender(
-            "ours.py", 1, (name, str(workers))
-        )
-        for server, name in (("FedAvg", "fedavg"), ("FDCR", "fdcr"))
-        for workers in dict.fromkeys((1, cores))
-    }
-    return ours | {
-        "naive, FedAvg, 1 process": Contender("naive.py", 1),
+def contenders(cores: int, task: str) -> dict[str, Contender]:
+    """Rules that take Fishers, and what knows one model only, for the first task alone: larger models take minutes."""
+
+    def ours(server: str) -> dict[str, Contender]:
+        return {
+            f"fdcr_fast, {server}, {workers} process{'es' if workers > 1 else ''}": Contender(
+                "ours.py", 1, (server.lower(), str(workers)), share=cores // workers
+            )
+            for workers in dict.fromkeys((1, cores))
+        }
+
+    pfl, on_each_core = ("pfl[pytorch]>=0.6",), {"copies": cores, "share": cores}
+    common = ours("FedAvg") | {
+        "naive, FedAvg, 1 process": Contender("naive.py", 1, share=cores),
         f"naive, FedAvg, {cores} threads": Contender("naive.py", cores),
-        f"naive, FDCR, {cores} threads": Contender("naive_fdcr.py", cores, most_rounds=1),
+        f"naive, FedAvg, {cores} processes": Contender("naive.py", 1, **on_each_core),
         "Flower": Contender("flower.py", 1, packages=("flwr[simulation]>=1.40",), most_rounds=1),
-        "pfl, 1 process": Contender("pfl_research.py", 1, packages=("pfl[pytorch]>=0.6",)),
-        f"pfl, {cores} processes": Contender("pfl_research.py", 1, copies=cores, packages=("pfl[pytorch]>=0.6",)),
-        "FedJAX": Contender("fedjax_peer.py", cores, packages=FEDJAX, shares_torch=False),
+        f"pfl, {cores} processes": Contender("pfl_research.py", 1, packages=pfl, **on_each_core),
     }
+    if task != next(iter(TASKS)):
+        return common
+    return (
+        common
+        | ours("FDCR")
+        | {
+            f"naive, FDCR, {cores} threads": Contender("naive_fdcr.py", cores, most_rounds=1),
+            "pfl, 1 process": Contender("pfl_research.py", 1, packages=pfl, share=cores),
+            "FedJAX": Contender("fedjax_peer.py", cores, packages=FEDJAX, shares_torch=False),
+        }
+    )
 
 
 def _short(rate: float) -> str:
@@ -169,7 +187,7 @@ def main() -> None:
     cores = os.cpu_count() or 1
     chosen = {
         name: contender
-        for name, contender in contenders(cores).items()
+        for name, contender in contenders(cores, options.task).items()
         if not options.only or any(part in name for part in options.only)
     }
     pythons: dict[str, str] = {}
@@ -184,7 +202,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.npz"
         run(
-            [sys.executable, str(HERE / "simulators" / "ours.py"), str(data), "0", "1", options.task, "1"],
+            [sys.executable, str(HERE / "simulators" / "ours.py"), str(data), "0", "1", "0", options.task, "1"],
             options.timeout,
         )
         for _ in range(repeats):

@@ -43,7 +43,7 @@ algorithm = fed_avg.federated_averaging(
 )
 datasets = [fedjax.ClientDataset({"x": x, "y": y}) for x, y in zip(images, labels, strict=True)]
 state, seconds = algorithm.init(params), []
-for _ in range(rounds + 1):
+for _ in range(rounds + 1):  # the first compiles
     start = time.perf_counter()
     state, _ = algorithm.apply(state, [(i, data, jax.random.PRNGKey(i)) for i, data in enumerate(datasets)])
     jax.block_until_ready(state.params)

@@ -46,9 +46,16 @@ def after_round(round, arrays):
     assert round == 0 or not torch.equal(*weights[-2:]), "the clients have failed"
 
 
+class FewAtFirst(FedAvg):
+    def configure_train(self, server_round, arrays, config, grid):
+        clients = len(task.load()[1])
+        self.fraction_train = task.in_round(server_round - 1) / clients
+        return super().configure_train(server_round, arrays, config, grid)
+
+
 @server_app.main()
 def main(grid, context):
-    strategy = FedAvg(fraction_evaluate=0.0)
+    strategy = FewAtFirst(fraction_evaluate=0.0)
     arrays = ArrayRecord(task.model().state_dict())
     strategy.start(grid, arrays, num_rounds=task.rounds() + 1, evaluate_fn=after_round)
 

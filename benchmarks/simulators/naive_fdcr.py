@@ -29,10 +29,10 @@ def fisher_of(client, data):
     return flat(total) / len(data)
 
 
-def one_round():
+def one_round(count):
     w = flat(server.parameters())
     updates, fishers = [], []
-    for x, y in zip(images, labels, strict=True):
+    for x, y in zip(images[:count], labels[:count], strict=True):
         client, data = copy.deepcopy(server), TensorDataset(x, y)
         optimizer = task.sgd(client)
         for inputs, targets in DataLoader(data, batch, shuffle=True):
@@ -41,7 +41,7 @@ def one_round():
             optimizer.step()
         updates.append(flat(client.parameters()) - w)
         fishers.append(fisher_of(client, data))
-    new, _ = published(w, updates, fishers, torch.full((len(images),), float(images.shape[1]), dtype=torch.float64))
+    new, _ = published(w, updates, fishers, torch.full((count,), float(images.shape[1]), dtype=torch.float64))
     torch.nn.utils.vector_to_parameters(new, server.parameters())
 
 

@@ -1,4 +1,4 @@
-"""This library: ``ours.py DATA ROUNDS THREADS SERVER WORKERS``. With DATA that is not there, SERVER is its task."""
+"""This library: ``ours.py DATA ROUNDS THREADS CLIENTS SERVER WORKERS``. With no DATA there yet, SERVER is its task."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def of_fashion_mnist(made: task.Task) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main() -> None:
-    path, server, workers = Path(task.ARGUMENTS[0]), task.ARGUMENTS[3], int(task.ARGUMENTS[4])
+    path, server, workers = Path(task.ARGUMENTS[0]), task.ARGUMENTS[4], int(task.ARGUMENTS[5])
     if not path.exists():
         write_data(path, server)
         return
@@ -69,9 +69,10 @@ def main() -> None:
     federation = Federation(config, parts=Parts.of(config, Given(data=data)))
     params, round = federation.initial_params, 0
 
-    def one_round() -> None:
+    def one_round(count: int) -> None:
         nonlocal params, round
         round += 1
+        federation.config = config.model_copy(update={"participants": count})
         federation.collect(LocalWork(federation.config, federation.classifier, Stopwatch(), round, params, None))
         params = federation.rule.aggregate(params, federation.store).params
 

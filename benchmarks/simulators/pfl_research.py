@@ -1,6 +1,7 @@
 """pfl-research: its FederatedAveraging with the simulated backend in one process."""
 
-import numpy as np
+import itertools
+
 import pfl
 import pfl.version
 import task
@@ -11,7 +12,7 @@ from pfl.algorithm.federated_averaging import FederatedAveraging
 from pfl.callback.base import TrainingProcessCallback
 from pfl.data.dataset import Dataset
 from pfl.data.federated_dataset import FederatedDataset
-from pfl.hyperparam.base import NNEvalHyperParams, NNTrainHyperParams
+from pfl.hyperparam.base import HyperParam, NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 
@@ -40,9 +41,14 @@ class Lap(TrainingProcessCallback):
         return False, Metrics()
 
 
+class Cohort(HyperParam):
+    def value(self):
+        return task.in_round(laps.calls)
+
+
 laps = task.Laps()
 network, current = Network(), task.current(task.ARGUMENTS[0])
-users = iter(np.tile(np.arange(len(images)), task.rounds() + 2).tolist())
+users = itertools.cycle(range(len(images)))
 dataset = FederatedDataset(lambda user: Dataset([images[user], labels[user]]), lambda: next(users))
 model = PyTorchModel(
     network,
@@ -53,7 +59,7 @@ FederatedAveraging().run(
     NNAlgorithmParams(
         central_num_iterations=task.rounds() + 1,
         evaluation_frequency=10**9,
-        train_cohort_size=len(images),
+        train_cohort_size=Cohort(),
         val_cohort_size=0,
     ),
     SimulatedBackend(dataset, dataset),

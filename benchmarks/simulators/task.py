@@ -1,7 +1,7 @@
 """What every simulator runs: FedAvg of one of these models, one epoch of SGD per client, on data from a file.
 
-A contender is a script ``NAME.py DATA ROUNDS THREADS``, which prints one line of JSON as its last: its version, and the
-seconds of each round after the first.
+A contender is a script ``NAME.py DATA ROUNDS THREADS CLIENTS``, which prints one line of JSON as its last: its version,
+and the seconds of each round after the first, in which a tenth of the clients start whatever has to be started.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Task:
 
 TASKS = {
     "cnn": Task("Fashion-MNIST", (1, 28, 28), 10, 200, 50, 64, 0.01, "cnn", (4, 2)),
-    "resnet18": Task("noise of CIFAR-10's shape", (3, 32, 32), 10, 20, 100, 32, 0.01, "resnet18", (1, 1)),
-    "lstm": Task("80 random bytes, of which the next is told", (80,), 256, 20, 20, 10, 0.1, "lstm", (2, 1)),
+    "resnet18": Task("noise of CIFAR-10's shape", (3, 32, 32), 10, 20, 100, 32, 0.01, "resnet18", (1, 2)),
+    "lstm": Task("80 random bytes, of which the next is told", (80,), 256, 20, 20, 10, 0.1, "lstm", (4, 3)),
 }
 
 
@@ -60,13 +60,20 @@ def current(path: str) -> Task:
 
 
 def load(path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs ``[K, n, *shape]`` and labels ``[K, n]``."""
+    """Inputs ``[K, n, *shape]`` and labels ``[K, n]``, of the clients that take part."""
     with np.load(path or ARGUMENTS[0]) as arrays:
-        return arrays["images"], arrays["labels"]
+        count = None if path else int(ARGUMENTS[3])
+        return arrays["images"][:count], arrays["labels"][:count]
 
 
 def rounds() -> int:
     return int(ARGUMENTS[1])
+
+
+def in_round(number: int) -> int:
+    """How many clients take part in a round, counted from 0."""
+    count = int(ARGUMENTS[3])
+    return count if number else max(2, count // 10)
 
 
 def use_threads() -> None:
@@ -90,6 +97,7 @@ class Laps:
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.calls = 0
         self._last: float | None = None
 
     def __call__(self) -> None:
@@ -97,17 +105,19 @@ class Laps:
         if self._last is not None:
             self.seconds.append(now - self._last)
         self._last = now
+        self.calls += 1
 
 
 def report(version: str, seconds: list[float]) -> None:
     print("\n" + json.dumps({"version": version, "seconds": seconds}), flush=True)
 
 
-def time_rounds(version: str, one_round: Callable[[], object]) -> None:
-    one_round()
+def time_rounds(version: str, one_round: Callable[[int], object]) -> None:
+    """Time rounds of so many clients."""
+    one_round(in_round(0))
     laps = Laps()
     laps()
-    for _ in range(rounds()):
-        one_round()
+    for number in range(1, rounds() + 1):
+        one_round(in_round(number))
         laps()
     report(version, laps.seconds)

@@ -71,6 +71,13 @@ def test_any_number_of_workers_gives_the_same_bits(expected: Any) -> None:
     assert_same(simulate(users.config(workers=2), **users.EVERYTHING), expected)
 
 
+def test_no_client_leaves_buffers_to_the_next_one() -> None:
+    one, two = (simulate(users.config(workers=n), model=users.Noting, data=users.data) for n in (1, 2))
+    assert_same(two, one)
+    assert one.buffers[0] == 9, "3 batches in each round"
+    assert not [record.reason for record in one.clients if record.reason]
+
+
 def killed_run(folder: Path, data: bool) -> None:
     given = users.EVERYTHING if data else {**users.EVERYTHING, "data": users.data()}
     simulate(users.config(), folder, **given, callbacks=[users.Stop(2, partial(os._exit, 9))])
@@ -175,6 +182,30 @@ def test_a_rule_that_returns_nonsense_is_named(rule: AggregationRule, message: s
         simulate(users.config(), data=users.data, rule=Infinite())
 
 
+@pytest.mark.parametrize("changed", [{"model_options": {"width": 5}}, {"model": "tests.support.users:Noting"}])
+def test_a_model_that_has_changed_since_the_run_began_is_said(tmp_path: Path, changed: dict[str, Any]) -> None:
+    with pytest.raises(PartError):
+        simulate(users.config(**PATHS), tmp_path, callbacks=[users.Stop(1, partial(int, "stop"))])
+    (tmp_path / "config.yaml").write_text(users.config(**{**PATHS, **changed}).to_yaml())
+    with pytest.raises(ValueError, match=r"checkpoint.npz is of a model of \d+ parameters and \d+ numbers in buffers"):
+        resume(tmp_path)
+
+
+class Forgetful(FedAvg):
+    def memory(self) -> Any:
+        return {"rounds": 1}
+
+
+def test_a_rule_whose_memory_is_no_bytes_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PartError, match=r"Forgetful: TypeError: memory\(\) must return bytes, it returned a dict"):
+        simulate(users.config(), tmp_path, data=users.data, rule=Forgetful())
+
+
+def test_callbacks_are_a_sequence() -> None:
+    with pytest.raises(TypeError, match=r"callbacks: expected a sequence of them, got .*Told"):
+        simulate(users.config(), data=users.data, callbacks=users.Told())  # type: ignore[arg-type]
+
+
 def test_a_callback_that_raises_is_named_and_loses_no_finished_round(tmp_path: Path, expected: Any) -> None:
     def fail() -> None:
         raise KeyError("loss")
@@ -205,6 +236,7 @@ class Shorter(users.Corner):
     ("given", "error", "message"),
     [
         ({"model": lambda: nn.Flatten()}, ValueError, "the model has no parameters to train"),
+        ({"model": lambda: nn.LazyLinear(3)}, ValueError, "shapes when it is made, weight, bias do not"),
         (
             {"model": lambda: nn.Linear(3, 3).double()},
             ValueError,

@@ -34,6 +34,40 @@ class Residual(nn.Module):
         return self.head(self.dropout(x.mean((2, 3))))
 
 
+class Noting(Residual):
+    """Puts new buffers in the place of those that it was made with, a part of its state and others, and uses them."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_buffer("batches", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+        self.register_buffer("late", None, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.batches = self.batches + 1
+            self.mean = self.mean + images.mean()
+            self.late = images.mean() if self.late is None else 2 * self.late
+        return super().forward(images) + self.mean + self.batches + (0 if self.late is None else self.late)
+
+
+class Leaving(Residual):
+    """Leaves a process in which no other model can be trained."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = super().forward(images)
+        if self.training:
+            torch.set_default_dtype(torch.float64)
+            torch.set_default_device("meta")
+            torch.set_grad_enabled(False)
+            torch.use_deterministic_algorithms(True)
+            torch.set_num_threads(3)
+            os.environ["FDCR_FAST_TEST"] = "left"
+            os.environ.pop("HOME", None)
+            os.chdir("/")
+        return output
+
+
 def colours(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Noisy images ``[3, 8, 8]`` of three classes, told by which channel is bright."""
     generator = torch.Generator().manual_seed(seed)

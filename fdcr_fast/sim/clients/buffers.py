@@ -41,6 +41,14 @@ class RoundBuffers:
         """Those of the global model, as sent out; whoever sets them writes into this."""
         return self._rows.tensor[0]
 
+    def for_clients(self, capacity: int) -> RoundBuffers:
+        """Room for the same buffers of another number of clients."""
+        return RoundBuffers(self.layout, self._dtypes, capacity)
+
+    def __getitem__(self, row: int) -> Tensor:
+        """Those that the client of a row of the store has sent, a copy."""
+        return self._rows.tensor[1 + row].clone()
+
     def put(self, row: int, buffers: Tensor) -> None:
         """Those that the client of a row of the store sends."""
         if self.layout.numel:

@@ -92,6 +92,8 @@ class FederatedData:
             raise type(error)(f"{name}: {error}") from error
 
     def _training(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        if isinstance(self.train, Mapping):
+            raise TypeError("train: expected a list of the clients' sets, in their order, got a mapping")
         if not isinstance(self.train, list):
             inputs, labels = self._read(self.train, "train")
             if self.clients is None:

@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -135,18 +136,14 @@ class Ranks(Processes):
     def start(
         self, config: SimulationConfig, population: Population, build: Architecture, num_params: int
     ) -> tuple[UpdateStore, Executor]:
-        """A store of this rank's parameters; whole uploads lie in an outbox until they have been dealt out.
-
-        Raises:
-            ValueError: the model has buffers, which are not dealt out.
-        """
-        if population.buffers.layout.numel:
-            raise ValueError(f"model: one with buffers, such as {population.buffers.layout.names[0]}, runs on no ranks")
+        """A store of this rank's parameters; whole uploads lie in an outbox until they have been dealt out."""
         fishers = population.with_fishers
         store = UpdateStore(len(self.shard), config.cohort(), with_fishers=fishers)
         size = max(_AT_A_TIME * config.workers, config.stack)
         outbox = UpdateStore(num_params, size, with_fishers=fishers, shared=config.with_workers)
-        return store, AcrossRanks(self.shard, executor_of(config, population, build, outbox), outbox)
+        own = replace(population, buffers=population.buffers.for_clients(size))
+        inner = executor_of(config, own, build, outbox)
+        return store, AcrossRanks(self.shard, population.buffers, inner, outbox, own.buffers)
 
     def aggregate(self, rule: AggregationRule, params: Tensor, store: UpdateStore) -> AggregationResult:
         """The rule's result, with this rank's parameters."""

@@ -20,6 +20,7 @@ from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.costs import Phase, Stopwatch
 from fdcr_fast.sim.execution.contract import Outcome, describe
 from fdcr_fast.sim.execution.forkserver import forkserver_context
+from fdcr_fast.sim.execution.process_state import process_state_kept
 from fdcr_fast.sim.training.classifier import Architecture
 from fdcr_fast.store.row_writer import RowWriter
 from fdcr_fast.store.rows import Accepted
@@ -230,7 +231,8 @@ def _work(begun: SharedTensor, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the pool ends its processes itself
     try:
         while True:
-            _serve(connection.recv(), begun, connection)
+            with process_state_kept():
+                _serve(connection.recv(), begun, connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,19 +59,22 @@ class Callback:
 
 
 class Callbacks:
-    """Several of them, one after the other.
+    """Several of them, one after the other: those that a configuration names, and then those that are given.
 
     Raises:
-        TypeError: one is no :class:`Callback`.
+        TypeError: they are no sequence, or one is no :class:`Callback`.
     """
 
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, named: Sequence[Callback] = (), given: Sequence[Callback] = ()) -> None:
+        if not isinstance(given, Iterable):
+            raise TypeError(f"callbacks: expected a sequence of them, got {given!r}")
+        callbacks = *named, *given
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 raise TypeError(
                     f"callbacks: expected objects of subclasses of fdcr_fast.sim.Callback, got {callback!r}"
                 )
-        self._callbacks = tuple(callbacks)
+        self._callbacks = callbacks
 
     def tell(self, hook: str, *event: Any) -> None:
         """Call a method of each.

@@ -198,6 +198,14 @@ class Federation:
         record = round_record(number, Round(evaluation, clients, attackers), self.clock.lap(), clock.seconds)
         return new, record, clients
 
+    def memory(self) -> bytes:
+        """What the rule remembers of the rounds so far."""
+        with users_code(f"server {self.config.server}") if self.users_rule else nullcontext():
+            memory = self.rule.memory()
+            if not isinstance(memory, bytes):
+                raise TypeError(f"memory() must return bytes, it returned a {type(memory).__name__}")
+            return memory
+
     def _client_records(self, round: int, drawn: Participants, result: AggregationResult) -> list[ClientRecord]:
         position = {client: index for index, client in enumerate(result.clients)}
         kept, weights, scores = result.kept.tolist(), result.weights.tolist(), result.scores.tolist()

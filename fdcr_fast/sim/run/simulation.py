@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fdcr_fast.rules.base import AggregationRule
@@ -88,7 +88,7 @@ def simulate(
     given = Given(model, data, rule, attack, loss, optimizer)
     parts = Parts.of(config, given)
     config = named(config, given)
-    told = Callbacks([*named_callbacks(config), *callbacks])
+    told = Callbacks(named_callbacks(config), callbacks)
     with num_threads(config.threads), closing(Federation(config, group, parts)) as federation:
         folder = None if out is None else RunFolder(Path(out))
         if folder is not None:
@@ -127,15 +127,30 @@ def resume(
         if value != getattr(config, setting):
             raise ValueError(f"{setting}: the run in {out} was begun with {getattr(config, setting)}, got {value}")
     parts = Parts.of(config, given)
-    told = Callbacks([*named_callbacks(config), *callbacks])
+    told = Callbacks(named_callbacks(config), callbacks)
     with num_threads(config.threads), closing(Federation(config, group, parts)) as federation:
-        state = folder.load() or RunState(federation.initial_params, [], [])
+        state = folder.load()
+        if state is None:
+            state = RunState(federation.initial_params, [], [])
+        else:
+            _check_model(state, federation.initial_params, federation.buffers, folder.checkpoint_path)
         if state.memory:
             federation.rule = federation.rule.with_memory(state.memory)
         if state.buffers is not None:
             federation.buffers = state.buffers
         federation.watch.remember(state.watched)
         return _run(federation, state, folder, progress, told)
+
+
+def _check_model(state: RunState, params: Tensor, buffers: Tensor, path: Path) -> None:
+    """Raise ValueError if a checkpoint is not of a model of these parameters ``[P]`` and buffers ``[B]``."""
+    update = params if state.last_update is None else state.last_update
+    found = len(state.params), len(update), 0 if state.buffers is None else len(state.buffers)
+    if found != (len(params), len(params), len(buffers)):
+        raise ValueError(
+            f"{path} is of a model of {found[0]} parameters and {found[2]} numbers in buffers, the run's has "
+            f"{len(params)} and {len(buffers)}: has its code changed?"
+        )
 
 
 def _run(
@@ -147,7 +162,7 @@ def _run(
 ) -> SimulationResult:
     config = federation.config
     if not federation.processes.first:
-        folder, progress, told = None, None, Callbacks(())
+        folder, progress, told = None, None, Callbacks()
     path = None if folder is None else folder.path
     told.tell("on_start", config, path, len(state.rounds))
     for number in range(len(state.rounds) + 1, config.rounds + 1):
@@ -157,7 +172,7 @@ def _run(
         state.buffers = federation.buffers
         state.rounds.append(record)
         state.clients.extend(clients)
-        state.memory = federation.rule.memory()
+        state.memory = federation.memory()
         state.scores.extend(federation.watch.scores)
         state.ranks.extend(federation.watch.ranks)
         state.watched = federation.watch.memories()

@@ -14,6 +14,7 @@ import torch
 
 from fdcr_fast.sim.costs import begin_peak_rss
 from fdcr_fast.sim.execution.forkserver import forkserver_context
+from fdcr_fast.sim.execution.process_state import process_state_kept
 from fdcr_fast.sim.execution.worker_pool import kept_workers
 from fdcr_fast.sim.run.result import ProgressEvent
 from fdcr_fast.sim.study.folder import StudyRunFolder
@@ -139,7 +140,7 @@ def _work(connection: Connection) -> None:
             while True:
                 config, path = connection.recv()
                 begin_peak_rss()
-                with torch.random.fork_rng(devices=[]):  # every run begins with what a process of its own would have
+                with process_state_kept(), torch.random.fork_rng(devices=[]):  # as in processes of their own
                     StudyRunFolder(path).execute(config, connection.send)
                 connection.send(None)
     except (EOFError, BrokenPipeError, ConnectionResetError):

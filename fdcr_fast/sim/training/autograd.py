@@ -43,6 +43,7 @@ class AutogradClassifier(Classifier):
         self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         filters = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d)}
         self._filters = {name for name, value in self._trained.items() if id(value) in filters}
+        self._velocity = torch.empty_like(self._params)  # of one client after the other
         given = self._params.clone()
         for name in self._filters:
             out, into, height, width = self._trained[name].shape
@@ -52,7 +53,10 @@ class AutogradClassifier(Classifier):
 
     def params(self) -> Tensor:
         """The model's own parameters."""
-        return self.layout.flatten(self._trained)
+        params = torch.empty_like(self._params)
+        for name, values in self.layout.unflatten(params).items():
+            values.copy_(self._trained[name].detach())  # in a third of the time of cat, where filters lie channels last
+        return params
 
     def load(self, params: Tensor) -> None:
         """Set the model's own parameters."""
@@ -130,8 +134,8 @@ class AutogradClassifier(Classifier):
         """A function that steps along gradients, with what a new optimizer remembers."""
         if self._optimizer is not None:
             return self._step_of(self._optimizer(list(self._trained.values()), sgd.lr))
-        velocity = torch.zeros_like(self._params)
-        slots = [(self._params[part], velocity[part]) for part in self.layout.slices.values()]
+        self._velocity.zero_()
+        slots = [(self._params[part], self._velocity[part]) for part in self.layout.slices.values()]
 
         def step(grads: Sequence[Tensor]) -> None:
             for (name, grad), (values, own_velocity) in zip(self._named(grads), slots, strict=True):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fdcr_fast import ParamLayout
 from fdcr_fast.ops import networks
@@ -20,19 +22,23 @@ class Classifier(ABC):
 
     Parameters travel as flat vectors in the order of ``layout``; the model's own are views of one such vector. So do
     buffers, such as BatchNorm's running statistics, float64 ``[B]``: those that a state dict has, of real numbers. They
-    are the model's own where none are given.
+    are the model's own where none are given. Where they are, all other buffers become what they were at first: what one
+    client leaves behind is not the next one's.
 
     Args:
         model: Its parameters and buffers may be overwritten by every call.
 
     Raises:
-        ValueError: the model has no parameters to train, or others than float32.
+        ValueError: the model has no parameters to train, or others than float32, or lazy ones.
     """
 
     def __init__(self, model: nn.Module) -> None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if not trained:
             raise ValueError("the model has no parameters to train")
+        lazy = [name for name, parameter in trained.items() if is_lazy(parameter)]
+        if lazy:
+            raise ValueError(f"the model's parameters must have their shapes when it is made, {', '.join(lazy)} do not")
         others = [
             f"{name} {parameter.dtype}" for name, parameter in trained.items() if parameter.dtype != torch.float32
         ]
@@ -44,6 +50,11 @@ class Classifier(ABC):
         views = self.layout.unflatten(self._params)
         for name, parameter in trained.items():
             parameter.data = views[name]
+        self._slots = [
+            _Slot(module, name, buffer, None if buffer is None else buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+        ]
         self._buffers = _buffers_of(model)
         self.buffer_layout = ParamLayout.from_tensors(self._buffers)
 
@@ -57,7 +68,9 @@ class Classifier(ABC):
 
     def buffers(self) -> Tensor:
         """The model's own buffers, float64 ``[B]``."""
-        return self.buffer_layout.flatten(self._buffers, torch.float64) if self._buffers else NO_BUFFERS.clone()
+        if not self._buffers:
+            return NO_BUFFERS.clone()
+        return self.buffer_layout.flatten(_buffers_of(self.model), torch.float64).detach()
 
     @property
     def buffer_dtypes(self) -> dict[str, torch.dtype]:
@@ -66,7 +79,11 @@ class Classifier(ABC):
 
     def load_buffers(self, buffers: Tensor | None) -> None:
         """Set the model's own buffers, if any are given."""
-        if buffers is not None and self._buffers:
+        if buffers is None:
+            return
+        for slot in self._slots:
+            slot.reset()
+        if self._buffers:
             for name, values in self.buffer_layout.unflatten(buffers).items():
                 self._buffers[name].copy_(values)
 
@@ -128,6 +145,21 @@ class Classifier(ABC):
                 if objective is not None:
                     params.copy_(objective.project(params))
         return params
+
+
+class _Slot(NamedTuple):
+    """A buffer as a module was made with it, which a forward pass may write to or put another one in the place of."""
+
+    module: nn.Module
+    name: str
+    buffer: Tensor | None
+    first: Tensor | None
+
+    def reset(self) -> None:
+        """Put it back, with its first values."""
+        self.module._buffers[self.name] = self.buffer
+        if self.buffer is not None and self.first is not None:
+            self.buffer.copy_(self.first)
 
 
 def _buffers_of(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ def load_model(classifier: Classifier, path: Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such file, or has other names or shapes than the model.
+        ValueError: it is no such file, has other names or shapes than the model, or numbers that are not finite where
+            the model's are.
     """
     if not path.is_file():
         raise FileNotFoundError(f"init: no file {path}")
@@ -37,6 +38,9 @@ def load_model(classifier: Classifier, path: Path) -> None:
     ]
     if problems:
         raise ValueError(f"init: {path} does not fit the model, it has {'; '.join(problems)}")
+    wrong = [name for name, value in own.items() if not (found[name].isfinite() | ~value.isfinite()).all()]
+    if wrong:
+        raise ValueError(f"init: {path} has numbers that are not finite in {', '.join(wrong)}")
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(found[name])

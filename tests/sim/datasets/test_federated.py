@@ -122,6 +122,7 @@ def test_the_fingerprint_is_that_of_all_samples() -> None:
             r"train: expected \(inputs, labels\) of tensors, or a data set with len\(\) and indices, got int",
         ),
         ({"train": []}, ValueError, "train: expected the set of at least one client"),
+        ({"train": {0: (IMAGES, LABELS)}}, TypeError, "train: expected a list of the clients' sets, in their order"),
         (
             {"train": [(IMAGES, LABELS), (IMAGES[:, :2], LABELS)]},
             ValueError,

@@ -29,18 +29,32 @@ CROWD: dict[str, Any] = {
     "dropout": 0.2,
     "stragglers": 0.3,
 }
-Found = tuple[torch.Tensor, list[dict[str, object]], tuple[ClientRecord, ...], torch.Tensor, tuple[RankRecord, ...]]
+WITH_BUFFERS: dict[str, Any] = {
+    "model": "tests.support.users:Residual",
+    "model_options": {"width": 32},  # more parameters than a block has for each rank
+    "dataset": "tests.support.users:data",
+}
+Found = tuple[
+    tuple[torch.Tensor, torch.Tensor],
+    list[dict[str, object]],
+    tuple[ClientRecord, ...],
+    torch.Tensor,
+    tuple[RankRecord, ...],
+]
 
 
 class Unlucky(Population):
-    """One client fails, and another one sends what cannot be used."""
+    """One client fails, and others send what cannot be used: an update, and buffers if the model has any."""
 
     def perform(self, work: LocalWork, job: Job) -> Upload:
         benign = sorted(set(draw_participants(work.config, 2).epochs) - self.attackers.clients)
-        if (work.round, job.client) == (2, benign[1]):
+        bad_luck = benign.index(job.client) if work.round == 2 and job.client in benign else 0
+        if bad_luck == 1:
             raise OSError("no space left")
         upload = super().perform(work, job)
-        return upload._replace(update=upload.update / 0) if (work.round, job.client) == (2, benign[2]) else upload
+        if bad_luck == 3:
+            self.buffers.put(job.row, self.buffers[job.row] / 0)
+        return upload._replace(update=upload.update / 0) if bad_luck == 2 else upload
 
 
 def run(group: ProcessGroup | None, config: SimulationConfig | None, out: Path | None = None) -> Found:
@@ -52,12 +66,13 @@ def run(group: ProcessGroup | None, config: SimulationConfig | None, out: Path |
         result = resume(out, group=group) if config is None else simulate(config, out, group=group)  # type: ignore[arg-type]
     finally:
         federation.Population = Population  # type: ignore[misc]
-    return result.params, without_costs(result), result.clients, result.similarity, result.ranks
+    return (result.params, result.buffers), without_costs(result), result.clients, result.similarity, result.ranks
 
 
 def assert_same(found: Found, expected: Found, exactly: bool = True) -> None:
     """The same bits, but for the similarity, and of a coalition for the scores and the weights after clipping."""
-    assert torch.equal(found[0], expected[0])
+    for one, other in zip(found[0], expected[0], strict=True):
+        assert torch.equal(one, other)
     if not exactly:
         scores = [
             torch.tensor([(record.discrepancy or 0, record.weight or 0) for record in clients], dtype=torch.float64)
@@ -80,18 +95,21 @@ def assert_same(found: Found, expected: Found, exactly: bool = True) -> None:
         (2, {"server": "fdcr", "attacker_fisher": "random", "watch": "fdcr, median"}),
         (2, {"server": "multi-krum", "attacker_update": "alie", "attacker_fisher": "noisy-benign-mean"}),
         (3, {"server": "fdcr", "dataset": "FILE"}),
+        (2, {"server": "fdcr", **WITH_BUFFERS}),
+        (3, {"server": "median", "attacker_update": "alie", **WITH_BUFFERS}),
     ],
 )
 def test_any_number_of_ranks_gives_the_bits_of_one_process(
     ranks: Ranks, tmp_path: Path, size: int, fields: dict[str, Any]
 ) -> None:
-    if "dataset" in fields:
+    if fields.get("dataset") == "FILE":
         fields = {**fields, "dataset": str(write_npz(tmp_path / "data.npz", train=120))}
     config = tiny_config(**CROWD, **fields)
     expected = run(None, config)
     reasons = [client.reason for client in expected[2]]
     assert "failed: OSError: no space left" in reasons
     assert "the update is not finite, or too large to be squared in float64" in reasons
+    assert ("buffer norm.running_mean is not finite" in reasons) == ("model" in fields)
     for found in ranks.call(size, run, config):
         assert_same(found, expected, exactly=config.server == "fdcr")
 
@@ -140,8 +158,9 @@ def test_a_timeout_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, patie
         pass
 
 
-def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
-    settings = tiny_config(rounds=1)
+@pytest.mark.parametrize("fields", [{}, {**WITH_BUFFERS, "workers": 2, "save_every": 1, "server": "fdcr"}])
+def test_the_command_runs_under_torchrun(tmp_path: Path, fields: dict[str, Any]) -> None:
+    settings = tiny_config(rounds=1, **fields)
     (tmp_path / "config.yaml").write_text(settings.to_yaml())
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "fdcr_fast", "simulate", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
@@ -151,3 +170,7 @@ def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
     expected = tmp_path / "expected"
     simulate(settings, expected)
     assert (tmp_path / "run" / "clients.csv").read_text() == (expected / "clients.csv").read_text()
+    saved = [model.name for model in expected.glob("*.safetensors")]
+    assert saved == (["model-00001.safetensors"] if "save_every" in fields else [])
+    for name in saved:
+        assert (tmp_path / "run" / name).read_bytes() == (expected / name).read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from fdcr_fast.sim import ProgressEvent, simulate
 from fdcr_fast.sim.clients.population import Job, Population, Upload
 from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.costs import Stopwatch
+from fdcr_fast.sim.execution.forkserver import forkserver_context, malloc_in_huge_pages
 from fdcr_fast.sim.execution.worker_pool import WorkerPool
 from fdcr_fast.sim.run.federation import Federation
 from fdcr_fast.sim.run.simulation import num_threads
@@ -91,3 +93,21 @@ def test_a_round_that_was_interrupted_leaves_nothing_behind() -> None:
         assert set(collected(federation)) == {0, 1, 2, 3}
     finally:
         federation.close()
+
+
+def tell_tunables(connection: Connection) -> None:
+    connection.send(os.environ.get("GLIBC_TUNABLES"))
+
+
+def test_workers_keep_memory_in_huge_pages_and_heed_the_users_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = forkserver_context()
+    here, there = context.Pipe()
+    process = context.Process(target=tell_tunables, args=(there,))
+    process.start()
+    assert here.recv().startswith("glibc.malloc.hugetlb=1:")
+    process.join()
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    forkserver_context()
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0", "what the server inherits is not left to others"
+    with malloc_in_huge_pages():
+        assert os.environ["GLIBC_TUNABLES"].split(":")[-1] == "glibc.malloc.hugetlb=0", "of two values the last counts"

@@ -52,6 +52,11 @@ def test_files_that_do_not_fit_the_model_are_named(tmp_path: Path) -> None:
         ValueError, match=r"no stem\.bias; extra, which the model has not; head\.weight \[4, 4\], which i"
     ):
         simulate(users.config(init=path), **OWN)
+    state = users.Residual(3).state_dict()
+    state["head.weight"][0, 0] = torch.nan
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"init: .* has numbers that are not finite in head\.weight"):
+        simulate(users.config(init=path), **OWN)
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is no file of safetensors"):
         simulate(users.config(init=path), **OWN)

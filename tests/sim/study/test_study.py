@@ -238,6 +238,21 @@ def test_failures_are_recorded_tried_again_and_stop_nobody(tmp_path: Path) -> No
     assert [line["row"] for line in results_csv(failing, tmp_path / "runs") if line["error"]] == ["trigger"]
 
 
+def test_what_a_run_sets_in_its_process_is_no_other_runs(tmp_path: Path) -> None:
+    base = {"dataset": "tests.support.users:data", "clients": 5, "rounds": 1, "local_epochs": 1}
+    rows = [
+        {"name": "leaves settings", "model": "tests.support.users:Leaving"},
+        {"name": "finds them", "model": "tests.support.users:Residual"},
+    ]
+    both = study(base=base, rows=rows)
+    execute(both.runs(), tmp_path / "together", workers=1)
+    alone = Study.model_validate({**both.model_dump(), "rows": rows[1:]})
+    execute(alone.runs(), tmp_path / "alone")
+    found = results_csv(alone, tmp_path / "together")
+    assert not any(line["error"] for line in found)
+    assert found == results_csv(alone, tmp_path / "alone")
+
+
 def test_runs_share_processes_to_the_same_bits(tmp_path: Path) -> None:
     noted = tmp_path / "processes"
     noted.mkdir()
