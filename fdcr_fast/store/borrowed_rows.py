@@ -90,8 +90,8 @@ class BorrowedRows:
             sizes = {sum(map(Tensor.numel, vector.pieces)) for vector in each.vectors.values()}
             if sizes != {self.shape.num_params}:
                 raise ValueError(
-                    f"the tensors of row {row} have {sorted(sizes)} numbers, expected {self.shape.num_params}: they must "
-                    "not change between put and aggregate"
+                    f"the tensors of row {row} have {sorted(sizes)} numbers, expected {self.shape.num_params}: they "
+                    "must not change between put and aggregate"
                 )
         return BorrowedTiles(self.shape, borrowed, self.device)
 

@@ -400,6 +400,7 @@ class UpdateStore:
         tiles = self.client_updates().tiles
         if not isinstance(tiles, MatrixTiles):
             raise ValueError(
-                "of a store in a file, for another device, or without copies, there are spans: see client_updates().spans()"
+                "of a store in a file, for another device, or without copies, there are spans: see "
+                "client_updates().spans()"
             )
         return tiles
