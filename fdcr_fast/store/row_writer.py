@@ -51,13 +51,15 @@ class RowWriter:
         _require_usable(count, norm, low, high)
         return Accepted(client, row, count, math.nan if norm is None else norm, low or 0.0, high or 0.0, checksum)
 
-    def check_base(self, base: Any) -> None:
-        """Raise unless the server's own ``w [P]`` can be taken from what clients send.
+    def checked_base(self, base: Any) -> Tensor | None:
+        """The server's own ``w [P]``, if it can be taken from what clients send, without gradients; None for none.
 
         Raises:
             TypeError: it is no tensor.
             ValueError: it is of another shape or dtype, or on another device.
         """
+        if base is None:
+            return None
         if not isinstance(base, Tensor):
             raise TypeError(f"base must be a tensor, got {type(base).__name__}")
         num_params, device = self.rows.shape.num_params, self.rows.device
@@ -67,6 +69,7 @@ class RowWriter:
                 f"base must be float32 or float64 [{num_params}] on {device}, got {base.dtype} {list(base.shape)} on "
                 f"{base.device}"
             )
+        return base.detach() if base.requires_grad else base
 
     def _pieces(self, name: str, values: Any) -> list[Tensor]:
         pieces = vector_pieces(name, values, self.rows.shape.num_params, self.layout, self.buffer_dtype)

@@ -63,8 +63,7 @@ class UpdateStore:
         sync: With ``path``, False trades crash safety for speed: nothing is flushed to the disk before the system does.
         shared: Whether other processes can fill rows; see :meth:`writer`.
         copy: False for a store that takes no memory: contributions stay in the tensors that were put, which must not
-            change before the round is aggregated, and are read from there. Whether their numbers can be used is seen
-            then, by ``aggregate``, whose ``on_invalid`` counts for that.
+            change before ``aggregate`` reads them there and sees whether they can be used (as its ``on_invalid`` says).
         cleared: Whether :meth:`clear` must begin every round after the first: what is put into one that was aggregated
             raises RuntimeError then.
 
@@ -345,9 +344,7 @@ class UpdateStore:
             client_id = plain_id(client_id)
         if row is not None:
             check_integer("row", row)
-        if base is not None:
-            self._writer.check_base(base)
-            base = base.detach() if base.requires_grad else base
+        base = self._writer.checked_base(base)
         arrival = self._attendance.enter(client_id, row, replace)
         if arrival is None:
             return False
@@ -399,8 +396,5 @@ class UpdateStore:
     def _matrices(self) -> MatrixTiles:
         tiles = self.client_updates().tiles
         if not isinstance(tiles, MatrixTiles):
-            raise ValueError(
-                "of a store in a file, for another device, or without copies, there are spans: see "
-                "client_updates().spans()"
-            )
+            raise ValueError("of a store in a file, without copies, or for another device, see client_updates().spans()")
         return tiles
