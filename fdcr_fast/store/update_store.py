@@ -396,5 +396,5 @@ class UpdateStore:
     def _matrices(self) -> MatrixTiles:
         tiles = self.client_updates().tiles
         if not isinstance(tiles, MatrixTiles):
-            raise ValueError("of a store in a file, without copies, or for another device, see client_updates().spans()")
+            raise ValueError("of a store in a file, without copies or for another device, see client_updates().spans()")
         return tiles
