@@ -93,9 +93,10 @@ def gram(
     - ``"reweighted_update"``: ``I_k[v] * updates_k[v]``, ``I_k = (F_k - min F_k) / (max F_k - min F_k)``
     - ``"fourth_root_fisher"``: ``F_k[v]^(1/4)``
 
-    With ``single`` entries and products are float32 where no data are float64, summed in float32 over at most 128
-    parameters and from there in float64; a client's entries are divided by a power of two there, if their products
-    could leave the range of float32; :func:`fdcr_fast.grams` states the error. Otherwise everything is float64.
+    With ``single`` entries and products are float32 where no data are float64, summed in float32 over at most 512
+    parameters, in several sums of at most 128 each, and from there in float64; a client's entries are divided by a
+    power of two there, if their products could leave the range of float32; :func:`fdcr_fast.grams` states the error.
+    Otherwise everything is float64.
 
     NaN, infinity, the root of a negative Fisher entry, and the importance of a constant Fisher make the row and column
     of that client non-finite, and no others. ``total`` threaded through successive spans of a multiple of

@@ -18,6 +18,10 @@ class MemoryRows:
     """Rows in one tensor, which other processes can be given if it is shared, and which the system may not move if it
     is pinned.
 
+    ``data [T, capacity, matrices, L]`` is a view: the tiles of one matrix lie side by side, so that whoever reads the
+    updates alone reads all of what memory gives at a time. Pinned memory, of which whole tiles are copied, has both
+    matrices of a tile together.
+
     Raises:
         ValueError: the memory that is left does not hold them.
     """
@@ -29,14 +33,15 @@ class MemoryRows:
         self.device = device
         self._shared = None
         _check_memory(shape, device)
-        size = (shape.tiles, shape.capacity, shape.matrices, shape.tile)
+        if pinned:
+            size = (shape.tiles, shape.capacity, shape.matrices, shape.tile)
+            self.data = torch.empty(size, dtype=shape.dtype, device=device, pin_memory=True)
+            return
+        size = (shape.matrices, shape.tiles, shape.capacity, shape.tile)
         if shared:
             self._shared = SharedTensor(size, shape.dtype)
-            self.data = self._shared.tensor
-        elif pinned:
-            self.data = torch.empty(size, dtype=shape.dtype, device=device, pin_memory=True)
-        else:
-            self.data = empty(size, shape.dtype, device, lasting=True)
+        matrices = empty(size, shape.dtype, device, lasting=True) if self._shared is None else self._shared.tensor
+        self.data = _by_client(matrices)
 
     def __getstate__(self) -> tuple[StoreShape, SharedTensor]:
         if self._shared is None:
@@ -45,7 +50,7 @@ class MemoryRows:
 
     def __setstate__(self, state: tuple[StoreShape, SharedTensor]) -> None:
         self.shape, self._shared = state
-        self.data = self._shared.tensor
+        self.data = _by_client(self._shared.tensor)
         self.device = self.data.device
 
     def fill(self, row: int, vectors: Vectors, base: Tensor | None = None) -> tuple[Statistics, int]:
@@ -90,6 +95,11 @@ class MemoryRows:
 
     def close(self) -> None:
         """Memory is freed with its last view."""
+
+
+def _by_client(matrices: Tensor) -> Tensor:
+    """``[matrices, T, capacity, L]`` as ``[T, capacity, matrices, L]``."""
+    return matrices.permute(1, 2, 0, 3)
 
 
 def _check_memory(shape: StoreShape, device: torch.device) -> None:

@@ -25,7 +25,7 @@ from fdcr_fast.warning import callers_level
 
 
 class UpdateStore:
-    """Updates and Fishers of up to ``capacity`` clients in tiles ``[T, capacity, 2, L]``, Fisher first.
+    """Updates and Fishers of up to ``capacity`` clients, each in tiles ``[T, capacity, L]``.
 
     Parameter ``p`` lies in tile ``p // L`` at ``p % L``, so that every pass over all clients reads memory or file in
     sequence, and what one pass read of a tile is still cached for the next. A contribution is validated in the one

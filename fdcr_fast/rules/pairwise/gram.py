@@ -24,6 +24,8 @@ from fdcr_fast.store.update_store import UpdateStore
 
 Ranges = Sequence[slice | tuple[int, int]]
 
+SINGLE_ERROR = 1e-5  # of sum_v |x_i[v] x_j[v]|, which is at most |x_i| |x_j|, with precision="float32"
+
 _SAMPLED_BLOCK = 16  # parameters that are sampled together: a cache line of float32
 _SAMPLE_GROUPS = 16  # their spread tells the standard error
 
@@ -92,12 +94,13 @@ def grams(
     Rows are transformed as they are read; no matrix as large as the data is made. The same data give the same bits: for
     any number of threads, and in one piece or streamed.
 
-    With ``precision="float32"`` products are summed in float32 over at most 128 parameters, and from there in float64.
-    An element is then off by at most ``1e-5 sum_v |x_i[v] x_j[v]| + 1e-18 |x_i| |x_j|``, typically by less than a
-    hundredth of that; huge and denormal rows neither overflow nor vanish. A distance computed from ``G`` carries the
-    error of its large terms: where clients may be nearly equal, take ``precision="float64"``, which takes up to twice
-    the time, and where an element is off by at most ``(200 + n) 2^-53 sum_v |x_i[v] x_j[v]|``, ``n`` the number of
-    tiles, longer ones counted once per 4096 parameters. Data in float64 are always computed in float64.
+    With ``precision="float32"`` products are summed in float32 over at most 512 parameters, in several sums of at most
+    128 each, and from there in float64. An element is then off by at most ``1e-5 sum_v |x_i[v] x_j[v]| + 1e-18 |x_i|
+    |x_j|``, typically by less than a hundredth of that; huge and denormal rows neither overflow nor vanish. A distance
+    computed from ``G`` carries the error of its large terms: where clients may be nearly equal, take
+    ``precision="float64"``, which takes up to twice the time, and where an element is off by at most ``(200 + n) 2^-53
+    sum_v |x_i[v] x_j[v]|``, ``n`` the number of tiles, longer ones counted once per 4096 parameters. Data in float64
+    are always computed in float64.
 
     Args:
         updates: ``delta_k`` in the rows of ``[K, P]`` (any strides, never copied), or a store or a round, which hold
