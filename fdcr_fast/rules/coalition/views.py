@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,16 +47,29 @@ class Features:
     Attributes:
         length: ``||D_k||`` over the features.
         kurtosis: ``log(mean(D_k^4) / mean(D_k^2)^2)``: how few of them change most, such as those that see a trigger.
+        whole: The same of all parameters, the head included, where one class may change most.
     """
 
     length: Tensor
     kurtosis: Tensor
+    whole: Tensor
+
+    @property
+    def concentration(self) -> Tensor:
+        """``c`` of a cautious start."""
+        return standard_scores(self.kurtosis) + standard_scores(self.whole) / 2
+
+    @property
+    def excess(self) -> Tensor:
+        """The kurtosis of the features above that of the median client."""
+        return self.kurtosis - self.kurtosis.median()
 
 
 def features_of(clients: ClientUpdates, groups: ParamGroups) -> Features:
-    """One reading of the features of a round."""
-    squares, kurtosis = _feature_moments(clients, groups, None)
-    return Features(squares.sqrt(), kurtosis)
+    """Readings of the features of a round, and of all else."""
+    squares, kurtosis = _moments(clients, groups.features, None)
+    _, whole = _moments(clients, (slice(0, clients.num_params),), None)
+    return Features(squares.sqrt(), kurtosis, whole)
 
 
 def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
@@ -63,17 +77,17 @@ def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: flo
     mean_fisher = _mean_fisher(clients)
     head = _head_importance(clients, groups, mean_fisher)
     floor = regularisation * _mean_over_params(clients, mean_fisher)
-    _, kurtosis = _feature_moments(clients, groups, 1 / (mean_fisher + floor))
+    _, kurtosis = _moments(clients, groups.features, 1 / (mean_fisher + floor))
     return Views(
-        standardised(_similarity(clients, mean_fisher)),
+        standardised(_similarity(clients, mean_fisher, None)),
         standard_scores(head) + standard_scores(kurtosis),
     )
 
 
-def cautious_views(clients: ClientUpdates, features: Features) -> Views:
-    """The views of a cautious start, in which ``c`` is the kurtosis of the features alone."""
-    similarity = _similarity(clients, _mean_fisher(clients))
-    return Views(standardised(similarity), standard_scores(features.kurtosis))
+def cautious_views(clients: ClientUpdates, groups: ParamGroups, features: Features) -> Views:
+    """The views of a cautious start: similarity is that of the features alone."""
+    similarity = _similarity(clients, _mean_fisher(clients), groups.features)
+    return Views(standardised(similarity), features.concentration)
 
 
 @dataclass(frozen=True)
@@ -91,13 +105,13 @@ class _SharedFisher(TilesView):
         return replace(span, fishers=padded.view(tiles, 1, length).expand(span.updates.shape))
 
 
-def _similarity(clients: ClientUpdates, mean_fisher: Tensor) -> Tensor:
-    """``A [K', K']`` before standardising."""
+def _similarity(clients: ClientUpdates, mean_fisher: Tensor, ranges: Sequence[slice] | None) -> Tensor:
+    """``A [K', K']`` over ranges of the parameters, None for all, before standardising."""
     # sqrt(F) D with F = sqrt(Pbar), whose scale does not matter, is Pbar^(1/4) D.
     precision = "float32" if readings.may_fit_single(clients) else "float64"
     metric = (mean_fisher / _mean_over_params(clients, mean_fisher)).sqrt().to(getattr(torch, precision))
     shared = replace(clients, tiles=_SharedFisher(clients.tiles, metric))
-    (inner,) = grams(shared, views=[GramView("fisher_update")], precision=precision)
+    (inner,) = grams(shared, views=[GramView("fisher_update", ranges)], precision=precision)
     valid = clients.valid
     cosines = _cosines(inner.cpu()[valid][:, valid]).nan_to_num(0.0)
     rows = cosines.mean(0)
@@ -149,8 +163,8 @@ def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: T
     return clients.of_valid(torch.log(weighted / plain).cpu())
 
 
-def _feature_moments(clients: ClientUpdates, groups: ParamGroups, factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sum of ``q = factors D_k^2`` over the features, and the logarithm of ``mean(q^2) / mean(q)^2``."""
-    size = sum(group.stop - group.start for group in groups.features)
-    first, second = readings.moments(clients, factors, ranges=groups.features, squares=True).cpu()
+def _moments(clients: ClientUpdates, ranges: Sequence[slice], factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum of ``q = factors D_k^2`` over the ranges, and the logarithm of ``mean(q^2) / mean(q)^2``."""
+    size = sum(part.stop - part.start for part in ranges)
+    first, second = readings.moments(clients, factors, ranges=ranges, squares=True).cpu()
     return clients.of_valid(first), clients.of_valid(torch.log((second / size) / (first / size) ** 2))
