@@ -84,8 +84,8 @@ class CoalitionFDCR(AggregationRule):
     every parameter, and from there ``x_k``, the mean of ``cos(D_k, w)`` over the last rounds
     (:func:`fdcr_fast.rules.coalition.trust.model_agreement`). For two rounds 30 % of the clients are kept, those of the
     least score, then 10 % more in each round, and from the fifth round on all; from the third round on without those
-    against whom there is more than 1.2 of ``max(0, 1 - x_k / m) + max(0, e_k) + 1.5 p_k / (1 + exp((5.6 sqrt(K) - J) /
-    2))``, with ``m`` the core's median of ``x``, ``e_k`` the mean of the features' kurtosis above the median client's,
+    against whom there is more than 1.2 of ``max(0, 1 - x_k / h) + max(0, e_k) + 1.5 p_k / (1 + exp((5.6 sqrt(K) - J) /
+    2))``, with ``h`` the core's median of ``x``, ``e_k`` the mean of the features' kurtosis above the median client's,
     and ``J`` the largest. Updates are clipped to the round's median norm. An attacker can choose its ``x_k`` by adding
     a multiple of ``w`` to its update, and must then still not concentrate on few features, nor resemble another.
 

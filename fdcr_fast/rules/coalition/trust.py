@@ -10,7 +10,7 @@ from torch import Tensor
 from fdcr_fast.round import readings
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import dot_products, squared_length
-from fdcr_fast.rules.coalition.views import Features
+from fdcr_fast.rules.coalition.views import Features, features_alone
 from fdcr_fast.rules.param_groups import ParamGroups
 
 _CORE = 0.3  # share of the clients that is kept in the first rounds
@@ -32,7 +32,7 @@ def model_agreement(global_params: Tensor, clients: ClientUpdates, groups: Param
     ``z (softmax(z) - y)``, ``z`` the logits and ``y`` the labels, by Euler's theorem for homogeneous functions. The
     head is left out, which follows the client's classes.
     """
-    known = _features_alone(global_params, clients, groups)
+    known = features_alone(global_params, clients, groups)
     lengths = clients.shard.sum_vector(known, squared_length).sqrt().cpu() * features.length
     return torch.where(lengths > 0, dot_products(clients, known) / lengths, 0.0)
 
@@ -44,17 +44,8 @@ def median_alignment(global_params: Tensor, clients: ClientUpdates, groups: Para
     """
     zeros, middle = torch.zeros_like(global_params), 2 - clients.num_valid % 2
     median = readings.central_mean(zeros, clients, clients.valid, middle, nearest=False)
-    along = dot_products(clients, _features_alone(median, clients, groups))
+    along = dot_products(clients, features_alone(median, clients, groups))
     return torch.where(features.length > 0, along / features.length, 0.0)
-
-
-def _features_alone(vector: Tensor, clients: ClientUpdates, groups: ParamGroups) -> Tensor:
-    """A vector of the parameters that are here with zeros where no features are."""
-    alone, first = torch.zeros_like(vector), clients.shard.first
-    for part in groups.features:
-        here = slice(max(part.start - first, 0), max(part.stop - first, 0))
-        alone[here] = vector[here]
-    return alone
 
 
 def attack_likelihood(score: float, n: int) -> float:

@@ -79,14 +79,14 @@ def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: flo
     floor = regularisation * _mean_over_params(clients, mean_fisher)
     _, kurtosis = _moments(clients, groups.features, 1 / (mean_fisher + floor))
     return Views(
-        standardised(_similarity(clients, mean_fisher, None)),
+        standardised(_similarity(clients, mean_fisher)),
         standard_scores(head) + standard_scores(kurtosis),
     )
 
 
 def cautious_views(clients: ClientUpdates, groups: ParamGroups, features: Features) -> Views:
     """The views of a cautious start: similarity is that of the features alone."""
-    similarity = _similarity(clients, _mean_fisher(clients), groups.features)
+    similarity = _similarity(clients, features_alone(_mean_fisher(clients), clients, groups))
     return Views(standardised(similarity), features.concentration)
 
 
@@ -105,13 +105,22 @@ class _SharedFisher(TilesView):
         return replace(span, fishers=padded.view(tiles, 1, length).expand(span.updates.shape))
 
 
-def _similarity(clients: ClientUpdates, mean_fisher: Tensor, ranges: Sequence[slice] | None) -> Tensor:
-    """``A [K', K']`` over ranges of the parameters, None for all, before standardising."""
+def features_alone(vector: Tensor, clients: ClientUpdates, groups: ParamGroups) -> Tensor:
+    """A vector of the parameters that are here with zeros where no features are."""
+    alone, first = torch.zeros_like(vector), clients.shard.first
+    for part in groups.features:
+        here = slice(max(part.start - first, 0), max(part.stop - first, 0))
+        alone[here] = vector[here]
+    return alone
+
+
+def _similarity(clients: ClientUpdates, mean_fisher: Tensor) -> Tensor:
+    """``A [K', K']`` before standardising."""
     # sqrt(F) D with F = sqrt(Pbar), whose scale does not matter, is Pbar^(1/4) D.
     precision = "float32" if readings.may_fit_single(clients) else "float64"
     metric = (mean_fisher / _mean_over_params(clients, mean_fisher)).sqrt().to(getattr(torch, precision))
     shared = replace(clients, tiles=_SharedFisher(clients.tiles, metric))
-    (inner,) = grams(shared, views=[GramView("fisher_update", ranges)], precision=precision)
+    (inner,) = grams(shared, views=[GramView("fisher_update")], precision=precision)
     valid = clients.valid
     cosines = _cosines(inner.cpu()[valid][:, valid]).nan_to_num(0.0)
     rows = cosines.mean(0)
