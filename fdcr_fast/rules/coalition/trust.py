@@ -34,7 +34,8 @@ def model_agreement(global_params: Tensor, clients: ClientUpdates, groups: Param
     """
     known = features_alone(global_params, clients, groups)
     lengths = clients.shard.sum_vector(known, squared_length).sqrt().cpu() * features.length
-    return torch.where(lengths > 0, dot_products(clients, known) / lengths, 0.0)
+    along = dot_products(clients, known, groups.features)
+    return torch.where(lengths > 0, along / lengths, 0.0)
 
 
 def median_alignment(global_params: Tensor, clients: ClientUpdates, groups: ParamGroups, features: Features) -> Tensor:
@@ -44,7 +45,7 @@ def median_alignment(global_params: Tensor, clients: ClientUpdates, groups: Para
     """
     zeros, middle = torch.zeros_like(global_params), 2 - clients.num_valid % 2
     median = readings.central_mean(zeros, clients, clients.valid, middle, nearest=False)
-    along = dot_products(clients, features_alone(median, clients, groups))
+    along = dot_products(clients, median, groups.features)
     return torch.where(features.length > 0, along / features.length, 0.0)
 
 

@@ -66,9 +66,15 @@ class Features:
 
 
 def features_of(clients: ClientUpdates, groups: ParamGroups) -> Features:
-    """Readings of the features of a round, and of all else."""
-    squares, kurtosis = _moments(clients, groups.features, None)
-    _, whole = _moments(clients, (slice(0, clients.num_params),), None)
+    """One reading of a round: of the features, and of all else."""
+    P = clients.num_params
+    parts = sorted(groups.features, key=lambda part: part.start)
+    bounds = zip([0, *(part.stop for part in parts)], [*(part.start for part in parts), P], strict=True)
+    others = [slice(stop, start) for stop, start in bounds if stop < start]
+    inside = readings.moments(clients, ranges=parts, squares=True)
+    outside = readings.moments(clients, ranges=others, squares=True) if others else torch.zeros_like(inside)
+    squares, kurtosis = _kurtosis(clients, inside, _size(groups.features))
+    _, whole = _kurtosis(clients, inside + outside, P)
     return Features(squares.sqrt(), kurtosis, whole)
 
 
@@ -77,7 +83,8 @@ def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: flo
     mean_fisher = _mean_fisher(clients)
     head = _head_importance(clients, groups, mean_fisher)
     floor = regularisation * _mean_over_params(clients, mean_fisher)
-    _, kurtosis = _moments(clients, groups.features, 1 / (mean_fisher + floor))
+    moments = readings.moments(clients, 1 / (mean_fisher + floor), ranges=groups.features, squares=True)
+    _, kurtosis = _kurtosis(clients, moments, _size(groups.features))
     return Views(
         standardised(_similarity(clients, mean_fisher)),
         standard_scores(head) + standard_scores(kurtosis),
@@ -172,8 +179,11 @@ def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: T
     return clients.of_valid(torch.log(weighted / plain).cpu())
 
 
-def _moments(clients: ClientUpdates, ranges: Sequence[slice], factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sum of ``q = factors D_k^2`` over the ranges, and the logarithm of ``mean(q^2) / mean(q)^2``."""
-    size = sum(part.stop - part.start for part in ranges)
-    first, second = readings.moments(clients, factors, ranges=ranges, squares=True).cpu()
+def _kurtosis(clients: ClientUpdates, moments: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The sum of ``q``, and the logarithm of ``mean(q^2) / mean(q)^2``, from sums ``[2, K]`` over so many."""
+    first, second = moments.cpu()
     return clients.of_valid(first), clients.of_valid(torch.log((second / size) / (first / size) ** 2))
+
+
+def _size(ranges: Sequence[slice]) -> int:
+    return sum(part.stop - part.start for part in ranges)
