@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -72,9 +72,9 @@ def squared_length(vector: Tensor) -> Tensor:
     return length.square()
 
 
-def dot_products(clients: ClientUpdates, vector: Tensor) -> Tensor:
-    """``<delta_k, vector>`` of the valid clients with a vector ``[P]``, float64 ``[n]``."""
-    along, _ = readings.moments(clients, vector.double().contiguous(), squares=False)
+def dot_products(clients: ClientUpdates, vector: Tensor, ranges: Iterable[slice] | None = None) -> Tensor:
+    """``<delta_k, vector>`` of the valid clients with a vector ``[P]`` over ranges, None for all; float64 ``[n]``."""
+    along, _ = readings.moments(clients, vector.double().contiguous(), ranges=ranges, squares=False)
     return clients.of_valid(along.cpu())
 
 

@@ -16,7 +16,14 @@ from fdcr_fast.round.shares import clipped_shares
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.coalition.search import Views, find_coalition, margins, membership, set_scores
 from fdcr_fast.rules.coalition.state import CoalitionState
-from fdcr_fast.rules.coalition.trust import median_alignment, model_agreement, trusted
+from fdcr_fast.rules.coalition.trust import (
+    attack_likelihood,
+    charges,
+    core,
+    median_alignment,
+    model_agreement,
+    trusted,
+)
 from fdcr_fast.rules.coalition.views import cautious_views, features_of, round_views, standard_scores, standardised
 from fdcr_fast.rules.param_groups import ParamGroups
 from fdcr_fast.rules.result import Selection
@@ -24,7 +31,7 @@ from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.rules.valid_clients import of_all, valid_ids
 
 _CONCENTRATION_WEIGHT = 0.3  # of c beside A in J
-_KURTOSIS_WEIGHT = 0.5  # of c among what speaks against a client
+_SCORED_CONCENTRATION = 0.5  # weight of c beside p and x in the scores
 _GATE_PERMUTATIONS = 19
 _GATE_DEVIATIONS = 1.5
 
@@ -69,16 +76,18 @@ class CoalitionFDCR(AggregationRule):
     :func:`fdcr_fast.rules.coalition.search.find_coalition`. It takes an honest majority:
     ``|S| <= floor((K - 1) / 2)``, and with fewer than 3 clients nobody is dropped.
 
-    With ``start="cautious"`` the rule keeps a backdoor out while it is unsure who attacks. ``c`` is ``zs`` of the
-    kurtosis ``log(mean(D_k^4) / mean(D_k^2)^2)`` of the features alone. Each client's probability ``p_k`` of being in a
-    coalition (see :func:`fdcr_fast.rules.coalition.search.membership`) is weighed against what speaks for it by itself,
-    over the features: in the first round ``<D_k, m> / ||D_k||``, ``m`` being the median of every parameter, and from
-    there ``x_k``, the mean of ``cos(D_k, w)`` over the last rounds
-    (:func:`fdcr_fast.rules.coalition.trust.model_agreement`). ``scores`` holds ``zs(p) - zs(x) + zs(c) / 2``. For two
-    rounds 30 % of the clients are kept, those of the least score, then 10 % more in each round, but nobody whose
-    ``x_k`` is less than ``0.2 + 0.3 p_k`` times their median; where that would be nobody, all are kept from the
-    fifth round on. Updates are clipped to the round's median norm. An attacker can add a multiple of ``w`` to its
-    update, which ``x`` does not see through.
+    With ``start="cautious"`` the rule keeps a backdoor out while it is unsure who attacks. ``A`` is that of the
+    features alone, and ``c = zs(kurtosis of the features) + zs(kurtosis of all) / 2``, the kurtosis being
+    ``log(mean(D_k^4) / mean(D_k^2)^2)``. ``scores`` holds ``zs(p) - zs(x) + zs(c) / 2``: each client's probability
+    ``p_k`` of being in a coalition (see :func:`fdcr_fast.rules.coalition.search.membership`) is weighed against what
+    speaks for it by itself, over the features: in the first round ``<D_k, m> / ||D_k||``, ``m`` being the median of
+    every parameter, and from there ``x_k``, the mean of ``cos(D_k, w)`` over the last rounds
+    (:func:`fdcr_fast.rules.coalition.trust.model_agreement`). For two rounds 30 % of the clients are kept, those of the
+    least score, then 10 % more in each round, and from the fifth round on all; from the third round on without those
+    against whom there is more than 1.2 of ``max(0, 1 - x_k / h) + max(0, e_k) + 1.5 p_k / (1 + exp((5.6 sqrt(K) - J) /
+    2))``, with ``h`` the core's median of ``x``, ``e_k`` the mean of the features' kurtosis above the median client's,
+    and ``J`` the largest. Updates are clipped to the round's median norm. An attacker can choose its ``x_k`` by adding
+    a multiple of ``w`` to its update, and must then still not concentrate on few features, nor resemble another.
 
     With ``start="bold"`` the set that maximises ``J`` is dropped from the first round on, whether anybody attacks or
     not; one wrong decision in the first rounds then loses the run. ``scores`` holds by how much the best set with a
@@ -147,29 +156,38 @@ class CoalitionFDCR(AggregationRule):
             return Selection(clients.valid)
         groups = ParamGroups.whole(clients.num_params) if self.groups is None else self.groups
         self.state.check_model(clients.num_params)
-        features = features_of(clients, groups) if self.start == "cautious" else None
-        if features is None:
-            seen = round_views(clients, groups, self.regularisation)
-        else:
-            seen = cautious_views(clients, features)
-        means = self.state.remember(ids, seen, decay=self.decay, max_clients=self.max_clients)
+        if self.start == "bold":
+            return self._bold(clients, ids, round_views(clients, groups, self.regularisation))
+        return self._cautious(global_params, clients, ids, groups)
+
+    def _bold(self, clients: ClientUpdates, ids: list[Any], seen: Views) -> Selection:
+        views = _standard(self._remember(ids, seen))
+        members, score = find_coalition(views)
+        dropped = members if self._stands_out(views, score) else torch.zeros_like(members)
+        return _selection(clients, ids, dropped, margins(members, views), views, members, None)
+
+    def _cautious(
+        self, global_params: Tensor, clients: ClientUpdates, ids: list[Any], groups: ParamGroups
+    ) -> Selection:
+        features = features_of(clients, groups)
+        means = self._remember(ids, cautious_views(clients, groups, features))
         views = _standard(means)
         members, score = find_coalition(views)
-        agreement = None
-        if features is None:
-            dropped = members if self._stands_out(views, score) else torch.zeros_like(members)
-            scores = margins(members, views)
-        else:
-            if self.state.rounds > 1:  # the first model may have learned nothing yet
-                agreement = self.state.agree(ids, model_agreement(global_params, clients, groups, features))
-            evidence = median_alignment(global_params, clients, groups, features) if agreement is None else agreement
-            suspicion = membership(members, views)
-            unusual = _KURTOSIS_WEIGHT * standard_scores(means.concentration)
-            scores = standard_scores(suspicion) - standard_scores(evidence) + unusual
-            dropped = ~trusted(scores, suspicion, agreement, self.state.rounds)
-        kept = clients.valid & ~of_all(clients, dropped)
-        explanation = _explanation(ids, views, members, dropped, agreement)
-        return Selection(kept, of_all(clients, scores), explanation=explanation)
+        suspicion = membership(members, views)
+        odd = standard_scores(suspicion) + _SCORED_CONCENTRATION * standard_scores(means.concentration)
+        if self.state.rounds == 1:  # the model may have learned nothing yet
+            scores = odd - standard_scores(median_alignment(global_params, clients, groups, features))
+            return _selection(clients, ids, ~core(scores, 1), scores, views, members, None)
+        seen = model_agreement(global_params, clients, groups, features)
+        agreement, excess = self.state.agree(ids, seen, features.excess)
+        scores = odd - standard_scores(agreement)
+        first = core(scores, self.state.rounds)
+        coalition = suspicion * attack_likelihood(score, len(ids))
+        kept = trusted(first, charges(agreement, agreement[first].median(), excess, coalition), self.state.rounds)
+        return _selection(clients, ids, ~kept, scores, views, members, agreement)
+
+    def _remember(self, ids: list[Any], seen: Views) -> Views:
+        return self.state.remember(ids, seen, decay=self.decay, max_clients=self.max_clients)
 
     def weights(self, clients: ClientUpdates, kept: Tensor) -> Tensor:
         """Shares of the samples, less for updates that are clipped."""
@@ -209,6 +227,20 @@ class CoalitionFDCR(AggregationRule):
 def _standard(means: Views) -> Views:
     """What ``J`` takes of the means over the rounds."""
     return Views(standardised(means.similarity), _CONCENTRATION_WEIGHT * standard_scores(means.concentration))
+
+
+def _selection(
+    clients: ClientUpdates,
+    ids: list[Any],
+    dropped: Tensor,
+    scores: Tensor,
+    views: Views,
+    members: Tensor,
+    agreement: Tensor | None,
+) -> Selection:
+    kept = clients.valid & ~of_all(clients, dropped)
+    explanation = _explanation(ids, views, members, dropped, agreement)
+    return Selection(kept, of_all(clients, scores), explanation=explanation)
 
 
 def _explanation(

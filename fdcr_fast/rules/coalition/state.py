@@ -15,7 +15,8 @@ from fdcr_fast.rules.coalition.search import Views
 _FORMAT = "fdcr_fast.CoalitionState 2"
 _AGREEMENT_DECAY = 0.5  # it tells most once the model has learned without a client, and must not lag behind
 
-_BY_CLIENT = ("concentration", "agreement", "agreed", "seen")
+_AGREEMENT = ("agreement", "excess", "agreed")  # not in states of before
+_BY_CLIENT = ("concentration", *_AGREEMENT, "seen")
 
 ClientId = str | int
 
@@ -35,6 +36,7 @@ class CoalitionState:
         concentration: Sums of ``c``, float64 ``[M]``.
         agreement: Sums of the cosines of updates and model, of which a round that lies ``t`` rounds back counts
             ``0.5^t``, float64 ``[M]``.
+        excess: Sums, in the same way, of the kurtosis of the features above the median client's, float64 ``[M]``.
         agreed: Sums of the rounds that are in them, float64 ``[M]``.
         seen: The last round of each client, int64 ``[M]``.
         rounds: How many there were.
@@ -46,6 +48,7 @@ class CoalitionState:
     together: Tensor = field(default_factory=lambda: _zeros(0, 0))
     concentration: Tensor = field(default_factory=lambda: _zeros(0))
     agreement: Tensor = field(default_factory=lambda: _zeros(0))
+    excess: Tensor = field(default_factory=lambda: _zeros(0))
     agreed: Tensor = field(default_factory=lambda: _zeros(0))
     seen: Tensor = field(default_factory=lambda: _zeros(0).long())
     rounds: int = 0
@@ -94,18 +97,20 @@ class CoalitionState:
         self.seen[rows] = self.rounds
         return self.means(clients)
 
-    def agree(self, clients: Sequence[ClientId], agreement: Tensor) -> Tensor:
-        """Add how the updates of the round that was remembered last agree with the model, and return the means.
+    def agree(self, clients: Sequence[ClientId], agreement: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+        """Add what the updates of the round that was remembered last tell of each client, and return the means.
 
         Args:
             clients: Clients of that round.
             agreement: Cosines of update and model, float64 ``[K]``.
+            excess: Kurtosis above that of the median client, float64 ``[K]``.
         """
         rows = self._rows(clients)
-        for sums, new in ((self.agreement, agreement), (self.agreed, 1)):
+        for sums, new in ((self.agreement, agreement), (self.excess, excess), (self.agreed, 1)):
             sums *= _AGREEMENT_DECAY
             sums[rows] += new
-        return self.agreement[rows] / self.agreed[rows]
+        agreed = self.agreed[rows]
+        return self.agreement[rows] / agreed, self.excess[rows] / agreed
 
     def means(self, clients: Sequence[ClientId]) -> Views:
         """The means over all rounds so far of clients who took part in the last one.
@@ -141,7 +146,7 @@ class CoalitionState:
                 "clients": self.clients,
                 "seen": self.seen.tolist(),
                 **pairs,
-                **{name: getattr(self, name).tolist() for name in ("concentration", "agreement", "agreed")},
+                **{name: getattr(self, name).tolist() for name in ("concentration", *_AGREEMENT)},
             },
             allow_nan=False,
         )
@@ -177,8 +182,7 @@ class CoalitionState:
             below = _zeros(M, M)
             below[lower] = _numbers(data, name, M * (M + 1) // 2)
             matrices[name] = below + below.tril(-1).T
-        nothing = [0.0] * M  # known of agreement in states of before
-        data = {"agreement": nothing, "agreed": nothing, **data}
+        data = {**dict.fromkeys(_AGREEMENT, [0.0] * M), **data}
         vectors = {name: _numbers(data, name, M) for name in _BY_CLIENT}
         vectors["seen"] = vectors["seen"].long()
         return cls(clients, **matrices, **vectors, rounds=rounds, num_params=num_params)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fdcr_fast.round import readings
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import dot_products, squared_length
-from fdcr_fast.rules.coalition.views import Features
+from fdcr_fast.rules.coalition.views import Features, features_alone
 from fdcr_fast.rules.param_groups import ParamGroups
 
 _CORE = 0.3  # share of the clients that is kept in the first rounds
 _CORE_ROUNDS = 2
-_GROWTH = 0.1  # share of the clients by which the core may grow in a round
-_UNANIMITY_ROUND = 5  # from which all are kept where all agree
-_LEAST_AGREEMENT = 0.2  # of the core's median, for who is in no coalition
-_MORE_AGREEMENT = 0.3  # for who certainly is in one
+_GROWTH = 0.1  # share of the clients by which the core grows in a round
+_OPEN_ROUND = 5  # from which all are kept against whom there is not enough
+_CHANCE = 5.6  # J of the best set of n clients that are none, in units of sqrt(n); nobody's largest on digits
+_TEMPERATURE = 2.0  # of J as the logarithm of a likelihood
+_COALITION_WEIGHT = 1.5
+_ENOUGH = 1.2  # each of the three can be enough alone
 
 
 def model_agreement(global_params: Tensor, clients: ClientUpdates, groups: ParamGroups, features: Features) -> Tensor:
@@ -28,9 +32,10 @@ def model_agreement(global_params: Tensor, clients: ClientUpdates, groups: Param
     ``z (softmax(z) - y)``, ``z`` the logits and ``y`` the labels, by Euler's theorem for homogeneous functions. The
     head is left out, which follows the client's classes.
     """
-    known = _features_alone(global_params, clients, groups)
+    known = features_alone(global_params, clients, groups)
     lengths = clients.shard.sum_vector(known, squared_length).sqrt().cpu() * features.length
-    return torch.where(lengths > 0, dot_products(clients, known) / lengths, 0.0)
+    along = dot_products(clients, known, groups.features)
+    return torch.where(lengths > 0, along / lengths, 0.0)
 
 
 def median_alignment(global_params: Tensor, clients: ClientUpdates, groups: ParamGroups, features: Features) -> Tensor:
@@ -40,41 +45,60 @@ def median_alignment(global_params: Tensor, clients: ClientUpdates, groups: Para
     """
     zeros, middle = torch.zeros_like(global_params), 2 - clients.num_valid % 2
     median = readings.central_mean(zeros, clients, clients.valid, middle, nearest=False)
-    along = dot_products(clients, _features_alone(median, clients, groups))
+    along = dot_products(clients, median, groups.features)
     return torch.where(features.length > 0, along / features.length, 0.0)
 
 
-def _features_alone(vector: Tensor, clients: ClientUpdates, groups: ParamGroups) -> Tensor:
-    """A vector of the parameters that are here with zeros where no features are."""
-    alone, first = torch.zeros_like(vector), clients.shard.first
-    for part in groups.features:
-        here = slice(max(part.start - first, 0), max(part.stop - first, 0))
-        alone[here] = vector[here]
-    return alone
+def attack_likelihood(score: float, n: int) -> float:
+    """How likely the best of all sets of ``n`` clients, whose ``J`` is the score, is more than chance.
+
+    Where nobody attacks, the similarities are nearly those of a random matrix, whose largest eigenvalue grows with
+    ``sqrt(n)``, and so does the largest ``J``; that of a coalition grows with ``n``.
+    """
+    return 1 / (1 + math.exp((_CHANCE * math.sqrt(n) - score) / _TEMPERATURE))
 
 
-def trusted(scores: Tensor, membership: Tensor, agreement: Tensor | None, round: int) -> Tensor:
-    """Who is kept, bool ``[n]``: a core, without those who agree too little with the model.
+def charges(agreement: Tensor, usual: Tensor, excess: Tensor, coalition: Tensor) -> Tensor:
+    """What there is against each client, float64 ``[n]``: ``max(0, 1 - x / usual) + max(0, e) + 1.5 p``.
 
-    The core are the ``m`` clients that are suspected least, ``m`` being 30 % of all for two rounds, and 10 % more in
-    each round from there. Once it grows, those are dropped whose agreement is below ``0.2 + 0.3 p_k`` times the core's
-    median (or, where that is negative, below it): who looks like a coalition must agree more. From the fifth round on,
-    if that is nobody of all clients, all are kept.
+    None of the three excuses another: an attacker can choose its agreement, by adding a multiple of the model.
+
+    Args:
+        agreement: ``x``, mean agreement with the model, see :func:`model_agreement`, float64 ``[n]``.
+        usual: The core's median of it; where that is not positive, agreement tells nothing yet.
+        excess: ``e``, mean kurtosis of the features above the median client's, float64 ``[n]``.
+        coalition: ``p``, how likely each is in a coalition and that is one, float64 ``[n]``.
+    """
+    missing = (1 - agreement / usual).clamp(min=0) if usual > 0 else torch.zeros_like(agreement)
+    return missing + excess.clamp(min=0) + _COALITION_WEIGHT * coalition
+
+
+def core(scores: Tensor, round: int) -> Tensor:
+    """The clients that are suspected least, bool ``[n]``: 30 % for two rounds, 10 % more in each from there.
 
     Args:
         scores: How much each client is suspected, float64 ``[n]``.
-        membership: ``p_k``, how likely each is in a coalition, float64 ``[n]``.
-        agreement: Mean agreement with the model, see :func:`model_agreement`; None in the first round.
         round: Number of the round, counted from 1.
     """
     n = len(scores)
     size = min(n, max(1, int(n * (_CORE + _GROWTH * max(0, round - _CORE_ROUNDS)) + 0.5)))
     kept = torch.zeros(n, dtype=torch.bool)
     kept[scores.argsort(stable=True)[:size]] = True
-    if agreement is None or round <= _CORE_ROUNDS:
-        return kept
-    median = agreement[kept].median()
-    least = (_LEAST_AGREEMENT + _MORE_AGREEMENT * membership) * median
-    agrees = agreement >= torch.minimum(least, median)
-    nobody_attacks = round >= _UNANIMITY_ROUND and bool(agrees.all())
-    return agrees if nobody_attacks else kept & agrees
+    return kept
+
+
+def trusted(core: Tensor, charged: Tensor, round: int) -> Tensor:
+    """Who is kept, bool ``[n]``: the core, from the third round on without those against whom there is enough.
+
+    From the fifth round on all others are kept, in the core or not. The core is kept where else nobody would be.
+
+    Args:
+        core: The core, bool ``[n]``.
+        charged: What there is against each client, see :func:`charges`.
+        round: Number of the round, counted from 1.
+    """
+    if round <= _CORE_ROUNDS:
+        return core
+    cleared = charged <= _ENOUGH
+    kept = cleared if round >= _OPEN_ROUND else core & cleared
+    return kept if kept.any() else core

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,16 +47,35 @@ class Features:
     Attributes:
         length: ``||D_k||`` over the features.
         kurtosis: ``log(mean(D_k^4) / mean(D_k^2)^2)``: how few of them change most, such as those that see a trigger.
+        whole: The same of all parameters, the head included, where one class may change most.
     """
 
     length: Tensor
     kurtosis: Tensor
+    whole: Tensor
+
+    @property
+    def concentration(self) -> Tensor:
+        """``c`` of a cautious start."""
+        return standard_scores(self.kurtosis) + standard_scores(self.whole) / 2
+
+    @property
+    def excess(self) -> Tensor:
+        """The kurtosis of the features above that of the median client."""
+        return self.kurtosis - self.kurtosis.median()
 
 
 def features_of(clients: ClientUpdates, groups: ParamGroups) -> Features:
-    """One reading of the features of a round."""
-    squares, kurtosis = _feature_moments(clients, groups, None)
-    return Features(squares.sqrt(), kurtosis)
+    """One reading of a round: of the features, and of all else."""
+    P = clients.num_params
+    parts = sorted(groups.features, key=lambda part: part.start)
+    bounds = zip([0, *(part.stop for part in parts)], [*(part.start for part in parts), P], strict=True)
+    others = [slice(stop, start) for stop, start in bounds if stop < start]
+    inside = readings.moments(clients, ranges=parts, squares=True)
+    outside = readings.moments(clients, ranges=others, squares=True) if others else torch.zeros_like(inside)
+    squares, kurtosis = _kurtosis(clients, inside, _size(groups.features))
+    _, whole = _kurtosis(clients, inside + outside, P)
+    return Features(squares.sqrt(), kurtosis, whole)
 
 
 def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
@@ -63,17 +83,18 @@ def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: flo
     mean_fisher = _mean_fisher(clients)
     head = _head_importance(clients, groups, mean_fisher)
     floor = regularisation * _mean_over_params(clients, mean_fisher)
-    _, kurtosis = _feature_moments(clients, groups, 1 / (mean_fisher + floor))
+    moments = readings.moments(clients, 1 / (mean_fisher + floor), ranges=groups.features, squares=True)
+    _, kurtosis = _kurtosis(clients, moments, _size(groups.features))
     return Views(
         standardised(_similarity(clients, mean_fisher)),
         standard_scores(head) + standard_scores(kurtosis),
     )
 
 
-def cautious_views(clients: ClientUpdates, features: Features) -> Views:
-    """The views of a cautious start, in which ``c`` is the kurtosis of the features alone."""
-    similarity = _similarity(clients, _mean_fisher(clients))
-    return Views(standardised(similarity), standard_scores(features.kurtosis))
+def cautious_views(clients: ClientUpdates, groups: ParamGroups, features: Features) -> Views:
+    """The views of a cautious start: similarity is that of the features alone."""
+    similarity = _similarity(clients, features_alone(_mean_fisher(clients), clients, groups))
+    return Views(standardised(similarity), features.concentration)
 
 
 @dataclass(frozen=True)
@@ -89,6 +110,15 @@ class _SharedFisher(TilesView):
         own = self.fisher[span.first : span.first + span.num_params]
         padded = nn.functional.pad(own, (0, tiles * length - len(own)))
         return replace(span, fishers=padded.view(tiles, 1, length).expand(span.updates.shape))
+
+
+def features_alone(vector: Tensor, clients: ClientUpdates, groups: ParamGroups) -> Tensor:
+    """A vector of the parameters that are here with zeros where no features are."""
+    alone, first = torch.zeros_like(vector), clients.shard.first
+    for part in groups.features:
+        here = slice(max(part.start - first, 0), max(part.stop - first, 0))
+        alone[here] = vector[here]
+    return alone
 
 
 def _similarity(clients: ClientUpdates, mean_fisher: Tensor) -> Tensor:
@@ -149,8 +179,11 @@ def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: T
     return clients.of_valid(torch.log(weighted / plain).cpu())
 
 
-def _feature_moments(clients: ClientUpdates, groups: ParamGroups, factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sum of ``q = factors D_k^2`` over the features, and the logarithm of ``mean(q^2) / mean(q)^2``."""
-    size = sum(group.stop - group.start for group in groups.features)
-    first, second = readings.moments(clients, factors, ranges=groups.features, squares=True).cpu()
+def _kurtosis(clients: ClientUpdates, moments: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The sum of ``q``, and the logarithm of ``mean(q^2) / mean(q)^2``, from sums ``[2, K]`` over so many."""
+    first, second = moments.cpu()
     return clients.of_valid(first), clients.of_valid(torch.log((second / size) / (first / size) ** 2))
+
+
+def _size(ranges: Sequence[slice]) -> int:
+    return sum(part.stop - part.start for part in ranges)

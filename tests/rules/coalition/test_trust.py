@@ -8,35 +8,44 @@ import torch
 
 from fdcr_fast import CoalitionFDCR, CoalitionState
 from fdcr_fast.rules.coalition.search import Views, find_coalition, margins, membership, minorities, set_scores
-from fdcr_fast.rules.coalition.trust import trusted
+from fdcr_fast.rules.coalition.trust import attack_likelihood, charges, core, trusted
 from tests.rules.coalition.test_rule import (
     GROUPS,
     P,
+    cosines,
     features,
     kept_by,
     reference_score,
-    reference_views,
     standard,
     uploads,
     z,
 )
 
 
+def kurtosis(D):
+    return np.log((D**4).mean(1) / (D**2).mean(1) ** 2)
+
+
+def lower_median(x):
+    return sorted(x)[(len(x) - 1) // 2]
+
+
 class Reference:
     """All clients in every round; at most 14 of them."""
 
     def __init__(self):
-        self.round, self.A, self.c, self.x, self.counts = 0, 0, 0, 0, 0
+        self.round, self.A, self.c, self.x, self.e, self.counts = 0, 0, 0, 0, 0, 0
 
     def step(self, w, D, F, n):
         """The step, who is kept, and the scores."""
         K, length = len(D), np.linalg.norm(D, axis=1)
         self.round += 1
-        A, _ = reference_views(D, F)
         feat, known = D[:, features()], w[features()]
+        u = (F / F.sum(1, keepdims=True)).mean(0)[features()] ** 0.25 * feat
+        u = u / np.linalg.norm(u, axis=1, keepdims=True)
         far = np.linalg.norm(feat, axis=1)
-        c = z(np.log((feat**4).mean(1) / (feat**2).mean(1) ** 2))
-        self.A, self.c = 0.8 * self.A + A, 0.8 * self.c + c
+        self.A = 0.8 * self.A + standard(cosines(u - u.mean(0)))
+        self.c = 0.8 * self.c + z(kurtosis(feat)) + z(kurtosis(D)) / 2
         sets = [row.nonzero().flatten().tolist() for row in minorities(K)]
         J = [reference_score(standard(self.A), 0.3 * z(self.c), S) for S in sets]
         total = sum(math.exp(j / 2) for j in J)
@@ -44,19 +53,21 @@ class Reference:
         evidence = feat @ np.median(feat, axis=0) / far
         if self.round > 1:
             self.x = 0.5 * self.x + feat @ known / far / np.linalg.norm(known)
+            self.e = 0.5 * self.e + kurtosis(feat) - lower_median(kurtosis(feat))
             self.counts = 0.5 * self.counts + 1
             evidence = self.x / self.counts
         scores = z(p) - z(evidence) + 0.5 * z(self.c)
-        core = sorted(range(K), key=lambda k: scores[k])
-        core = core[: max(1, math.floor(K * (0.3 + 0.1 * max(0, self.round - 2)) + 0.5))]
-        kept = list(core)
+        kept = sorted(range(K), key=lambda k: scores[k])
+        kept = kept[: max(1, math.floor(K * (0.3 + 0.1 * max(0, self.round - 2)) + 0.5))]
         if self.round > 2:
-            middle = sorted(evidence[core])[(len(core) - 1) // 2]
-            agree = [k for k in range(K) if evidence[k] >= min((0.2 + 0.3 * p[k]) * middle, middle)]
-            kept = agree if self.round >= 5 and len(agree) == K else [k for k in core if k in agree]
-        longest = sorted(length)[(K - 1) // 2]
+            usual = lower_median(evidence[kept])
+            against = np.maximum(0, self.e / self.counts) + 1.5 * p / (1 + math.exp((5.6 * K**0.5 - max(J)) / 2))
+            if usual > 0:
+                against = against + np.maximum(0, 1 - evidence / usual)
+            candidates = range(K) if self.round >= 5 else kept
+            kept = [k for k in candidates if against[k] <= 1.2] or kept
         shares = np.array([n[k] if k in kept else 0.0 for k in range(K)]) / sum(n[k] for k in kept)
-        return shares * np.minimum(1, longest / length) @ D, kept, scores
+        return shares * np.minimum(1, lower_median(length) / length) @ D, kept, scores
 
 
 @pytest.mark.parametrize("form", ["tensors", "store"])
@@ -81,35 +92,49 @@ def test_keeps_whom_the_formulas_keep_round_after_round(form, K):
     assert len(sizes) > (K > 3), "the core grows"
 
 
-def test_the_core_grows_and_leaves_out_who_does_not_agree():
-    n = torch.zeros(10, dtype=torch.float64)
-    scores = torch.arange(10, dtype=torch.float64)
-    agreement = torch.full_like(n, 0.4)
-    agreement[2], agreement[7], agreement[8] = 0.07, 0.11, 0.11
-    membership = n.clone()
-    membership[8] = 1.0  # the likelier a client is in a coalition, the more it must agree
+def test_the_core_grows_until_all_are_kept_against_whom_there_is_nothing():
+    scores, nothing = torch.arange(10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
+    against = nothing.clone()
+    against[2], against[8] = 1.3, 1.3
 
-    def kept(round, agreement=agreement):
-        return trusted(scores, membership, agreement, round).nonzero().flatten().tolist()
+    def kept(round, against=against):
+        return trusted(core(scores, round), against, round).nonzero().flatten().tolist()
 
-    assert kept(1, None) == kept(2) == [0, 1, 2], "the first rounds do not look at agreement alone"
+    assert kept(1) == kept(2) == [0, 1, 2], "the first rounds know nothing for certain"
     assert kept(3) == [0, 1, 3]
-    assert kept(7) == [0, 1, 3, 4, 5, 6, 7]
-    assert kept(9) == kept(400) == [0, 1, 3, 4, 5, 6, 7, 9]
-    assert kept(9, -1 - scores) == [0, 1, 2, 3, 4, 5], "at least half of the core is kept where all shrink the model"
-    assert kept(9, 0 * agreement) == list(range(10))
+    assert kept(4) == [0, 1, 3, 4]
+    assert kept(5) == kept(400) == [0, 1, 3, 4, 5, 6, 7, 9]
+    assert kept(5, nothing) == list(range(10))
+    assert kept(5, nothing + 2) == [0, 1, 2, 3, 4, 5], "somebody is kept"
 
 
-def test_all_are_kept_from_the_fifth_round_on_where_all_agree():
-    scores = torch.arange(10, dtype=torch.float64)
-    agreement = torch.full_like(scores, 0.4)
+def test_no_evidence_excuses_another():
+    one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    nothing = charges(one, 1.0, -one, none)
+    assert nothing.item() == 0
+    assert charges(9 * one, 1.0, 1.2 * one, none).item() == 1.2, "agreement that is chosen"
+    assert charges(9 * one, 1.0, -one, one).item() == 1.5
+    assert charges(-one, 1.0, -one, none).item() == 2
+    assert charges(-one, -2.0, -one, none).item() == 0, "a model that has learned nothing tells nothing"
 
-    def kept(round):
-        return int(trusted(scores, 0 * scores, agreement, round).sum())
 
-    assert [kept(4), kept(5)] == [5, 10]
-    agreement[9] = 0.07
-    assert kept(5) == 6, "one who does not agree, in the core or not, is a reason to wait"
+def test_the_best_set_of_more_clients_must_stand_out_more():
+    assert attack_likelihood(5.6 * 10**0.5, 10) == attack_likelihood(5.6 * 40**0.5, 40) == 0.5
+    assert attack_likelihood(22, 10) > 0.85
+    assert attack_likelihood(22, 20) < 0.2
+
+
+def test_who_adds_the_model_to_its_update_is_dropped_all_the_same():
+    generator = np.random.default_rng(0)
+    rule, w = CoalitionFDCR(groups=GROUPS), generator.normal(size=P)
+    for _ in range(12):
+        D, F, n = uploads(10, generator.integers(1000))
+        D[3, :2] = 20
+        D += 0.3 * w
+        D[3] += 3 * w
+        result = kept_by(rule, D, F, n, "tensors", w=w)
+    assert result.explanation[3].agreement > max(result.explanation[k].agreement for k in range(10) if k != 3)
+    assert result.dropped_clients == [3]
 
 
 def views(K, seed=0):
