@@ -164,8 +164,9 @@ def crfl(w: Tensor, D: Tensor, F: Tensor, n: Tensor, f: int) -> Tensor:
 
 
 def multi_metrics(w: Tensor, D: Tensor, F: Tensor, n: Tensor, f: int) -> Tensor:
-    cosine = torch.nn.functional.cosine_similarity(w, w + D, dim=1)
-    scores = whitened_scores(torch.stack([D.abs().sum(1), D.norm(dim=1), cosine], 1).double())
+    w64, D64 = w.double(), D.double()  # whitening makes what float32 rounds a hundred thousand times as large
+    cosine = torch.nn.functional.cosine_similarity(w64, w64 + D64, dim=1)
+    scores = whitened_scores(torch.stack([D64.abs().sum(1), D64.norm(dim=1), cosine], 1))
     kept = torch.zeros_like(n)
     chosen = scores.argsort()[: max(1, int(0.3 * len(D) + 1e-9))]
     kept[chosen] = n[chosen]
