@@ -11,7 +11,7 @@ from torch import Tensor
 from fdcr_fast.round import readings
 from fdcr_fast.round.blocks import cut
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.tiles import Span
+from fdcr_fast.round.tiles import MatrixTiles, Span
 from fdcr_fast.round.vectors import sent
 
 _BLOCK = 1 << 18  # numbers of the valid clients that are looked at together
@@ -61,9 +61,14 @@ def _columns(clients: ClientUpdates, span: Span) -> Iterator[Columns]:
     width = max(1, _BLOCK // clients.num_valid)
     width -= width % min(width, length)
     for block in cut(span, [*range(span.first + width, span.first + span.num_params, width)]):
-        rows = block.updates if valid is None else block.updates.index_select(1, valid)
+        rows = block.updates if valid is None else _rows(block.updates, valid)
         joined = rows.transpose(0, 1).flatten(1)
         yield Columns(slice(block.first, block.first + block.num_params), joined[:, : block.num_params])
+
+
+def _rows(updates: Tensor, chosen: Tensor) -> Tensor:
+    """Some clients of a block; ``index_select`` would first copy all of one that is not contiguous."""
+    return updates.index_select(1, chosen) if updates.is_contiguous() else updates[:, chosen]
 
 
 def squared_length(vector: Tensor) -> Tensor:
@@ -80,6 +85,9 @@ def dot_products(clients: ClientUpdates, vector: Tensor, ranges: Iterable[slice]
 
 def client_params(global_params: Tensor, clients: ClientUpdates) -> Iterator[Tensor]:
     """``w + delta_k [P]`` of one valid client after the other, in the dtype of the global parameters."""
+    if isinstance(clients.tiles, MatrixTiles):
+        yield from (global_params + row.to(global_params.dtype) for row in _rows_of(clients.tiles, clients.valid))
+        return
     for some in _batches(clients):
         models = global_params.repeat(some.num_valid, 1)
         for params, updates in column_blocks(some):
@@ -89,11 +97,19 @@ def client_params(global_params: Tensor, clients: ClientUpdates) -> Iterator[Ten
 
 def whole_updates(clients: ClientUpdates, dtype: torch.dtype) -> Iterator[Tensor]:
     """The updates ``[m, P]`` of a few valid clients after the others, to be written to."""
+    if isinstance(clients.tiles, MatrixTiles):
+        yield from (row.to(dtype, copy=True)[None] for row in _rows_of(clients.tiles, clients.valid))
+        return
     for some in _batches(clients):
         rows = torch.empty(some.num_valid, clients.num_params, dtype=dtype, device=clients.tiles.device)
         for params, updates in column_blocks(some):
             rows[:, params] = updates.to(dtype)
         yield rows
+
+
+def _rows_of(tiles: MatrixTiles, valid: Tensor) -> Iterator[Tensor]:
+    """The updates ``[P]`` of one valid client after the other, where all lie in memory."""
+    return (tiles.updates[:, k].flatten()[: tiles.num_params] for k in valid.nonzero().flatten().tolist())
 
 
 def _batches(clients: ClientUpdates) -> Iterator[ClientUpdates]:
