@@ -83,7 +83,7 @@ class BorrowedRows:
         """The given rows, as rules read them.
 
         Raises:
-            ValueError: a tensor has another size than when it was put.
+            ValueError: a tensor has another size than when it was put, or no memory any more.
         """
         borrowed = [self._rows[row] for row in rows]
         for row, each in zip(rows, borrowed, strict=True):
@@ -93,6 +93,8 @@ class BorrowedRows:
                     f"the tensors of row {row} have {sorted(sizes)} numbers, expected {self.shape.num_params}: they "
                     "must not change between put and aggregate"
                 )
+            if any(x.numel() and not x.data_ptr() for vector in each.vectors.values() for x in vector.pieces):
+                raise ValueError(f"the memory of tensors of row {row} was freed between put and aggregate")
         return BorrowedTiles(self.shape, borrowed, self.device)
 
     def close(self) -> None:
