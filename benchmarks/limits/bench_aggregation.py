@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Comparison, Times
-from benchmarks.limits.report import REPORT, SHARE, add, at_level, judge, levels, threads
+from benchmarks.limits.report import REPORT, SHARE, add, at_level, judge, levels
 from benchmarks.phases import phases
 from benchmarks.plain_rules import PLAIN_RULES, RANDOM, relative_error
 from benchmarks.rounds import FDCR_RULE, filled, name_of, require_memory, stacked, stored, sum_of
 from benchmarks.rules import ATTACKERS, RULES
 from benchmarks.targets import Target
 from fdcr_fast import FLAME, AggregationRule, CoalitionFDCR, FedAvg, MultiKrum, UpdateStore
+from fdcr_fast.sim.run.simulation import num_threads
 
 __all__ = ["REPORT"]
 
@@ -63,7 +64,7 @@ def test_machine(bench, sized, by):
     K, P = sized(400, MILLION)
     require_memory(NUMBER * K * P)
     read, count = contiguous_sum(K * P), 1 if by == "one thread" else torch.get_num_threads()
-    with threads(count):
+    with num_threads(count):
         found = bench.compare({"raw read": read}, share=0.1)
     seconds = found.times["raw read"]
     rate = f"**{NUMBER * K * P / seconds.median / 1e9:.1f}** GB/s"
@@ -156,7 +157,7 @@ def test_put(bench, sized, size):
         for row in rows:
             row.copy_(sent)
 
-    with threads(1):
+    with num_threads(1):
         found = bench.compare({"ours": put, "copy": copy}, SHARE)
     judge(bench, "put, one thread", size, found, "copy", Target(0.8))
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks.bench_training_step import OPTIONS, PROBLEMS, SAMPLES, channels_last, client
-from benchmarks.limits.report import REPORT, SHARE, judge, threads
+from benchmarks.limits.report import REPORT, SHARE, judge
 from benchmarks.targets import Target
+from fdcr_fast.sim.run.simulation import num_threads
 from fdcr_fast.sim.training.sgd import SGD, shuffled
 
 __all__ = ["REPORT"]
@@ -25,7 +26,7 @@ def test_fisher_beside_a_gradient_pass(bench, name, shape):
         classifier.train(start, images, labels, order, SGD(SAMPLES, **OPTIONS))
 
     contenders = {"ours": lambda: classifier.fisher(start, images, labels, rows), "gradient pass": gradient_pass}
-    with threads(1):
+    with num_threads(1):
         found = bench.compare(contenders, SHARE)
     row = f"Fisher, {name} of {'x'.join(map(str, shape))} images"
     judge(bench, row, None, found, "gradient pass", Target(MOST, "multiple"))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
 
 from benchmarks.harness import Bench, Comparison
 from benchmarks.phases import shares
@@ -91,17 +88,6 @@ def add(
         key += f", K = {size[0]}, P = {size[1]:,}"
     row["rounds"] = str(len(next(iter(found.times.values())).seconds))
     bench.add(key, {column: row.get(column, "") for column in COLUMNS}, {**figures, "busy": found.busy})
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many intra-op threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def levels() -> tuple[str, list[str]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.ops.operator import BLOCK_ELEMENTS, operator
-from fdcr_fast.ops.tiles import check_clients, check_numbers, check_pieces
+from fdcr_fast.ops.tiles import check_clients, check_numbers, check_vectors
 
 
 def _check_fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Tensor | None = None) -> None:
@@ -61,13 +61,8 @@ def fill_row(values: Sequence[Tensor], row: Tensor, statistics: Tensor, base: Te
 
 
 def _check_fill_rows(values: Sequence[Tensor], rows: Tensor, base: Tensor | None = None) -> None:
-    numbers = check_pieces("values", values)
     torch._check(rows.dim() == 3, lambda: f"expected a client matrix [T, K, L], got {tuple(rows.shape)}")
-    clients = rows.shape[1]
-    torch._check(
-        clients > 0 and numbers % clients == 0, lambda: f"{numbers} numbers are not {clients} vectors of one length"
-    )
-    num_params = numbers // clients
+    num_params = check_vectors("values", values, rows.shape[1])
     check_clients(num_params, rows)
     if base is not None:
         torch._check(

@@ -71,6 +71,15 @@ def check_pieces(name: str, pieces: Sequence[Tensor]) -> int:
     return sum(piece.numel() for piece in pieces)
 
 
+def check_vectors(name: str, pieces: Sequence[Tensor], clients: int) -> int:
+    """Refuse pieces that do not make up one vector of each client, all of one length, which is returned."""
+    count = check_pieces(name, pieces)
+    torch._check(
+        clients > 0 and count % clients == 0, lambda: f"{count} numbers are not {clients} vectors of one length"
+    )
+    return count // clients
+
+
 def check_read(read: Tensor, clients: int) -> None:
     """Refuse what does not say for each client whether it is read."""
     torch._check(

@@ -13,7 +13,7 @@ from torch import Tensor
 from fdcr_fast.ops.aggregation import discrepancy, discrepancy_and_mean, norms_and_mean, rescaled_mean
 from fdcr_fast.ops.operator import BLOCK_ELEMENTS, operator
 from fdcr_fast.ops.rows import fill_rows
-from fdcr_fast.ops.tiles import check_numbers, check_pieces
+from fdcr_fast.ops.tiles import check_numbers, check_pieces, check_vectors
 
 
 class SplitVector:
@@ -39,11 +39,8 @@ class SplitVector:
 
 
 def _check_vector_range(values: Sequence[Tensor], clients: int) -> None:
-    count = check_pieces("values", values)
-    torch._check(
-        clients > 0 and count % clients == 0, lambda: f"{count} numbers are not {clients} vectors of one length"
-    )
-    torch._check(count > 0, lambda: "the range of no numbers is undefined")
+    num_params = check_vectors("values", values, clients)
+    torch._check(num_params > 0, lambda: "the range of no numbers is undefined")
 
 
 def _fake_vector_range(values: Sequence[Tensor], clients: int) -> tuple[Tensor, Tensor]:
@@ -87,11 +84,7 @@ def _check_aggregate_vectors(
     shares = {name: x for name, x in (("alpha", alpha), ("weights", weights)) if x is not None}
     torch._check(len(shares) > 0, lambda: "alpha, weights or both must be given")
     clients = next(iter(shares.values())).numel()
-    count = check_pieces("updates", updates)
-    torch._check(
-        clients > 0 and count % clients == 0, lambda: f"{count} numbers are not {clients} vectors of one length"
-    )
-    num_params = count // clients
+    num_params = check_vectors("updates", updates, clients)
     if weights is not None:
         torch._check(
             global_params is not None and global_params.is_floating_point() and global_params.shape == (num_params,),
@@ -110,6 +103,7 @@ def _check_aggregate_vectors(
     torch._check(given or not (reweight or rescale), lambda: "importances need fishers")
     if given:
         numbers = check_pieces("fishers", fishers)
+        count = num_params * clients
         torch._check(numbers == count, lambda: f"fishers have {numbers} numbers, updates {count}")
     for name, vector in {"fisher_min": fisher_min, "fisher_max": fisher_max, **shares}.items():
         if vector is not None:

@@ -86,19 +86,16 @@ def dot_products(clients: ClientUpdates, vector: Tensor, ranges: Iterable[slice]
 def client_params(global_params: Tensor, clients: ClientUpdates) -> Iterator[Tensor]:
     """``w + delta_k [P]`` of one valid client after the other, in the dtype of the global parameters."""
     if isinstance(clients.tiles, MatrixTiles):
-        yield from (global_params + row.to(global_params.dtype) for row in _rows_of(clients.tiles, clients.valid))
+        yield from (global_params + row.to(global_params.dtype) for row in _in_memory(clients.tiles, clients.valid))
         return
-    for some in _batches(clients):
-        models = global_params.repeat(some.num_valid, 1)
-        for params, updates in column_blocks(some):
-            models[:, params] += updates.to(models.dtype)
-        yield from models
+    for rows in whole_updates(clients, global_params.dtype):
+        yield from rows.add_(global_params)
 
 
 def whole_updates(clients: ClientUpdates, dtype: torch.dtype) -> Iterator[Tensor]:
     """The updates ``[m, P]`` of a few valid clients after the others, to be written to."""
     if isinstance(clients.tiles, MatrixTiles):
-        yield from (row.to(dtype, copy=True)[None] for row in _rows_of(clients.tiles, clients.valid))
+        yield from (row.to(dtype, copy=True)[None] for row in _in_memory(clients.tiles, clients.valid))
         return
     for some in _batches(clients):
         rows = torch.empty(some.num_valid, clients.num_params, dtype=dtype, device=clients.tiles.device)
@@ -107,7 +104,7 @@ def whole_updates(clients: ClientUpdates, dtype: torch.dtype) -> Iterator[Tensor
         yield rows
 
 
-def _rows_of(tiles: MatrixTiles, valid: Tensor) -> Iterator[Tensor]:
+def _in_memory(tiles: MatrixTiles, valid: Tensor) -> Iterator[Tensor]:
     """The updates ``[P]`` of one valid client after the other, where all lie in memory."""
     return (tiles.updates[:, k].flatten()[: tiles.num_params] for k in valid.nonzero().flatten().tolist())
 
