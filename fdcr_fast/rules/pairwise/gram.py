@@ -24,8 +24,6 @@ from fdcr_fast.store.update_store import UpdateStore
 
 Ranges = Sequence[slice | tuple[int, int]]
 
-SINGLE_ERROR = 1e-5  # of sum_v |x_i[v] x_j[v]|, which is at most |x_i| |x_j|, with precision="float32"
-
 _SAMPLED_BLOCK = 16  # parameters that are sampled together: a cache line of float32
 _SAMPLE_GROUPS = 16  # their spread tells the standard error
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.byzantine import ByzantineRule
-from fdcr_fast.rules.pairwise.comparison import decided, squared_distances
+from fdcr_fast.rules.pairwise.comparison import squared_distances, valid_gram
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.valid_clients import chosen, equal_weights, of_all
 
@@ -56,25 +56,10 @@ class MultiKrum(ByzantineRule):
     def select(self, clients: ClientUpdates) -> Selection:
         """Keep those with the smallest scores, of equal ones the first."""
         f = self.tolerated(clients)
-        m = clients.num_valid - f if self.num_selected is None else self.num_selected
-
-        def score(squares: Tensor) -> Tensor:
-            return krum_scores(squares.sort(1).values, torch.ones_like(squares, dtype=torch.bool), f)
-
-        def decide(gram: Tensor, error: float) -> tuple[Tensor, Tensor] | None:
-            squares = squared_distances(gram)
-            scores = score(squares)
-            order = scores.argsort(stable=True)
-            best, others = order[:m], order[m:]
-            if error > 0 and len(others) > 0:
-                norms = gram.diagonal().sqrt()
-                off = error * (norms[:, None] + norms).square().fill_diagonal_(0)  # of a squared distance
-                if score(squares + off)[best].max() >= score(squares - off)[others].min():
-                    return None
-            return scores, best
-
-        scores, best = decided(clients, decide)
-        kept = chosen(clients, best)
+        ordered = squared_distances(valid_gram(clients)).sort(1).values
+        scores = krum_scores(ordered, torch.ones_like(ordered, dtype=torch.bool), f)
+        m = len(scores) - f if self.num_selected is None else self.num_selected
+        kept = chosen(clients, scores.argsort(stable=True)[:m])
         return Selection(kept, of_all(clients, scores), weights=equal_weights(kept))
 
 
