@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.round.arguments import different_ids, require_finite
 from fdcr_fast.round.screening import (
+    ON_EMPTY,
     OnEmpty,
     count_fits,
     fisher_fits,
@@ -94,17 +95,21 @@ class ClientUpdates:
         counts = _sample_counts(num_samples, K)
         ids = different_ids(client_ids, K)
         low, high = (None, None) if tiles.fishers is None else ops.importance_range(tiles.fishers, P)
-        norm = torch.full((K,), torch.nan, dtype=torch.float64)
-        return cls(tiles, counts, ids, norm, low, high, torch.ones(K, dtype=torch.bool), {}, P, unread=True)
+        norm, everybody = map(torch.from_numpy, (np.full(K, np.nan), np.ones(K, dtype=bool)))
+        return cls(tiles, counts, ids, norm, low, high, everybody, {}, P, unread=True)
+
+    def but(self, **changes: Any) -> ClientUpdates:
+        """The same round with other attributes; ``dataclasses.replace`` takes longer."""
+        return type(self)(**{**vars(self), **changes})
 
     def with_norms(self, squared_norm: Tensor) -> ClientUpdates:
         """The same round with these squared norms, wherever they lie."""
-        return replace(self, squared_norm=squared_norm, unread=False)
+        return self.but(squared_norm=squared_norm, unread=False)
 
     def with_valid(self, valid: Tensor) -> ClientUpdates:
         """The same round of which these rows, told on the CPU, are not rejected."""
         rows = None if valid.all() else valid.nonzero().flatten()
-        return replace(self, valid=valid, rows=rows, valid_rows=... if rows is None else rows.numpy())
+        return self.but(valid=valid, rows=rows, valid_rows=... if rows is None else rows.numpy())
 
     def fetched(self) -> ClientUpdates:
         """The same round with all vectors on the CPU; waits for the device, once, where they are not.
@@ -123,8 +128,8 @@ class ClientUpdates:
     ) -> ClientUpdates:
         """The same round, of which the global parameters are finite, with other statistics."""
         assert squared_norm is not None, "every round has norms"
-        return replace(
-            self, squared_norm=squared_norm, fisher_min=fisher_min, fisher_max=fisher_max, unread=False, finite=None
+        return self.but(
+            squared_norm=squared_norm, fisher_min=fisher_min, fisher_max=fisher_max, unread=False, finite=None
         )
 
     def on_device(self) -> ClientUpdates:
@@ -137,8 +142,7 @@ class ClientUpdates:
             return None if vector is None else sent(vector, device)
 
         rows = moved(self.rows)
-        return replace(
-            self,
+        return self.but(
             squared_norm=sent(self.squared_norm, device),
             fisher_min=moved(self.fisher_min),
             fisher_max=moved(self.fisher_max),
@@ -202,7 +206,7 @@ class ClientUpdates:
             else:
                 reason = self._reason(k)
             rejected[self.clients[k]] = reason
-        return replace(self.with_valid(torch.from_numpy(passing)), rejected=rejected)
+        return self.with_valid(torch.from_numpy(passing)).but(rejected=rejected)
 
     def _reason(self, k: int) -> str:
         """The reason why a client's contribution, which cannot be used, cannot be."""
@@ -216,8 +220,8 @@ def refuse_empty(clients: ClientUpdates, on_empty: OnEmpty) -> None:
 
     Where all that is wrong is that nobody has samples there is nothing to aggregate, and that is no error.
     """
-    if on_empty not in get_args(OnEmpty):
-        raise ValueError(f"on_empty must be one of {get_args(OnEmpty)}, got {on_empty!r}")
+    if on_empty not in ON_EMPTY:
+        raise ValueError(f"on_empty must be one of {ON_EMPTY}, got {on_empty!r}")
     if clients.num_valid:
         return
     text = f"none of {len(clients.rejected)} clients can be used: {reasons(clients.rejected)}"

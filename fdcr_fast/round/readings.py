@@ -18,7 +18,7 @@ from fdcr_fast.memory import empty
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.shard import WHOLE
 from fdcr_fast.round.tiles import ClientTiles, MatrixTiles, Span
-from fdcr_fast.round.vectors import arrays
+from fdcr_fast.round.vectors import arrays, zeros
 
 Importances = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -37,7 +37,7 @@ class Scores(NamedTuple):
     Attributes:
         distance: ``S_k = sum_v (u_v - u_{k,v})^2``, float64 ``[K]``, NaN for clients that are not valid.
         squared_norm: ``sum_v delta_{k,v}^2``, float64 ``[K]``, NaN for clients that are not valid.
-        mean_square: ``sum_v u_v^2``, a scalar.
+        mean_square: ``sum_v u_v^2``, ``[1]``.
     """
 
     distance: Tensor
@@ -97,8 +97,8 @@ def scores(clients: ClientUpdates, alpha: Tensor, *, reweight: bool, single: boo
 
 def squared_norms(clients: ClientUpdates) -> Tensor:
     """One reading for the squared norms of the updates, float64 ``[K]``, of clients that are not valid too."""
-    zeros = torch.zeros(len(clients.clients), dtype=torch.float64, device=clients.tiles.device)
-    return clients.sum(zeros, lambda span, total: total + ops.squared_norm(span.updates, span.num_params))
+    nothing = zeros(len(clients.clients), clients.tiles.device)
+    return clients.sum(nothing, lambda span, total: total + ops.squared_norm(span.updates, span.num_params))
 
 
 def moments(
@@ -189,8 +189,8 @@ def norms_and_mean(
             global_params, clients, weights, weights, reweight=False, rescale=False, single=single
         )
         return scores.squared_norm, params
-    zeros = torch.zeros(len(clients.clients), dtype=torch.float64)
-    own = _of_own_vectors(clients, global_params, None, weights, zeros, False, False, single)
+    nothing = zeros(len(clients.clients), clients.tiles.device)
+    own = _of_own_vectors(clients, global_params, None, weights, nothing, False, False, single)
     if own is not None:
         return own
     new = _NewParams(global_params)
@@ -200,7 +200,7 @@ def norms_and_mean(
         new.put(span, params)
         return totals
 
-    return clients.sum(zeros, read), new.new
+    return clients.sum(nothing, read), new.new
 
 
 def central_mean(global_params: Tensor, clients: ClientUpdates, read: Tensor, keep: int, *, nearest: bool) -> Tensor:
@@ -312,9 +312,10 @@ def _of_own_vectors(
 
 
 def _no_totals(clients: ClientUpdates) -> Tensor:
-    return torch.zeros(2 * len(clients.clients) + 1, dtype=torch.float64, device=clients.tiles.device)
+    return zeros(2 * len(clients.clients) + 1, clients.tiles.device)
 
 
 def _scores(totals: Tensor) -> Scores:
-    clients = len(totals) // 2
-    return Scores(totals[:clients], totals[clients:-1], totals[-1])
+    clients = totals.numel() // 2
+    distance, squared_norm, mean_square = totals.split_with_sizes([clients, clients, 1])
+    return Scores(distance, squared_norm, mean_square)

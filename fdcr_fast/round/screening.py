@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 OnInvalid: TypeAlias = Literal["reject", "raise"]
 OnEmpty: TypeAlias = Literal["raise", "keep"]
+ON_INVALID, ON_EMPTY = get_args(OnInvalid), get_args(OnEmpty)
 
 _SHOWN = 3  # reasons in a message about many clients
 _LARGEST_SQUARE = sys.float_info.max / 8  # squared distances between updates reach 4 times their squared norms
@@ -21,8 +22,8 @@ FEWEST_SAMPLES, _MOST_SAMPLES = 1e-100, 1e100  # shares of counts in this range 
 
 def refuse(rejected: Mapping[Hashable, str], on_invalid: OnInvalid) -> None:
     """Raise ValueError with every client and reason, if there are any and ``on_invalid`` asks for it."""
-    if on_invalid not in get_args(OnInvalid):
-        raise ValueError(f"on_invalid must be one of {get_args(OnInvalid)}, got {on_invalid!r}")
+    if on_invalid not in ON_INVALID:
+        raise ValueError(f"on_invalid must be one of {ON_INVALID}, got {on_invalid!r}")
     if on_invalid == "raise" and rejected:
         raise ValueError(reasons(rejected, len(rejected)))
 

@@ -28,6 +28,13 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
+def zeros(size: int, device: torch.device) -> Tensor:
+    """So many zeros, float64."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(size))
+    return torch.zeros(size, dtype=torch.float64, device=device)
+
+
 def arrays(*vectors: Tensor) -> tuple[Any, ...]:
     """What vectors are computed with, and the vectors as its arrays; :func:`tensors` is the way back.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, overload
 
@@ -256,7 +255,7 @@ class AggregationRule:
             shard.confirm(weights)
         if stored:
             updates.end_round(clients.clients)
-        return result_of(clients, selection, weights, params if weights.any() else global_params.clone())
+        return result_of(clients, selection, weights, params if weights.numpy().any() else global_params.clone())
 
     def _take_in(
         self,
@@ -272,7 +271,7 @@ class AggregationRule:
         clients = self._round(global_params, updates, fishers, num_samples, client_ids)
         finite = check_global(global_params, clients)
         if finite is not None:
-            clients = replace(clients, finite=finite)
+            clients = clients.but(finite=finite)
         if shard is None:
             return clients
         require_finite(clients.finite)

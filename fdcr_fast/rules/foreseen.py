@@ -6,7 +6,7 @@ That is nearly always so. Screening comes after it and is the same; where it rej
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -31,6 +31,10 @@ class _Foreseen(ClientUpdates):
 
     outcome: Outcome = field(kw_only=True)
 
+    def screened(self, *, importance: bool, norm_bound: float | None) -> ClientUpdates:
+        """The round itself: :func:`foreseen` has made sure that its rule rejects nobody."""
+        return self
+
 
 def foreseen(rule: AggregationRule, clients: ClientUpdates, single: bool, read: Callable[[], Read]) -> _Foreseen | None:
     """A round that nobody had read, after one reading; None if somebody is rejected, or if norms forbid ``single``.
@@ -45,7 +49,7 @@ def foreseen(rule: AggregationRule, clients: ClientUpdates, single: bool, read: 
     known = clients.with_statistics(*statistics)
     if not all_pass(rule, known) or readings.fits_single(known) != single:
         return None
-    return _Foreseen(**{part.name: getattr(known, part.name) for part in fields(known)}, outcome=outcome)
+    return _Foreseen(**vars(known), outcome=outcome)
 
 
 def foreseen_outcome(clients: ClientUpdates) -> Outcome | None:
