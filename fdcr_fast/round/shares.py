@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdcr_fast.round.screening import FEWEST_SAMPLES
+from fdcr_fast.round.screening import FEWEST_SAMPLES, count_fits
 from fdcr_fast.round.vectors import arrays, tensors
 
 _NO_SAMPLES = FEWEST_SAMPLES**2  # which is nothing beside any valid count
@@ -43,6 +43,6 @@ def clipped_shares(shares: Tensor, norms: Tensor, longest: Any) -> Tensor:
 def sample_shares(num_samples: Tensor, chosen: Tensor) -> Tensor:
     """``n_k / sum n`` over the chosen clients, 0 for the others (eq. 11); float64 ``[K]``."""
     xp, counts, chosen = arrays(num_samples, chosen)
-    counts = xp.where(chosen, counts, 0.0)
+    counts = xp.where(chosen & count_fits(counts), counts, 0.0)  # of infinite ones no share follows
     (shares,) = tensors(counts / (counts.sum() + _NO_SAMPLES))
     return shares

@@ -81,7 +81,7 @@ def test_a_wrong_guess_costs_one_more_reading(reads, monkeypatch):
     monkeypatch.setattr(
         readings,
         "sampled_scores",
-        lambda *_, **__: readings.Scores(torch.arange(20.0).double(), torch.ones(20), torch.ones(())),
+        lambda *_, **__: readings.Scores(torch.arange(20.0).double(), torch.ones(20).double(), torch.ones(1).double()),
     )
     FDCR(cluster="kmeans").aggregate(w, updates, fishers, n)
     assert reads == [("scores_and_mean", True), ("mean", True)]

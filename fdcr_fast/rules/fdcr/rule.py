@@ -151,7 +151,7 @@ class FDCR(AggregationRule):
         if self.cluster is not None:
             scores = V[rows]
             high = scores.max()
-            apart = high - scores.min() > _ROUNDING * high
+            apart = scores.min() < (1 - _ROUNDING) * high  # no difference, which infinities have not
             labels[rows] = CLUSTERINGS[self.cluster](xp.where(apart, scores, 0.0), self)
         kept = valid & ((labels < labels.max()) | (labels == 0))
         kept, V, labels = tensors(kept, V / self.learning_rate**power, labels)
