@@ -15,7 +15,7 @@ import torch
 
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.screening import OnInvalid, refuse
-from fdcr_fast.store.rows import Accepted, Rows
+from fdcr_fast.store.rows import Accepted, Rows, check_flags
 
 _NUMBERS = attrgetter("num_samples", "squared_norm", "fisher_min", "fisher_max")
 _CLIENT, _ROW = attrgetter("client"), attrgetter("row")
@@ -54,6 +54,7 @@ class Attendance:
         on_invalid: OnInvalid,
         cleared: bool = False,
     ) -> None:
+        check_flags(cleared=cleared)
         self._rows = rows
         self._on_invalid = on_invalid
         self._cleared = cleared

@@ -11,7 +11,7 @@ from fdcr_fast.store.borrowed_rows import BorrowedRows
 from fdcr_fast.store.file.rows import FileRows
 from fdcr_fast.store.memory_rows import MemoryRows
 from fdcr_fast.store.pinned_rows import PinnedRows
-from fdcr_fast.store.rows import Rows, StoreShape, check_size
+from fdcr_fast.store.rows import Rows, StoreShape, check_flags, check_size
 
 _MEMORY_TILE = 32  # a line of columns of csrc/cpu/clients/aggregation.inc: what is read next then always lies next
 
@@ -51,6 +51,7 @@ def new_rows(
         ValueError: a size is not positive, arguments exclude each other, or there is not enough memory or disk.
         FileExistsError: there is a file at ``path``.
     """
+    check_flags(with_fishers=with_fishers, sync=sync, shared=shared, copy=copy)
     device = torch.device(device)
     reader = device if compute_device is None else torch.device(compute_device)
     pinned = reader != device

@@ -45,6 +45,13 @@ def check_size(argument: str, value: Any) -> None:
         raise ValueError(f"{argument} must be at least 1, got {value}")
 
 
+def check_flags(**flags: Any) -> None:
+    """Raise TypeError unless these arguments are True or False."""
+    for argument, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{argument} must be True or False, got {value!r}")
+
+
 @dataclass(frozen=True)
 class StoreShape:
     """Rows ``[T, capacity, matrices, L]``; parameter ``p`` lies in tile ``p // L`` at ``p % L``."""

@@ -54,6 +54,14 @@ def test_bytes_for_reading_a_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["with_fishers", "sync", "shared", "copy", "cleared"])
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_flags(flag, value):
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, got {value!r}"):
+        UpdateStore(P, 2, **{flag: value})
+    UpdateStore(P, 2, **{flag: np.False_ if flag != "copy" else np.True_})
+
+
 def test_required_bytes():
     with pytest.raises(TypeError, match="num_params must be an integer, got '3'"):
         UpdateStore.required_bytes("3", 2)
