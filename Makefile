@@ -100,7 +100,7 @@ CPP := $(shell find csrc tests/native tests/cuda_on_host -name '*.cpp' -o -name 
 
 # The environment's among them.
 PYTHONS ?= $(shell .ci/find-pythons $(BIN)/python)
-TORCHES ?= 2.10.0 2.14.1
+TORCHES ?= 2.11.0 2.14.1
 TRIALS ?= $(foreach python,$(PYTHONS),$(foreach torch,$(TORCHES),$(python)=$(torch)))
 export TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 

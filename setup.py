@@ -36,7 +36,7 @@ if MODE not in ("auto", "off", "require"):
 
 PYTHONS = os.environ.get("FDCR_FAST_PYTHONS", "").split()
 
-OLDEST_TORCH = (2, 10)
+OLDEST_TORCH = (2, 11)
 # The stable ABI of the oldest supported release: one binary serves it and everything newer.
 TARGET_VERSION = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
 

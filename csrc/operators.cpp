@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "huge_pages.h"
 #include "tensors.h"
 #include "torch_pool.h"
+#include "warm_memory.h"
 
 void fdcr::check_place(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU, like the other tensors");
@@ -194,10 +194,7 @@ Tensor moments(const Tensor& values, const std::optional<Tensor>& factors, const
 Tensor new_params(const Tensor& global) {
   STD_TORCH_CHECK(global.dim() == 1, "expected global_params [P]");
   const bool wide = global.scalar_type() == ScalarType::Double;
-  Tensor params =
-      torch::stable::new_empty(global, {global.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
-  ask_for_huge_pages(params.mutable_data_ptr(), global.size(0) * (wide ? 8 : 4));
-  return params;
+  return warm_vector(global, global.size(0), wide ? ScalarType::Double : ScalarType::Float);
 }
 
 NewParams new_params_to(const Tensor& global, const Tensor& result) {
