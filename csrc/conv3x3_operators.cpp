@@ -64,8 +64,9 @@ Tensor conv3x3_input_grad(const Tensor& output_grad, const Tensor& weight) {
 Tensor conv3x3_weight_grad(const Tensor& output_grad, const Tensor& input) {
   const Tensor grad = dense(output_grad, "output_grad"), images = dense(input, "input");
   const int64_t in = images.size(3), out = grad.size(3);
-  STD_TORCH_CHECK(grad.size(0) == images.size(0) && grad.size(1) == images.size(1) && grad.size(2) == images.size(2),
-                  "output_grad and input must have the same samples and pixels");
+  STD_TORCH_CHECK(
+      grad.size(0) == images.size(0) && grad.size(1) == images.size(1) && grad.size(2) == images.size(2),
+      "output_grad and input must have the same samples and pixels");
   auto p = problem_of<fdcr::Conv3x3WeightProblem>(images, in, out);
   Tensor result = torch::stable::new_empty(images, {out, 3, 3, in});
   p.input = floats(images);

@@ -218,8 +218,9 @@ struct NetworkProblem {
   double* loss = nullptr;  // its mean, where grad is wanted
 };
 
-// A convolution of 3 by 3 taps, stride 1 and one pixel of zero padding. Everything is contiguous: images [sample, row,
-// column, channel], weights [output, row, column, input]. Channels are multiples of kConvChannels.
+// A convolution of 3 by 3 taps, stride 1 and one pixel of zero padding. Everything is contiguous: images
+// [sample, row, column, channel], weights [output, row, column, input]. Channels are multiples of
+// kConvChannels.
 struct Conv3x3Problem {
   int64_t samples = 0, height = 0, width = 0;
   int64_t in_channels = 0, out_channels = 0;

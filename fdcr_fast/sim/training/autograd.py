@@ -85,7 +85,7 @@ class AutogradClassifier(Classifier):
         with fast_convolutions():
             output = output_of(self.model, images)
             loss = F.cross_entropy(output, labels) if self._loss is None else self._loss(output, labels).mean()
-            loss.backward()
+        loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained.values()]
         self.model.zero_grad(set_to_none=True)
         return loss.detach(), grads

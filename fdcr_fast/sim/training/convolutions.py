@@ -29,7 +29,6 @@ def fast_convolutions() -> AbstractContextManager[object]:
 
 
 class _FastConvolutions(TorchFunctionMode):
-
     def __torch_function__(
         self,
         func: Callable[..., Any],
