@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 from fdcr_fast import _native
 from fdcr_fast.ops.conv3x3 import CHANNELS, conv3x3, conv3x3_input_grad, conv3x3_weight_grad
 
-# Below that, what is done once for the filters takes longer than what is saved.
+# Of fewer, what is done for all products together takes longer than what is saved.
 FEWEST_TILES = 64  # of 2 by 2 pixels, of all samples together
-FEWEST_PIXELS = 4  # of height and width: of fewer, most products of a tile are with padding
+FEWEST_PIXELS = 3  # of height and width
+FEWEST_CHANNELS = 32  # of inputs and outputs
 
 
 def fast_convolutions() -> AbstractContextManager[object]:
@@ -60,10 +61,12 @@ def _pays(
     if (_pair(stride), _pair(padding), _pair(dilation)) != ((1, 1), (1, 1), (1, 1)):
         return False
     samples, channels, height, width = input.shape
+    outputs, inputs = weight.shape[:2]
     tiles = samples * ((height + 1) // 2) * ((width + 1) // 2)
-    multiples = channels == weight.shape[1] and channels % CHANNELS == weight.shape[0] % CHANNELS == 0
     return (
-        multiples
+        channels == inputs
+        and inputs % CHANNELS == outputs % CHANNELS == 0
+        and min(inputs, outputs) >= FEWEST_CHANNELS
         and tiles >= FEWEST_TILES
         and min(height, width) >= FEWEST_PIXELS
         and not torch.is_autocast_enabled("cpu")

@@ -46,7 +46,7 @@ def close(got: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("biased", [False, True])
 def test_outputs_and_gradients(taken: list[torch.Size], layout: torch.memory_format, biased: bool) -> None:
-    given = [x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in operands(6, 16, 9, 8)][: 2 + biased]
+    given = [x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in operands(6, 32, 9, 8)][: 2 + biased]
     single, double = ([x.to(dtype).requires_grad_() for x in given] for dtype in (torch.float32, torch.float64))
     with fast_convolutions():
         output = F.conv2d(*single, padding=1)
@@ -60,7 +60,7 @@ def test_outputs_and_gradients(taken: list[torch.Size], layout: torch.memory_for
 
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_only_what_is_wanted_has_a_gradient(taken: list[torch.Size], frozen: int) -> None:
-    given = [x.requires_grad_(i != frozen) for i, x in enumerate(operands(6, 16, 8, 8)[:2])]
+    given = [x.requires_grad_(i != frozen) for i, x in enumerate(operands(6, 32, 8, 8)[:2])]
     with fast_convolutions():
         F.conv2d(*given, padding=1).square().sum().backward()
     assert len(taken) == 1
@@ -71,7 +71,7 @@ class Marked(Tensor):
     """A tensor of a class of its own."""
 
 
-X, W, B = operands(6, 16, 8, 8)
+X, W, B = operands(6, 32, 8, 8)
 OTHERS: dict[str, Callable[[], Any]] = {
     "stride": lambda: F.conv2d(X, W, stride=2, padding=1),
     "no padding": lambda: F.conv2d(X, W),
@@ -80,11 +80,13 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "dilation": lambda: F.conv2d(X, W, padding=1, dilation=2),
     "groups": lambda: F.conv2d(torch.cat([X, X], 1), W, padding=1, groups=2),
     "5 by 5": lambda: F.conv2d(X, F.pad(W, [1, 1, 1, 1]), padding=2),
-    "channels": lambda: F.conv2d(X[:, :15], W[:, :15], padding=1),
-    "outputs": lambda: F.conv2d(X, W[:31], padding=1),
+    "few channels": lambda: F.conv2d(X[:, :16], W[:, :16], padding=1),
+    "few outputs": lambda: F.conv2d(X, W[:16], padding=1),
+    "channels": lambda: F.conv2d(X.repeat(1, 2, 1, 1)[:, :40], W.repeat(1, 2, 1, 1)[:, :40], padding=1),
+    "outputs": lambda: F.conv2d(X, torch.cat([W, W[:8]]), padding=1),
     "one image": lambda: F.conv2d(X[0], W, padding=1),
     "few tiles": lambda: F.conv2d(X[:3], W, padding=1),
-    "small images": lambda: F.conv2d(X.expand(6, 16, 8, 8).reshape(128, 16, 3, 1), W, padding=1),
+    "small images": lambda: F.conv2d(X.reshape(96, 32, 2, 2), W, padding=1),
     "float64": lambda: F.conv2d(X.double(), W.double(), padding=1),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16)(F.conv2d)(X, W, padding=1),
     "vmap": lambda: torch.vmap(lambda w: F.conv2d(X, w, padding=1))(torch.stack([W, W + 1])),
@@ -117,7 +119,7 @@ def test_forward_mode(taken: list[torch.Size]) -> None:
 def test_errors_are_pytorchs() -> None:
     def message() -> str:
         with pytest.raises(RuntimeError) as error:
-            F.conv2d(X, torch.zeros(32, 32, 3, 3), padding=1)
+            F.conv2d(X, torch.zeros(32, 48, 3, 3), padding=1)
         return str(error.value)
 
     expected = message()
@@ -140,7 +142,7 @@ def test_gradients_of_gradients(taken: list[torch.Size]) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_recomputed_in_the_backward_pass(taken: list[torch.Size], reentrant: bool, biased: bool) -> None:
-    layers = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, bias=biased), nn.Conv2d(32, 16, 3, padding=1, bias=biased))
+    layers = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1, bias=biased), nn.Conv2d(64, 32, 3, padding=1, bias=biased))
     twin = copy.deepcopy(layers).double()
     with fast_convolutions():
         output = checkpoint(layers, X.clone().requires_grad_(), use_reentrant=reentrant)
@@ -154,7 +156,7 @@ def test_recomputed_in_the_backward_pass(taken: list[torch.Size], reentrant: boo
 
 
 def test_compiled_models(taken: list[torch.Size]) -> None:
-    layer = nn.Conv2d(16, 32, 3, padding=1)
+    layer = nn.Conv2d(32, 32, 3, padding=1)
     compiled = torch.compile(layer, backend="aot_eager")
     with fast_convolutions():
         output = compiled(X)
@@ -168,8 +170,8 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
-        self.weight = nn.Parameter(torch.randn(32, 16, 3, 3) / 12)
+        self.layers = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+        self.weight = nn.Parameter(torch.randn(32, 32, 3, 3) / 17)
         self.out = nn.Linear(32, 4)
         self.register_forward_hook(_noted)
 
@@ -192,7 +194,7 @@ def test_training_by_the_simulator(taken: list[torch.Size]) -> None:
     order = torch.arange(40)[None]
     tested = classifier_of(model)
     trained = tested.train(tested.params(), images, labels, order, SGD(16, 0.05, 0.9, 0))
-    assert taken == [(16, 8, 8, 16), (16, 8, 8, 16), (8, 8, 8, 16)]
+    assert taken == [(16, 8, 8, 32), (16, 8, 8, 32), (8, 8, 8, 32)]
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9)
     for batch in order[0].split(16):
         optimizer.zero_grad()
