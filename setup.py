@@ -197,7 +197,7 @@ class OneWheel(bdist_wheel):
 
 
 def sources() -> list[str]:
-    names = ["operators.cpp", "fisher_operators.cpp", "network_operators.cpp"]
+    names = ["operators.cpp", "fisher_operators.cpp", "network_operators.cpp", "conv3x3_operators.cpp"]
     names += ["cpu/dispatch.cpp", "cpu/kernels_baseline.cpp"]
     if X86:
         names += ["cpu/kernels_avx2.cpp", "cpu/kernels_avx512.cpp"]

@@ -218,6 +218,29 @@ struct NetworkProblem {
   double* loss = nullptr;  // its mean, where grad is wanted
 };
 
+// A convolution of 3 by 3 taps, stride 1 and one pixel of zero padding. Everything is contiguous: images
+// [sample, row, column, channel], weights [output, row, column, input]. Channels are multiples of
+// kConvChannels.
+struct Conv3x3Problem {
+  int64_t samples = 0, height = 0, width = 0;
+  int64_t in_channels = 0, out_channels = 0;
+  const float* input = nullptr;
+  const float* weight = nullptr;
+  bool transposed = false;  // the weight is that of a convolution whose output's gradient is the input here
+  float* output = nullptr;
+};
+
+// The gradient at the weight of such a convolution.
+struct Conv3x3WeightProblem {
+  int64_t samples = 0, height = 0, width = 0;
+  int64_t in_channels = 0, out_channels = 0;
+  const float* input = nullptr;
+  const float* output_grad = nullptr;
+  float* weight_grad = nullptr;
+};
+
+constexpr int64_t kConvChannels = 16;
+
 // velocity = momentum * velocity + grad + decay * params; params -= rate * velocity
 struct SgdProblem {
   int64_t count = 0;

@@ -33,6 +33,8 @@ struct Kernels {
   void (*gram)(const GramProblem&, double* total, ParallelFor);
   void (*network)(const NetworkProblem&, ParallelFor);
   void (*sgd_step)(const SgdProblem&, ParallelFor);
+  void (*conv3x3)(const Conv3x3Problem&, ParallelFor);
+  void (*conv3x3_weight_grad)(const Conv3x3WeightProblem&, ParallelFor);
 };
 
 // The kernels in use: the widest that the processor supports, unless FDCR_FAST_SIMD or select_kernels chose

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast import ops
+from fdcr_fast.ops.conv3x3 import CHANNELS
 from fdcr_fast.ops.networks import NetworkLayer
 
 F16, BF16, F64 = torch.float16, torch.bfloat16, torch.float64
@@ -44,6 +45,9 @@ def samples(params: int = 10, device: str = "cpu") -> dict[str, list[tuple[Any, 
         "sum_squared_network_grads": [(network, images, labels, rows, layers)],
         "train_network": [(network, images, labels, rows[None], layers, 2, 0.1, 0.9, 1e-3)],
         "sgd_step": [(*randn(3, params), 0.1, 0.9, 1e-3)],
+        "conv3x3": [(randn(2, 3, 4, CHANNELS), randn(2 * CHANNELS, 3, 3, CHANNELS))],
+        "conv3x3_input_grad": [(randn(2, 3, 4, 2 * CHANNELS), randn(2 * CHANNELS, 3, 3, CHANNELS))],
+        "conv3x3_weight_grad": [(randn(2, 3, 4, 2 * CHANNELS), randn(2, 3, 4, CHANNELS))],
         "sum_squared_grads_linear": [
             (randn(2, 3, 4), randn(2, 3, 5)),
             (randn(2, 1, 4, dtype=F64), randn(2, 1, 5)),

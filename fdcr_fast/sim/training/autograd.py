@@ -13,6 +13,7 @@ from fdcr_fast.ops import networks
 from fdcr_fast.sim.datasets.dataset import stored
 from fdcr_fast.sim.seeding import with_torch_seed
 from fdcr_fast.sim.training.base import Classifier
+from fdcr_fast.sim.training.convolutions import fast_convolutions
 from fdcr_fast.sim.training.objective import Objective
 from fdcr_fast.sim.training.sgd import SGD
 
@@ -69,7 +70,8 @@ class AutogradClassifier(Classifier):
         self.load(params)
         self.load_buffers(buffers)
         self.model.eval()
-        return torch.cat([output_of(self.model, batch) for batch in images.split(BATCH)])
+        with fast_convolutions():
+            return torch.cat([output_of(self.model, batch) for batch in images.split(BATCH)])
 
     def grad(self, params: Tensor, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and gradient of the model in training mode."""
@@ -80,8 +82,9 @@ class AutogradClassifier(Classifier):
 
     def _grads(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients, one for each parameter, at the model's own parameters."""
-        output = output_of(self.model, images)
-        loss = F.cross_entropy(output, labels) if self._loss is None else self._loss(output, labels).mean()
+        with fast_convolutions():
+            output = output_of(self.model, images)
+            loss = F.cross_entropy(output, labels) if self._loss is None else self._loss(output, labels).mean()
         loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained.values()]
         self.model.zero_grad(set_to_none=True)
