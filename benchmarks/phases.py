@@ -21,7 +21,7 @@ from fdcr_fast.rules.pairwise import flame
 from fdcr_fast.rules.pairwise import gram as pairwise_gram
 
 RULE_CLASSES = {x for x in vars(fdcr_fast).values() if isinstance(x, type) and issubclass(x, AggregationRule)}
-RULE_METHODS = {"decide": "judge", "weigh": "weights", "combine": "combine"}
+RULE_METHODS = (("decide", "judge"), ("weigh", "weights"), ("combine", "combine"), ("combine", "of_mean"))
 
 # A phase is what these take, without what they call of other phases.
 POINTS: tuple[tuple[str, Any, str], ...] = (
@@ -41,7 +41,7 @@ POINTS: tuple[tuple[str, Any, str], ...] = (
     ("noise", flame, "with_noise"),
     ("central mean", readings, "central_mean"),
     ("decide", FDCR, "decide"),
-    *((phase, rule, name) for phase, name in RULE_METHODS.items() for rule in RULE_CLASSES if name in vars(rule)),
+    *((phase, rule, name) for phase, name in RULE_METHODS for rule in RULE_CLASSES if name in vars(rule)),
     ("result", base, "warn_of_states"),
     ("result", UpdateStore, "end_round"),
     ("result", base, "result_of"),

@@ -161,10 +161,10 @@ Tensor moments(const Tensor& values, const std::optional<Tensor>& factors, const
   p.params = params;
   p.squares = squares;
   if (factors.has_value()) {
-    STD_TORCH_CHECK(factors->is_cpu() && factors->scalar_type() == ScalarType::Double &&
-                        factors->dim() == 1 && factors->size(0) == params && factors->stride(0) == 1,
-                    "factors must be contiguous float64 [", params, "] on the CPU");
-    p.factors = static_cast<const double*>(factors->const_data_ptr());
+    STD_TORCH_CHECK(factors->dim() == 1 && factors->size(0) == params, "factors must have shape [", params,
+                    "]");
+    p.factors = source(*factors, "factors");
+    p.factor_stride = factors->stride(0);
   }
   const int64_t K = values.size(1);
   STD_TORCH_CHECK(total.is_cpu() && total.scalar_type() == ScalarType::Double && total.dim() == 2 &&

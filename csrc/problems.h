@@ -161,7 +161,8 @@ struct ParamRange {
 struct MomentsProblem {
   int64_t params = 0;
   ClientMatrix values;
-  const double* factors = nullptr;  // [params]; null: ones
+  Source factors;  // [params]; data == nullptr: ones
+  int64_t factor_stride = 0;
   bool squares = false;
   const int64_t* rows = nullptr;  // [row_count]: the clients
   int64_t row_count = 0;

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdcr_fast.ops.operator import operator
+from fdcr_fast.ops.operator import check_floating, operator
 from fdcr_fast.ops.ranges import check_bounds, check_ranges, selected
-from fdcr_fast.ops.tiles import check_clients, check_numbers, check_read, column_blocks
+from fdcr_fast.ops.tiles import check_clients, check_read, column_blocks
 
 
 def _check_range(fishers: Tensor, num_params: int) -> None:
@@ -76,8 +76,10 @@ def _check_moments(
     check_clients(num_params, values)
     clients = values.shape[1]
     if factors is not None:
-        check_numbers("factors", factors, num_params)
-        torch._check(factors.is_contiguous(), lambda: "factors must be contiguous")
+        check_floating(factors=factors)
+        torch._check(
+            factors.shape == (num_params,), lambda: f"factors must be [{num_params}], got {tuple(factors.shape)}"
+        )
     check_read(read, clients)
     check_bounds(ranges)
     torch._check(
@@ -108,7 +110,7 @@ def moments(
 
     Args:
         values: Tiled client matrix ``[T, K, L]``.
-        factors: ``[P]`` float64, contiguous; None for ones.
+        factors: ``[P]``; None for ones.
         read: bool ``[K]``, on the CPU. The sums of the other clients, which are not read, are NaN.
         ranges: int64 ``[R, 2]`` on the CPU: ranges ``[start, stop)`` of the ``P`` parameters, ascending and disjoint.
         total: ``[2, K]`` float64.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fdcr_fast import ops
 from fdcr_fast.round import readings
 from fdcr_fast.round.blocks import cut
 from fdcr_fast.round.client_updates import ClientUpdates
@@ -73,13 +74,12 @@ def _rows(updates: Tensor, chosen: Tensor) -> Tensor:
 
 def squared_length(vector: Tensor) -> Tensor:
     """The sum of squares in float64."""
-    length: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
-    return length.square()
+    return ops.squared_norm(vector.detach()[None, None], len(vector))[0]
 
 
 def dot_products(clients: ClientUpdates, vector: Tensor, ranges: Iterable[slice] | None = None) -> Tensor:
     """``<delta_k, vector>`` of the valid clients with a vector ``[P]`` over ranges, None for all; float64 ``[n]``."""
-    along, _ = readings.moments(clients, vector.double().contiguous(), ranges=ranges, squares=False)
+    along, _ = readings.moments(clients, vector, ranges=ranges, squares=False)
     return clients.of_valid(along.cpu())
 
 

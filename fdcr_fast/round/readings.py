@@ -108,7 +108,7 @@ def moments(
 
     Args:
         clients: The round, with its vectors on the CPU.
-        factors: Factors ``[P]`` of the parameters that are here, float64; None for ones.
+        factors: Factors ``[P]`` of the parameters that are here; None for ones.
         ranges: The model's parameters that are summed over; None for all.
         squares: Whether updates are squared; see :func:`fdcr_fast.ops.moments`.
     """

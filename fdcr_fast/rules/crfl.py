@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import squared_length
-from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.foreseen import MeanRule
 from fdcr_fast.rules.randomness import check_deviation, round_generator, with_noise
 from fdcr_fast.rules.server_options import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class CRFL(AggregationRule):
+class CRFL(MeanRule):
     """Clip the averaged global parameters and add noise (Xie et al., "CRFL: Certifiably Robust Federated Learning
     against Backdoor Attacks", ICML 2021, Algorithm 1).
 
@@ -49,9 +49,10 @@ class CRFL(AggregationRule):
         """The rule with the server's secret seed."""
         return cls(seed=options.noise_seed)
 
-    def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
-        """The weighted mean, clipped, with noise."""
-        params = super().combine(global_params, clients, weights)
-        norm = clients.shard.sum_vector(params, squared_length).sqrt().item()
+    def of_mean(self, global_params: Tensor, clients: ClientUpdates, mean: Tensor) -> Tensor:
+        """The mean, clipped, with noise."""
+        norm = clients.shard.sum_vector(mean, squared_length).sqrt().item()
         generator = round_generator(self.seed, "CRFL", clients.shard.gather(global_params))
-        return with_noise(params * min(1.0, self.param_norm / max(norm, 1e-300)), self.noise, generator, clients)
+        if norm > self.param_norm:
+            mean = mean.mul_(self.param_norm / norm)
+        return with_noise(mean, self.noise, generator, clients)

@@ -8,18 +8,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from fdcr_fast.round import readings
-from fdcr_fast.round.arguments import require_finite
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.shares import clipped_shares
-from fdcr_fast.round.vectors import fetch
-from fdcr_fast.rules.base import AggregationRule
-from fdcr_fast.rules.foreseen import Read, foreseen, foreseen_outcome
-from fdcr_fast.rules.result import Outcome
+from fdcr_fast.rules.foreseen import MeanRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvg(AggregationRule):
+class FedAvg(MeanRule):
     """The plain sample-weighted mean ``w' = w + sum_k alpha_k delta_k`` (McMahan et al., 2017).
 
     Args:
@@ -47,30 +42,6 @@ class FedAvg(AggregationRule):
     def needs_norms(self) -> bool:
         """Whether updates are clipped."""
         return self.clip is not None
-
-    def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
-        """The norms come from the reading for the mean, if that needs none.
-
-        A rule that extends this one may look at them before it decides.
-        """
-        known = None
-        if type(self) is FedAvg and not self.needs_norms:
-            single = readings.may_fit_single(clients)
-            known = foreseen(self, clients, single, lambda: self._read(global_params, clients, single))
-        return super()._measured(global_params, clients) if known is None else known
-
-    def _outcome(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
-        outcome = foreseen_outcome(clients)
-        return super()._outcome(global_params, clients) if outcome is None else outcome
-
-    def _read(self, global_params: Tensor, clients: ClientUpdates, single: bool) -> Read:
-        on = clients.on_device()
-        weights = self.weights(on, on.valid)
-        norms, params = readings.norms_and_mean(global_params, on, weights, single=single)
-        read = [weights, clients.finite, norms, clients.fisher_min, clients.fisher_max]
-        weights, finite, *statistics = fetch(read)
-        require_finite(finite)
-        return (self.select(clients), weights, params), statistics
 
     def buffer_trim(self, kept: int) -> int | None:
         """None, the plain mean, unless updates are bounded."""

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.round import readings
+from fdcr_fast.round.arguments import require_finite
 from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.vectors import fetch
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.result import Outcome
 
@@ -69,3 +71,42 @@ def all_pass(rule: AggregationRule, clients: ClientUpdates) -> bool:
     if (squares < lost).any():
         clients = clients.with_norms(torch.from_numpy(np.where(squares < lost, _TINY, squares)))
     return clients.screened(importance=rule.needs_fishers, norm_bound=bound).rows is None
+
+
+class MeanRule(AggregationRule):
+    """A rule that weighs all valid clients by their samples, whatever they sent, and makes something of their mean."""
+
+    def of_mean(self, global_params: Tensor, clients: ClientUpdates, mean: Tensor) -> Tensor:
+        """New global parameters from those that the mean gives, which may be written to; here these."""
+        return mean
+
+    def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
+        """What becomes of the weighted mean."""
+        return self.of_mean(global_params, clients, super().combine(global_params, clients, weights))
+
+    def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
+        """The norms come from the reading for the mean, if that needs none.
+
+        A rule that extends one of these may look at them before it decides.
+        """
+        known = None
+        if MeanRule in type(self).__bases__ and not self.needs_norms:
+            single = readings.may_fit_single(clients)
+            known = foreseen(self, clients, single, lambda: self._read(global_params, clients, single))
+        return super()._measured(global_params, clients) if known is None else known
+
+    def _outcome(self, global_params: Tensor, clients: ClientUpdates) -> Outcome:
+        outcome = foreseen_outcome(clients)
+        if outcome is None:
+            return super()._outcome(global_params, clients)
+        selection, weights, mean = outcome
+        return selection, weights, self.of_mean(global_params, clients, mean)
+
+    def _read(self, global_params: Tensor, clients: ClientUpdates, single: bool) -> Read:
+        on = clients.on_device()
+        weights = self.weights(on, on.valid)
+        norms, params = readings.norms_and_mean(global_params, on, weights, single=single)
+        read = [weights, clients.finite, norms, clients.fisher_min, clients.fisher_max]
+        weights, finite, *statistics = fetch(read)
+        require_finite(finite)
+        return (self.select(clients), weights, params), statistics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdcr_fast.round.arguments import check_device, different_ids, require_finite
+from fdcr_fast.round.arguments import all_finite, check_device, different_ids, require_finite
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.store.update_store import UpdateStore
 from fdcr_fast.warning import callers_level
@@ -30,10 +29,11 @@ def check_global(global_params: Tensor, clients: ClientUpdates) -> Tensor | None
             f"expected global_params [{clients.num_params}] like the updates, got [{global_params.numel()}]"
         )
     check_device("global_params", global_params, clients.tiles.device)
-    low, high = global_params.detach().aminmax()
-    if not low.is_cpu:
+    params = global_params.detach()
+    if not params.is_cpu:
+        low, high = params.aminmax()
         return torch.maximum(-low, high) < torch.inf  # not of NaN either
-    require_finite(math.isfinite(low.item()) and math.isfinite(high.item()))
+    require_finite(all_finite(params))
     return None
 
 

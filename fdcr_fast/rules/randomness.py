@@ -32,7 +32,18 @@ def with_noise(params: Tensor, deviation: float, generator: torch.Generator, cli
     drawn = torch.randn(clients.num_params, generator=generator, dtype=dtype)
     noise = clients.shard.own(drawn).mul_(deviation).to(params.device)
     limit = torch.finfo(params.dtype).max
-    return (params.to(dtype) + noise).clamp_(-limit, limit).to(params.dtype)
+    return noise.add_(params.to(dtype)).clamp_(-limit, limit).to(params.dtype)
+
+
+def distinct(count: int, below: int, generator: torch.Generator) -> Tensor:
+    """So many different numbers in ``[0, below)``, ascending, of which each set is equally likely."""
+    if 2 * count > below:
+        return torch.randperm(below, generator=generator)[:count].sort().values
+    drawn = torch.empty(0, dtype=torch.int64)
+    while len(drawn) < count:  # those who come again are drawn anew
+        more = torch.randint(below, (count - len(drawn),), generator=generator)
+        drawn = torch.cat([drawn, more]).unique()
+    return drawn
 
 
 def check_deviation(name: str, value: float) -> None:

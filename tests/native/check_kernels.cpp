@@ -343,7 +343,8 @@ void check_moments(const fdcr::Kernels& kernels) {
   fdcr::MomentsProblem p;
   p.params = P;
   p.values = {source(values), L, K * L, L, 1};
-  p.factors = draw(0, 1) == 0 ? nullptr : factors.data();
+  if (draw(0, 1) == 1) p.factors = {factors.data(), fdcr::Element::kFloat64};
+  p.factor_stride = 1;
   p.squares = draw(0, 1) == 1;
   std::vector<int64_t> rows;
   for (int64_t k = 0; k < K; ++k)
@@ -359,7 +360,7 @@ void check_moments(const fdcr::Kernels& kernels) {
       if (!(v < start / 2 || (start <= v && v < stop))) continue;
       double x = static_cast<double>(values[static_cast<size_t>((v / L * K + rows[i]) * L + v % L)]);
       if (p.squares) x *= x;
-      if (p.factors != nullptr) x *= factors[static_cast<size_t>(v)];
+      if (p.factors.data != nullptr) x *= factors[static_cast<size_t>(v)];
       expected[i] += x;
       expected[rows.size() + i] += x * x;
       sizes[i] += std::abs(x);

@@ -1,11 +1,15 @@
-"""The noise of FLAME and CRFL, and what CRFL clips."""
+"""What rules draw: the noise of FLAME and CRFL, and samples; and what CRFL clips."""
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+import pytest
 import torch
 
 from fdcr_fast import CRFL, FLAME, FedAvg
+from fdcr_fast.rules.randomness import distinct
 from tests.support.rival_rounds import problem
 
 
@@ -24,3 +28,13 @@ def test_noise_has_the_deviation_that_was_asked_for_and_is_new_in_every_round():
     given_.w += 1
     moved = given_.apply(CRFL(param_norm=1e9, noise=0.2)).params - given_.apply(FedAvg()).params
     assert not torch.allclose(moved, noisy - clipped)
+
+
+@pytest.mark.parametrize(("count", "below"), [(2, 6), (3, 6), (4, 6), (6, 6)])
+def test_every_set_is_drawn_equally_often(count, below):
+    generator, draws = torch.Generator().manual_seed(0), 6000
+    seen = dict.fromkeys(itertools.combinations(range(below), count), 0)
+    for _ in range(draws):
+        seen[tuple(distinct(count, below, generator).tolist())] += 1
+    expected = draws / len(seen)
+    assert sum((n - expected) ** 2 / expected for n in seen.values()) < len(seen) - 1 + 4 * (2 * len(seen)) ** 0.5

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import column_blocks
-from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.foreseen import MeanRule
 from fdcr_fast.rules.server_options import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLR(AggregationRule):
+class RLR(MeanRule):
     """Robust learning rate (Ozdayi et al., "Defending against Backdoors in Federated Learning with Robust Learning
     Rate", AAAI 2021): the mean update, turned around where too few clients agree on its sign.
 
@@ -42,12 +42,12 @@ class RLR(AggregationRule):
         """The rule with a threshold that the assumed attackers cannot reach alone."""
         return cls(threshold=options.num_byzantine + 1)
 
-    def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
-        """The weighted mean, with the signs of the votes."""
-        params = super().combine(global_params, clients, weights)
-        limit = torch.finfo(params.dtype).max
+    def of_mean(self, global_params: Tensor, clients: ClientUpdates, mean: Tensor) -> Tensor:
+        """The mean, with the signs of the votes."""
+        wide, limit = torch.promote_types(mean.dtype, torch.float32), torch.finfo(mean.dtype).max
         for columns, updates in column_blocks(clients):
-            agreed = updates.sign().sum(0, dtype=torch.float32).abs() >= self.threshold
-            old, new = global_params[columns].double(), params[columns].double()
-            params[columns] = torch.where(agreed, new, (2 * old - new).clamp(-limit, limit)).to(params.dtype)
-        return params
+            agreed = updates.sign().sum(0, dtype=torch.float32).abs_() >= self.threshold
+            old, new = global_params[columns].to(wide), mean[columns].to(wide)
+            turned = (old - new).add_(old).clamp_(-limit, limit)
+            mean[columns] = torch.where(agreed, new, turned)
+        return mean

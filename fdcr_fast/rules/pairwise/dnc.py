@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.vectors import sent
 from fdcr_fast.rules.byzantine import ByzantineRule
 from fdcr_fast.rules.pairwise.gram import gram
-from fdcr_fast.rules.randomness import round_generator
+from fdcr_fast.rules.randomness import distinct, round_generator
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.rules.valid_clients import equal_weights, of_all
@@ -57,11 +56,11 @@ class DnC(ByzantineRule):
         """Keep those that no sample drops."""
         drop = int(self.filter_fraction * self.tolerated(clients))
         n = int(clients.valid.sum())
-        draw = random.Random(round_generator(self.seed, "DnC", clients.shard.gather(global_params)).initial_seed())
-        sample = min(self.sample, clients.num_params)
+        generator = round_generator(self.seed, "DnC", clients.shard.gather(global_params))
+        size, of = min(self.sample, clients.num_params), clients.num_params
         good = torch.ones(n, dtype=torch.bool)
         worst = torch.zeros(n, dtype=torch.float64)
-        drawn = torch.tensor([sorted(draw.sample(range(clients.num_params), sample)) for _ in range(self.iterations)])
+        drawn = torch.stack([distinct(size, of, generator) for _ in range(self.iterations)])
         for updates in _samples(clients, drawn):
             scores = outlier_scores(updates)
             good[scores.argsort(descending=True, stable=True)[:drop]] = False
@@ -73,10 +72,11 @@ class DnC(ByzantineRule):
 def outlier_scores(updates: Tensor) -> Tensor:
     """Squared projections of the centred rows ``[n, m]`` on their first right singular vector, float64 ``[n]``."""
     centred = updates - updates.mean(0)
-    size = centred.abs().max()
+    low, high = centred.aminmax()
+    size = torch.maximum(-low, high)
     if size == 0:
         return torch.zeros(len(updates), dtype=torch.float64)
-    centred = centred / size
+    centred /= size
     # The library's product: that of PyTorch has other bits with other numbers of threads.
     values, vectors = torch.linalg.eigh(gram(centred, precision="float64"))
     scores: Tensor = values[-1] * vectors[:, -1].square() * size**2
@@ -84,13 +84,20 @@ def outlier_scores(updates: Tensor) -> Tensor:
 
 
 def _samples(clients: ClientUpdates, drawn: Tensor) -> Tensor:
-    """The drawn parameters ``[S, m]`` of the valid clients in one reading, float64 ``[S, n, m]``."""
-    params = drawn.flatten() - clients.shard.first
-    valid = clients.valid.nonzero().flatten()
-    result = torch.zeros(len(valid), len(params), dtype=torch.float64)
+    """The drawn parameters ``[S, m]``, ascending, of the valid clients in one reading, float64 ``[S, n, m]``."""
+    result = torch.zeros(len(drawn), clients.num_valid, drawn.shape[1], dtype=torch.float64)
     for span in clients.spans():
-        here = ((span.first <= params) & (params < span.first + span.num_params)).nonzero().flatten()
-        place = sent(params[here] - span.first, span.updates.device)
-        length = span.updates.shape[2]
-        result[:, here] = span.updates[place // length, :, place % length].t().double().cpu()[valid]
-    return clients.shard.sum_parts(result).view(len(valid), *drawn.shape).transpose(0, 1)
+        first = clients.shard.first + span.first
+        ends = torch.tensor([first, first + span.num_params]).expand(len(drawn), 2).contiguous()
+        for sample, params, (low, high) in zip(result, drawn, torch.searchsorted(drawn, ends).tolist(), strict=True):
+            place = sent(params[low:high] - first, span.updates.device)
+            sample[:, low:high] = clients.of_valid(_at(span.updates, place).cpu())
+    return clients.shard.sum_parts(result)
+
+
+def _at(updates: Tensor, place: Tensor) -> Tensor:
+    """Columns of tiles ``[T, K, L]`` as ``[K, m]``: of one tile row by row, since those of a row lie together."""
+    tiles, clients, length = updates.shape
+    if tiles == 1:
+        return updates[0].gather(1, place.expand(clients, -1))
+    return updates[place // length, :, place % length].t()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fdcr_fast.memory import empty
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.round.columns import column_blocks
 from fdcr_fast.round.shares import limited_shares
@@ -22,6 +23,7 @@ from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.valid_clients import of_all, valid_ids
 
 _FORMAT = "fdcr_fast.FoolsGoldState 1"
+_MOST = torch.finfo(torch.float32).max
 
 ClientId = str | int
 
@@ -65,23 +67,34 @@ class FoolsGoldState:
             )
         earlier = set(self.clients)
         new = [client for client in ids if client not in earlier]
-        self.clients = [*self.clients, *new]
         if new:
-            self.history = torch.cat([self.history.reshape(-1, stop - first), torch.zeros(len(new), stop - first)])
+            self._make_room(new, stop - first)
         row = {client: i for i, client in enumerate(self.clients)}
-        rows = torch.tensor([row[client] for client in ids])
+        numbers = [row[client] for client in ids]
+        begin, end, rows = numbers[0], numbers[0] + len(numbers), torch.tensor(numbers)
+        side_by_side = numbers == list(range(begin, end))
+        chosen = slice(begin, end) if side_by_side else rows
         for columns, updates in column_blocks(clients):
             low, high = max(columns.start, first), min(columns.stop, stop)
             if low < high:
-                part = updates[:, low - columns.start : high - columns.start].float().cpu()
-                sums = self.history[rows, low - first : high - first] + part.nan_to_num_()
-                self.history[rows, low - first : high - first] = sums.nan_to_num_()  # stays finite
+                sums = self.history[chosen, low - first : high - first]
+                sums.add_(updates[:, low - columns.start : high - columns.start].cpu())
+                sums.clamp_(-_MOST, _MOST)  # stays finite
+                if not side_by_side:  # a copy of them
+                    self.history[chosen, low - first : high - first] = sums
         here = torch.zeros(len(self.clients), dtype=torch.bool)
         here[rows] = True
         counts = torch.ones(len(here), dtype=torch.float64)
         tiles, everybody = MatrixTiles.of(self.history, None), torch.ones_like(here)
         known = ClientUpdates(tiles, counts, tuple(self.clients), counts, None, None, everybody, {}, tiles.num_params)
         return known.with_valid(here)
+
+    def _make_room(self, new: list[ClientId], num_params: int) -> None:
+        """Take in clients with a history of zeros."""
+        history = empty((len(self.clients) + len(new), num_params), torch.float32, lasting=True)
+        history[: len(self.clients)] = self.history.reshape(-1, num_params)
+        history[len(self.clients) :] = 0
+        self.clients, self.history = [*self.clients, *new], history
 
     def forget(self, clients: Iterable[ClientId]) -> None:
         """Drop clients, such as those who left, and everything known of them; unknown ones are ignored."""

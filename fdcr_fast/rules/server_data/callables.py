@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fdcr_fast.round.arguments import all_finite
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.store.upload import shown
 
@@ -20,6 +21,6 @@ def checked_vector(global_params: Tensor, value: Tensor, name: str) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != global_params.shape or not value.is_floating_point():
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"expected {name} to return a floating-point tensor {list(global_params.shape)}, got {got}")
-    if not value.isfinite().all():
+    if not all_finite(value.detach()):
         raise ValueError(f"what {name} returned is not finite")
     return value.detach().to(global_params.device)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.rules.base import AggregationRule
+from fdcr_fast.rules.foreseen import MeanRule
 from fdcr_fast.rules.server_data.callables import check_callable, checked_vector
 from fdcr_fast.rules.server_options import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetuning(AggregationRule):
+class Finetuning(MeanRule):
     """FedAvg, and then training on the server's own data: ``w'' = refine(w')``.
 
     The plain use of clean data against a backdoor, as in the fine-tuning baseline of Liu et al., "Fine-Pruning" (RAID
@@ -40,7 +40,6 @@ class Finetuning(AggregationRule):
         """The rule that trains on the server's data."""
         return cls(refine=options.needed_data().refine)
 
-    def combine(self, global_params: Tensor, clients: ClientUpdates, weights: Tensor) -> Tensor:
-        """The weighted mean, refined."""
-        params = super().combine(global_params, clients, weights)
-        return checked_vector(params, self.refine(params), "refine").to(params.dtype)
+    def of_mean(self, global_params: Tensor, clients: ClientUpdates, mean: Tensor) -> Tensor:
+        """The mean, refined."""
+        return checked_vector(mean, self.refine(mean), "refine").to(mean.dtype)

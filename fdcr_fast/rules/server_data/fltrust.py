@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.columns import dot_products
+from fdcr_fast.round.columns import dot_products, squared_length
 from fdcr_fast.round.shares import limited_shares
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.result import Selection
@@ -52,7 +53,7 @@ class FLTrust(AggregationRule):
     def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
         """Keep whoever points into the server's half space."""
         own = checked_vector(global_params, self.server_update(global_params), "server_update")
-        size = torch.linalg.vector_norm(own, dtype=torch.float64).item()
+        size = math.sqrt(squared_length(own).item())
         norms = clients.of_valid(clients.squared_norm).sqrt()
         lengths = norms * size
         cosine = torch.where(lengths > 0, dot_products(clients, own) / lengths, 0.0).clamp_(-1, 1)
