@@ -182,7 +182,7 @@ def test_training_is_steps_after_steps(implementation, problem, data):
             batch = epoch[first : first + batch_size]
             grad = implementation("network_grad")(params, images, labels, batch, flat(layers))[1]
             implementation("sgd_step")(params, velocity, grad, 0.01, 0.9, 1e-3)
-    assert torch.equal(trained, params)
+    torch.testing.assert_close(trained, params, rtol=0, atol=0, equal_nan=True)  # some of these diverge
 
 
 def test_what_does_not_fit_is_refused():
