@@ -22,7 +22,13 @@ def ours(name, honest, byzantine):
     """The upload of an attacker of our simulator that sees the honest ones."""
     seen = moments(iter(honest), len(honest[0]))
     known = UpdateKnowledge(
-        honest[0], lambda: seen, None, lambda: 1.0, len(honest) + byzantine, byzantine, torch.Generator().manual_seed(0)
+        update=honest[0],
+        seen=lambda: seen,
+        factor=None,
+        **dict.fromkeys(("norm", "benign", "params", "features"), lambda: None),  # for attacks on one rule alone
+        clients=len(honest) + byzantine,
+        attackers=byzantine,
+        generator=torch.Generator().manual_seed(0),
     )
     return [ATTACKER_UPDATES[name](known)] * byzantine
 

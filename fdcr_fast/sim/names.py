@@ -20,7 +20,7 @@ NAMES = {
         "constant",
     ),
     "attacker_trainings": ("plain", "constrain-l2", "constrain-cosine", "pgd", "neurotoxin"),
-    "attacker_updates": ("plain", "scale", "norm-match", "sign-flip", "gaussian", "alie", "ipm"),
+    "attacker_updates": ("plain", "scale", "norm-match", "add-model", "sign-flip", "gaussian", "alie", "ipm"),
     "attacks": ("none", "badnets", "blended", "dba", "edge-case", "label-flip"),
     "clusterings": ("finch", "kmeans", "dbscan"),
     "datasets": ("digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "usps"),

@@ -138,8 +138,8 @@ class Settings(BaseModel):
     )
     attacker_factor: Annotated[PositiveFloat | None, BeforeValidator(parse_auto)] = Field(
         default=None,
-        description="scale: factor, auto is clients/attackers; alie: z, auto 1.5; ipm: factor, auto 2; "
-        "gaussian: standard deviation, auto 1.",
+        description="scale: factor, auto is clients/attackers; add-model: factor of the model, auto gives the "
+        "cosine of clean data; alie: z, auto 1.5; ipm: factor, auto 2; gaussian: standard deviation, auto 1.",
     )
     attacker_view: Literal["benign", "attackers"] = Field(
         default="benign", description="sign-flip, ipm, alie: whose updates the mean and deviation are taken of."

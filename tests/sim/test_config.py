@@ -65,7 +65,10 @@ def test_defaults_are_the_papers_setting() -> None:
         ({"malicious": "some"}, "number"),
         ({"attack": "trojan"}, "attack\n.*expected one of none, badnets, blended, dba, edge-case, label-flip"),
         ({"attacker_training": "slow"}, "expected one of plain, constrain-l2, constrain-cosine, pgd, neurotoxin"),
-        ({"attacker_update": "huge"}, "expected one of plain, scale, norm-match, sign-flip, gaussian, alie, ipm"),
+        (
+            {"attacker_update": "huge"},
+            "expected one of plain, scale, norm-match, add-model, sign-flip, gaussian, alie, ipm",
+        ),
         ({"attacker_fisher": "true"}, "expected one of honest, random, clean, benign-model, benign-mean"),
         ({"attacker_view": "all"}, "attacker_view\n.*'benign' or 'attackers'"),
         ({"attacker_factor": 0}, "attacker_factor"),

@@ -41,6 +41,10 @@ class UpdateKnowledge:
         seen: Moments of the updates that it sees; called by the names in ``COLLUDING_UPDATES`` alone.
         factor: The attack's parameter; None for its default.
         norm: Norm to be sent; called by ``norm-match`` alone, as it may have to be measured.
+        benign: Update of the benign client that it could be, ``[P]``; called by ``add-model`` alone, as it has to be
+            trained.
+        params: Global parameters as sent out, ``[P]``; called by the same.
+        features: Which of them are features, see :class:`fdcr_fast.ParamGroups`, bool ``[P]``; called by the same.
         clients: Number of clients.
         attackers: Number of malicious clients.
         generator: Source of every random draw.
@@ -50,6 +54,9 @@ class UpdateKnowledge:
     seen: Callable[[], Moments]
     factor: float | None
     norm: Callable[[], float]
+    benign: Callable[[], Tensor]
+    params: Callable[[], Tensor]
+    features: Callable[[], Tensor]
     clients: int
     attackers: int
     generator: torch.Generator
@@ -79,6 +86,30 @@ def norm_match(known: UpdateKnowledge) -> Tensor:
     return known.update * (known.norm() / norm) if norm > 0 else known.update
 
 
+def add_model(known: UpdateKnowledge) -> Tensor:
+    """The update plus ``factor`` times the features of the global model, for a server that trusts who agrees with it.
+
+    By default the factor is the one that gives the update the cosine with the model, over the features, that the benign
+    client's would have which it could be: what :class:`fdcr_fast.CoalitionFDCR` and, over all parameters,
+    :class:`fdcr_fast.AlignIns` look at. Nothing is added where no factor does.
+    """
+    features = known.features()
+    model = torch.where(features, known.params().double(), 0.0)
+    factor = known.factor
+    if factor is None:
+        length = model.norm()
+        direction = model / length if length > 0 else model
+
+        def split(update: Tensor) -> tuple[Tensor, Tensor]:
+            own = torch.where(features, update.double(), 0.0)
+            along = own @ direction
+            return along, (own - along * direction).norm()
+
+        (along, across), (wanted, beside) = split(known.update), split(known.benign())
+        factor = float((across * wanted / beside - along) / length) if min(length, beside) > 0 else 0.0
+    return (known.update + factor * model).to(known.update.dtype)
+
+
 def sign_flip(known: UpdateKnowledge) -> Tensor:
     """``-mean`` (Allen-Zhu et al. 2020; ByzFL's ``SignFlipping``)."""
     return (-known.seen().mean).to(known.update.dtype)
@@ -105,6 +136,7 @@ ATTACKER_UPDATES: dict[str, Callable[[UpdateKnowledge], Tensor]] = {
     "plain": plain,
     "scale": scale,
     "norm-match": norm_match,
+    "add-model": add_model,
     "sign-flip": sign_flip,
     "gaussian": gaussian,
     "alie": alie,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -76,7 +76,7 @@ class Attackers:
         draft = _Draft(self, work, client, epochs, buffers)
         update = draft.params - work.params
         if not self.stages.sees_updates:
-            update = self._update(work.round, client, update, attackers, norm=draft.norm)
+            update = self._update(work.round, client, update, attackers, draft)
         if not with_fisher:
             return update, None
         if self.stages.sees_fishers:
@@ -110,14 +110,17 @@ class Attackers:
         client: int,
         trained: Tensor,
         attackers: int,
-        norm: Callable[[], float] = _not_known,
+        draft: _Draft | None = None,
         seen: Moments | None = None,
     ) -> Tensor:
         known = UpdateKnowledge(
             update=trained,
             seen=_not_known if seen is None else lambda: seen,
             factor=self.config.attacker_factor,
-            norm=norm,
+            norm=_not_known if draft is None else draft.norm,
+            benign=_not_known if draft is None else draft.benign_update,
+            params=_not_known if draft is None else draft.global_params,
+            features=_not_known if draft is None else draft.features,
             clients=self.config.cohort(),
             attackers=attackers,
             generator=torch_generator(self.config.seed, "attacker update", round, client),
@@ -179,6 +182,21 @@ class _Draft:
         if self._config.attacker_norm is not None:
             return self._config.attacker_norm
         return float((self._benign_params.double() - self._work.params).norm())
+
+    def benign_update(self) -> Tensor:
+        """The update of the benign client that it could be."""
+        return self._benign_params - self._work.params
+
+    def global_params(self) -> Tensor:
+        """The model that it was sent."""
+        return self._work.params
+
+    def features(self) -> Tensor:
+        """Which parameters are features, bool ``[P]``."""
+        which = torch.zeros(len(self._work.params), dtype=torch.bool)
+        for part in self._work.classifier.groups().features:
+            which[part] = True
+        return which
 
     def honest_fisher(self) -> Tensor:
         """The Fisher of its poisoned data at its model."""

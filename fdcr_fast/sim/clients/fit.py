@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fdcr_fast import ParamGroups, ParamLayout
 from fdcr_fast.sim.clients.attackers import Attackers
 from fdcr_fast.sim.config import SimulationConfig
 from fdcr_fast.sim.datasets.dataset import Dataset, stored
@@ -44,10 +43,3 @@ def check_fit(
             attackers.poisoned(min(attackers.clients))
         except Exception as error:
             raise ValueError(f"attack: {config.attack}: {one_line(error)}") from error
-
-
-def param_groups(classifier: Classifier) -> ParamGroups:
-    """Head and features of a model; where some parameters are not trained, as far as the shapes of the others tell."""
-    if classifier.layout == ParamLayout.from_module(classifier.model):
-        return ParamGroups.from_module(classifier.model)
-    return ParamGroups.from_layout(classifier.layout)

@@ -18,7 +18,7 @@ from fdcr_fast.sim.attacks.stages import Stages
 from fdcr_fast.sim.clients.attackers import Attackers
 from fdcr_fast.sim.clients.buffers import RoundBuffers
 from fdcr_fast.sim.clients.data import ClientData
-from fdcr_fast.sim.clients.fit import check_fit, param_groups
+from fdcr_fast.sim.clients.fit import check_fit
 from fdcr_fast.sim.clients.participation import Participants, draw_participants
 from fdcr_fast.sim.clients.population import Job, Population
 from fdcr_fast.sim.clients.work import LocalWork
@@ -96,7 +96,7 @@ class Federation:
             load_model(self.classifier, config.init)
         check_fit(config, parts, self.classifier, dataset, self.attackers)
         self.initial_params, self.buffers = self.classifier.params(), self.classifier.buffers()
-        groups = param_groups(self.classifier)
+        groups = self.classifier.groups()
         server_data = self._server_data(task)
         self.rule = build_rule(config, self.attackers.clients, groups, server_data, parts.rule)
         self.users_rule, self.users_attack = parts.rule is not None, parts.attack is not None

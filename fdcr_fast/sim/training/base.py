@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fdcr_fast import ParamLayout
+from fdcr_fast import ParamGroups, ParamLayout
 from fdcr_fast.ops import networks
 from fdcr_fast.sim.training.objective import Objective
 from fdcr_fast.sim.training.sgd import SGD
@@ -57,6 +57,12 @@ class Classifier(ABC):
         ]
         self._buffers = _buffers_of(model)
         self.buffer_layout = ParamLayout.from_tensors(self._buffers)
+
+    def groups(self) -> ParamGroups:
+        """Head and features; where some parameters are not trained, as far as the shapes of the others tell."""
+        if self.layout == ParamLayout.from_module(self.model):
+            return ParamGroups.from_module(self.model)
+        return ParamGroups.from_layout(self.layout)
 
     def params(self) -> Tensor:
         """The model's own parameters."""

@@ -18,7 +18,18 @@ def unexpected() -> Any:
 
 def knowledge(**fields: Any) -> UpdateKnowledge:
     update = torch.randn(30, generator=torch.Generator().manual_seed(5))
-    known = UpdateKnowledge(update, unexpected, None, unexpected, 10, 4, torch.Generator().manual_seed(0))
+    known = UpdateKnowledge(
+        update=update,
+        seen=unexpected,
+        factor=None,
+        norm=unexpected,
+        benign=unexpected,
+        params=unexpected,
+        features=unexpected,
+        clients=10,
+        attackers=4,
+        generator=torch.Generator().manual_seed(0),
+    )
     return dataclasses.replace(known, **fields)
 
 
@@ -72,6 +83,51 @@ def test_norms_are_matched(norm: float) -> None:
     torch.testing.assert_close(sent / sent.norm(), known.update.double() / known.update.double().norm())
     zero = torch.zeros(30)
     assert torch.equal(ATTACKER_UPDATES["norm-match"](knowledge(update=zero, norm=lambda: norm)), zero)
+
+
+FEATURES = torch.arange(30) % 3 > 0
+
+
+def of_a_model(params: torch.Tensor, benign: torch.Tensor, **fields: Any) -> UpdateKnowledge:
+    return knowledge(params=lambda: params, benign=lambda: benign, features=lambda: FEATURES, **fields)
+
+
+def cosine(update: torch.Tensor, params: torch.Tensor) -> float:
+    """Over the features, by NumPy."""
+    a, b = (vector[FEATURES].double().numpy() for vector in (update, params))
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    pull=st.sampled_from([-3.0, 0.0, 0.1, 3.0]),
+    scale=st.sampled_from([1e-4, 1.0, 1e4]),
+)
+def test_a_multiple_of_the_model_gives_the_cosine_of_clean_data(seed: int, pull: float, scale: float) -> None:
+    """Nothing else of the update changes."""
+    params, noise = torch.randn(2, 30, generator=torch.Generator().manual_seed(seed))
+    benign = (noise + pull * params) * scale
+    known = of_a_model(params, benign)
+    sent = ATTACKER_UPDATES["add-model"](known)
+    assert sent.dtype == torch.float32
+    assert cosine(sent, params) == pytest.approx(cosine(benign, params), abs=1e-5)
+    added, along = (sent - known.update).double().numpy(), torch.where(FEATURES, params, 0.0).double().numpy()
+    np.testing.assert_allclose(added, (added @ along) / (along @ along) * along, atol=1e-5)
+
+
+def test_a_given_multiple_of_the_model() -> None:
+    params, update = torch.randn(30, generator=torch.Generator().manual_seed(1)), knowledge().update
+    known = dataclasses.replace(of_a_model(params, update, factor=0.25), benign=unexpected)
+    expected = update.double().numpy() + 0.25 * np.where(FEATURES.numpy(), params.double().numpy(), 0)
+    np.testing.assert_allclose(ATTACKER_UPDATES["add-model"](known).numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("empty", ["params", "benign"])
+def test_no_multiple_is_added_where_none_gives_the_cosine(empty: str) -> None:
+    vectors = {"params": torch.ones(30), "benign": torch.arange(30.0)} | {empty: torch.zeros(30)}
+    known = of_a_model(**vectors)
+    assert torch.equal(ATTACKER_UPDATES["add-model"](known), known.update)
 
 
 def numpy_attack(name: str, honest: np.ndarray, factor: float | None) -> np.ndarray:
@@ -133,9 +189,10 @@ def test_who_looks_at_others_is_said_in_advance() -> None:
             looked.add(name)
             return moments(others(), 30)
 
-        attack(knowledge(seen=look, norm=lambda: 1.0))
+        attack(of_a_model(torch.ones(30), torch.arange(30.0), seen=look, norm=lambda: 1.0))
     assert looked == COLLUDING_UPDATES
 
 
 def test_all_updates_are_tested() -> None:
-    assert set(ATTACKER_UPDATES) == {"plain", "scale", "norm-match", "sign-flip", "gaussian", "alie", "ipm"}
+    tested = {"plain", "scale", "norm-match", "add-model", "sign-flip", "gaussian", "alie", "ipm"}
+    assert set(ATTACKER_UPDATES) == tested

@@ -139,6 +139,25 @@ def test_norms_are_matched_to_what_clean_data_give(plain: Round, benign: Round) 
         np.testing.assert_allclose(given.updates[client], 0.5 * direction, rtol=1e-5, atol=1e-9)
 
 
+def test_agreement_with_the_model_is_what_clean_data_give(plain: Round, benign: Round) -> None:
+    """Over the features, which of a model with two layers are the first."""
+    played = play(attacker_update="add-model")
+    model = plain.work.params.double().numpy().copy()
+    layout = plain.federation.classifier.layout
+    assert layout.names == ("1.weight", "1.bias", "3.weight", "3.bias")
+    inside = np.arange(len(model)) < layout.slices["3.weight"].start
+
+    def agreement(update: np.ndarray) -> float:
+        a, b = update[inside], model[inside]
+        return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+    for client in (1, 2):
+        assert agreement(played.updates[client]) == pytest.approx(agreement(benign.updates[client]), abs=1e-5)
+        assert abs(agreement(plain.updates[client]) - agreement(benign.updates[client])) > 1e-3
+        np.testing.assert_array_equal(played.updates[client][~inside], plain.updates[client][~inside])
+        np.testing.assert_array_equal(played.fishers[client], plain.fishers[client])
+
+
 def test_pgd_projects_onto_the_ball_that_clean_data_give(benign: Round) -> None:
     long = {"local_epochs": 1, "lr": 0.2}
     honest = play(attack="none", **long)
