@@ -154,39 +154,49 @@ Tensor squared_norm(const Tensor& updates, int64_t params) {
   return result;
 }
 
-Tensor moments(const Tensor& values, const std::optional<Tensor>& factors, const Tensor& read,
-               const Tensor& ranges, const Tensor& total, int64_t params, bool squares) {
+Tensor moments(const Tensor& values, const std::vector<Tensor>& factors, const Tensor& read,
+               const std::vector<Tensor>& ranges, const Tensor& total, int64_t params,
+               const std::vector<bool>& squares) {
   MomentsProblem p;
   p.values = client_matrix(values, params, "values");
   p.params = params;
-  p.squares = squares;
-  if (factors.has_value()) {
-    STD_TORCH_CHECK(factors->dim() == 1 && factors->size(0) == params, "factors must have shape [", params,
-                    "]");
-    p.factors = source(*factors, "factors");
-    p.factor_stride = factors->stride(0);
+  const int64_t K = values.size(1), V = p.view_count = static_cast<int64_t>(factors.size());
+  STD_TORCH_CHECK(ranges.size() == factors.size() && squares.size() == factors.size(),
+                  "expected factors, ranges and squares of ", V, " views");
+  std::vector<std::vector<ParamRange>> selected;
+  std::vector<MomentsView> views;
+  for (size_t i = 0; i < factors.size(); ++i) {
+    const Tensor& own = factors[i];
+    STD_TORCH_CHECK(own.dim() == 1 && (own.size(0) == 0 || own.size(0) == params), "factors must be [",
+                    params, "] or [0]");
+    selected.push_back(parameter_ranges(ranges[i], params));
+    MomentsView view{};
+    if (own.size(0) > 0) view.factors = source(own, "factors");
+    view.factor_stride = own.stride(0);
+    view.squares = squares[i];
+    view.ranges = selected.back().data();
+    view.count = static_cast<int64_t>(selected.back().size());
+    views.push_back(view);
   }
-  const int64_t K = values.size(1);
-  STD_TORCH_CHECK(total.is_cpu() && total.scalar_type() == ScalarType::Double && total.dim() == 2 &&
-                      total.size(0) == 2 && total.size(1) == K,
-                  "total must be float64 [2, ", K, "] on the CPU");
+  p.views = views.data();
+  STD_TORCH_CHECK(total.is_cpu() && total.scalar_type() == ScalarType::Double && total.dim() == 3 &&
+                      total.size(0) == V && total.size(1) == 2 && total.size(2) == K,
+                  "total must be float64 [", V, ", 2, ", K, "] on the CPU");
   const std::vector<int64_t> rows = chosen_rows(read, K);
   p.rows = rows.data();
-  p.row_count = static_cast<int64_t>(rows.size());
-  const std::vector<ParamRange> selected = parameter_ranges(ranges, params);
-  p.ranges = selected.data();
-  p.range_count = static_cast<int64_t>(selected.size());
+  const int64_t n = p.row_count = static_cast<int64_t>(rows.size());
   const double* before = static_cast<const double*>(total.const_data_ptr());
-  const auto at = [&](int64_t m, int64_t k) { return before[m * total.stride(0) + k * total.stride(1)]; };
-  std::vector<double> sums(2 * rows.size());
-  for (int64_t i = 0; i < 2 * p.row_count; ++i)
-    sums[static_cast<size_t>(i)] = at(i / p.row_count, rows[static_cast<size_t>(i % p.row_count)]);
-  if (p.row_count > 0) kernels().moments(p, sums.data(), pool_for(p.row_count * p.params));
-  Tensor result = torch::stable::new_empty(total, {2, K});
+  std::vector<double> sums(static_cast<size_t>(2 * V * n));
+  for (int64_t m = 0; m < 2 * V; ++m)
+    for (int64_t i = 0; i < n; ++i)
+      sums[static_cast<size_t>(m * n + i)] =
+          before[m / 2 * total.stride(0) + m % 2 * total.stride(1) + rows[i] * total.stride(2)];
+  if (n > 0 && V > 0) kernels().moments(p, sums.data(), pool_for(n * params));
+  Tensor result = torch::stable::new_empty(total, {V, 2, K});
   double* to = doubles(result);
-  for (int64_t i = 0; i < 2 * K; ++i) to[i] = std::numeric_limits<double>::quiet_NaN();
-  for (int64_t i = 0; i < 2 * p.row_count; ++i)
-    to[i / p.row_count * K + rows[static_cast<size_t>(i % p.row_count)]] = sums[static_cast<size_t>(i)];
+  std::fill_n(to, 2 * V * K, std::numeric_limits<double>::quiet_NaN());
+  for (int64_t m = 0; m < 2 * V; ++m)
+    for (int64_t i = 0; i < n; ++i) to[m * K + rows[i]] = sums[static_cast<size_t>(m * n + i)];
   return result;
 }
 

@@ -157,17 +157,23 @@ struct ParamRange {
   int64_t start, stop;
 };
 
-// Sums over parameters of x and of x^2, with x = factors[v] * values[k][v], or values[k][v]^2 in its place.
+// Sums over some of the parameters of x and of x^2, with x = factors[v] * values[k][v], or values[k][v]^2 in
+// its place.
+struct MomentsView {
+  Source factors;  // [params]; data == nullptr: ones
+  int64_t factor_stride;
+  bool squares;
+  const ParamRange* ranges;  // [count], ascending, disjoint, not beyond the parameters
+  int64_t count;
+};
+
 struct MomentsProblem {
   int64_t params = 0;
   ClientMatrix values;
-  Source factors;  // [params]; data == nullptr: ones
-  int64_t factor_stride = 0;
-  bool squares = false;
   const int64_t* rows = nullptr;  // [row_count]: the clients
   int64_t row_count = 0;
-  const ParamRange* ranges = nullptr;  // [range_count], ascending, disjoint, not beyond the parameters
-  int64_t range_count = 0;
+  const MomentsView* views = nullptr;
+  int64_t view_count = 0;
 };
 
 enum class GramTransform : int { kUpdate, kFisherUpdate, kReweightedUpdate, kFourthRootFisher };

@@ -24,7 +24,7 @@ struct Kernels {
   void (*fill_rows)(const FillRowsProblem&, RowStatistics*, ParallelFor);
   void (*range)(const ClientMatrix&, int64_t clients, int64_t params, double* low, double* high, ParallelFor);
   void (*squared_norm)(const ClientMatrix&, int64_t clients, int64_t params, double* result, ParallelFor);
-  // total[0][i] += the sum of x of rows[i], total[1][i] += that of its squares, contiguous [2, row_count].
+  // total[view][0][i] += the sum of x of rows[i], total[view][1][i] += that of its squares, contiguous.
   void (*moments)(const MomentsProblem&, double* total, ParallelFor);
   void (*aggregate)(const AggregationProblem&, ParallelFor);
   void (*central_mean)(const CentralMeanProblem&, ParallelFor);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -66,25 +68,28 @@ def squared_norm(updates: Tensor, num_params: int) -> Tensor:
 
 def _check_moments(
     values: Tensor,
-    factors: Tensor | None,
+    factors: list[Tensor],
     read: Tensor,
-    ranges: Tensor,
+    ranges: list[Tensor],
     total: Tensor,
     num_params: int,
-    squares: bool,
+    squares: list[bool],
 ) -> None:
     check_clients(num_params, values)
-    clients = values.shape[1]
-    if factors is not None:
-        check_floating(factors=factors)
+    clients, views = values.shape[1], len(factors)
+    for own in factors:
+        check_floating(factors=own)
         torch._check(
-            factors.shape == (num_params,), lambda: f"factors must be [{num_params}], got {tuple(factors.shape)}"
+            own.shape in ((0,), (num_params,)),
+            partial("factors must be [{}] or [0], got {}".format, num_params, own.shape),
         )
     check_read(read, clients)
-    check_bounds(ranges)
+    torch._check(len(ranges) == len(squares) == views, lambda: f"expected factors, ranges and squares of {views} views")
+    for given in ranges:
+        check_bounds(given)
     torch._check(
-        total.dtype == torch.float64 and total.shape == (2, clients),
-        lambda: f"total must be float64 [2, {clients}], got {total.dtype} {tuple(total.shape)}",
+        total.dtype == torch.float64 and total.shape == (views, 2, clients),
+        lambda: f"total must be float64 [{views}, 2, {clients}], got {total.dtype} {tuple(total.shape)}",
     )
 
 
@@ -95,44 +100,47 @@ def _fake_moments(values: object, factors: object, read: object, ranges: object,
 @operator(check=_check_moments, fake=_fake_moments)
 def moments(
     values: Tensor,
-    factors: Tensor | None,
+    factors: list[Tensor],
     read: Tensor,
-    ranges: Tensor,
+    ranges: list[Tensor],
     total: Tensor,
     num_params: int,
-    squares: bool,
+    squares: list[bool],
 ) -> Tensor:
     """Sums over some parameters of weighted entries of every client, and of their squares, in float64.
 
-    ``total[0, k] + sum_v x_kv`` and ``total[1, k] + sum_v x_kv^2``, with ``x_kv = factors_v values_kv``, or with
-    ``squares`` ``x_kv = factors_v values_kv^2``. The CPU kernels give a round the same bits if it comes in spans of a
-    multiple of ``max(1, STRETCH // L)`` tiles.
+    For each of ``M`` views ``total[m, 0, k] + sum_v x_kv`` and ``total[m, 1, k] + sum_v x_kv^2`` with ``v`` in its
+    ranges and ``x_kv = factors_v values_kv``, or with ``squares`` ``x_kv = factors_v values_kv^2``, from one reading
+    for all of them. The CPU kernels give a round the same bits if it comes in spans of a multiple of
+    ``max(1, STRETCH // L)`` tiles, and a view the same bits beside others.
 
     Args:
         values: Tiled client matrix ``[T, K, L]``.
-        factors: ``[P]``; None for ones.
+        factors: For each view ``[P]``, or ``[0]`` for ones.
         read: bool ``[K]``, on the CPU. The sums of the other clients, which are not read, are NaN.
-        ranges: int64 ``[R, 2]`` on the CPU: ranges ``[start, stop)`` of the ``P`` parameters, ascending and disjoint.
-        total: ``[2, K]`` float64.
+        ranges: For each view int64 ``[R, 2]`` on the CPU: ranges ``[start, stop)`` of the ``P`` parameters, ascending
+            and disjoint.
+        total: ``[M, 2, K]`` float64.
         num_params: ``P``.
-        squares: Whether entries are squared.
+        squares: For each view whether entries are squared.
 
     Returns:
-        ``[2, K]``, float64.
+        ``[M, 2, K]``, float64.
     """
-    check_ranges([ranges], num_params)
+    check_ranges(ranges, num_params)
     read = read.to(values.device)
     result = total.clone(memory_format=torch.contiguous_format)
-    result[:, ~read] = torch.nan
+    result[:, :, ~read] = torch.nan
     first = 0
     for block, _ in column_blocks(values, num_params):
         stop = first + block.shape[1]
-        columns = selected(ranges, first, stop).to(values.device)
-        x = block[read][:, columns].double()
-        if squares:
-            x = x.square()
-        if factors is not None:
-            x = x * factors[first:stop][columns]
-        result[:, read] += torch.stack([x.sum(1), x.square().sum(1)])
+        for view, own in enumerate(factors):
+            columns = selected(ranges[view], first, stop).to(values.device)
+            x = block[read][:, columns].double()
+            if squares[view]:
+                x = x.square()
+            if len(own):
+                x = x * own[first:stop][columns]
+            result[view][:, read] += torch.stack([x.sum(1), x.square().sum(1)])
         first = stop
     return result

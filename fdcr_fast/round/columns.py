@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,10 +77,9 @@ def squared_length(vector: Tensor) -> Tensor:
     return ops.squared_norm(vector.detach()[None, None], len(vector))[0]
 
 
-def dot_products(clients: ClientUpdates, vector: Tensor, ranges: Iterable[slice] | None = None) -> Tensor:
+def dot_products(clients: ClientUpdates, vector: Tensor, ranges: Sequence[slice] | None = None) -> Tensor:
     """``<delta_k, vector>`` of the valid clients with a vector ``[P]`` over ranges, None for all; float64 ``[n]``."""
-    along, _ = readings.moments(clients, vector, ranges=ranges, squares=False)
-    return clients.of_valid(along.cpu())
+    return clients.of_valid(readings.moments(clients, [readings.MomentsView(vector, ranges)])[0, 0].cpu())
 
 
 def client_params(global_params: Tensor, clients: ClientUpdates) -> Iterator[Tensor]:

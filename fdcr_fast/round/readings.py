@@ -7,7 +7,7 @@ them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,25 +101,43 @@ def squared_norms(clients: ClientUpdates) -> Tensor:
     return clients.sum(nothing, lambda span, total: total + ops.squared_norm(span.updates, span.num_params))
 
 
-def moments(
-    clients: ClientUpdates, factors: Tensor | None = None, *, ranges: Iterable[slice] | None = None, squares: bool
-) -> Tensor:
-    """One reading for weighted sums of every client, and sums of squares, float64 ``[2, K]``, NaN where not valid.
+class MomentsView(NamedTuple):
+    """What :func:`moments` sums; see :func:`fdcr_fast.ops.moments`.
+
+    Attributes:
+        factors: Factors ``[P]`` of the parameters that are here; None for ones.
+        ranges: The model's parameters that are summed over; None for all.
+        squares: Whether updates are squared.
+    """
+
+    factors: Tensor | None = None
+    ranges: Sequence[slice] | None = None
+    squares: bool = False
+
+
+def moments(clients: ClientUpdates, views: Sequence[MomentsView]) -> Tensor:
+    """One reading for weighted sums of every client, and sums of squares; float64 ``[M, 2, K]``, NaN where not valid.
 
     Args:
         clients: The round, with its vectors on the CPU.
-        factors: Factors ``[P]`` of the parameters that are here; None for ones.
-        ranges: The model's parameters that are summed over; None for all.
-        squares: Whether updates are squared; see :func:`fdcr_fast.ops.moments`.
+        views: ``M`` ways to look at the clients.
     """
-    bounds = torch.tensor([[part.start, part.stop] for part in _merged(ranges or [slice(0, clients.num_params)])])
+    device, everything = clients.tiles.device, [slice(0, clients.num_params)]
+    ranges = [everything if view.ranges is None else view.ranges for view in views]
+    bounds = [
+        torch.tensor([[part.start, part.stop] for part in _merged(parts)], dtype=torch.int64).view(-1, 2)
+        for parts in ranges
+    ]
+    ones = torch.zeros(0, dtype=torch.float64, device=device)
+    factors = [ones if view.factors is None else view.factors for view in views]
 
     def read(span: Span, totals: Tensor) -> Tensor:
-        own = None if factors is None else factors[span.first : span.first + span.num_params]
-        chosen = clients.shard.within(bounds, span)
+        own = [vector[span.first : span.first + span.num_params] for vector in factors]
+        chosen = [clients.shard.within(parts, span) for parts in bounds]
+        squares = [view.squares for view in views]
         return ops.moments(span.updates, own, clients.valid, chosen, totals, span.num_params, squares)
 
-    zeros = torch.zeros(2, len(clients.clients), dtype=torch.float64, device=clients.tiles.device)
+    zeros = torch.zeros(len(views), 2, len(clients.clients), dtype=torch.float64, device=device)
     return clients.sum(zeros, read)
 
 

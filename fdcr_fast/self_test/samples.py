@@ -69,8 +69,15 @@ def samples(params: int = 10, device: str = "cpu") -> dict[str, list[tuple[Any, 
         "importance_range": [(fishers, params)],
         "squared_norm": [(updates, params)],
         "moments": [
-            (updates, randn(params, dtype=F64), read, ranges[0], sums[0, :2], params, True),
-            (updates, None, read, ranges[1], sums[0, :2], params, False),
+            (
+                updates,
+                [randn(params, dtype=F64), zeros(0, dtype=F64)],
+                read,
+                ranges,
+                sums[:, :2],
+                params,
+                [True, False],
+            ),
         ],
         "discrepancy": [
             (updates, fishers, low, high, alpha, totals, params, False),

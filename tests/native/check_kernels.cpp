@@ -339,37 +339,42 @@ void check_moments(const fdcr::Kernels& kernels) {
   const std::vector<T> values = numbers<T>(tiles * K * L);
   const std::vector<double> factors = numbers<double>(P);
   const int64_t start = draw(0, P), stop = draw(start, P);
-  const fdcr::ParamRange ranges[] = {{0, start / 2}, {start, stop}};
+  const fdcr::ParamRange ranges[] = {{0, start / 2}, {start, stop}, {0, P}};
+  const bool weighted = draw(0, 1) == 1, squares = draw(0, 1) == 1;
+  const fdcr::Source given{factors.data(), fdcr::Element::kFloat64}, ones{};
+  const fdcr::MomentsView views[] = {{weighted ? given : ones, 1, squares, ranges, 2},
+                                     {weighted ? ones : given, 1, !squares, ranges + 2, 1}};
   fdcr::MomentsProblem p;
   p.params = P;
   p.values = {source(values), L, K * L, L, 1};
-  if (draw(0, 1) == 1) p.factors = {factors.data(), fdcr::Element::kFloat64};
-  p.factor_stride = 1;
-  p.squares = draw(0, 1) == 1;
   std::vector<int64_t> rows;
   for (int64_t k = 0; k < K; ++k)
     if (k == 0 || draw(0, 4) != 0) rows.push_back(k);
   p.rows = rows.data();
   p.row_count = static_cast<int64_t>(rows.size());
-  p.ranges = ranges;
-  p.range_count = 2;
-  std::vector<double> total(2 * rows.size(), 0.5), expected(2 * rows.size(), 0.5), sizes(rows.size(), 1.0);
+  p.views = views;
+  p.view_count = 2;
+  const size_t n = rows.size();
+  std::vector<double> total(4 * n, 0.5), expected(4 * n, 0.5), sizes(2 * n, 1.0);
   kernels.moments(p, total.data(), pool);
-  for (size_t i = 0; i < rows.size(); ++i)
-    for (int64_t v = 0; v < P; ++v) {
-      if (!(v < start / 2 || (start <= v && v < stop))) continue;
-      double x = static_cast<double>(values[static_cast<size_t>((v / L * K + rows[i]) * L + v % L)]);
-      if (p.squares) x *= x;
-      if (p.factors.data != nullptr) x *= factors[static_cast<size_t>(v)];
-      expected[i] += x;
-      expected[rows.size() + i] += x * x;
-      sizes[i] += std::abs(x);
+  for (size_t m = 0; m < 2; ++m)
+    for (size_t i = 0; i < n; ++i)
+      for (int64_t v = 0; v < P; ++v) {
+        if (m == 0 && !(v < start / 2 || (start <= v && v < stop))) continue;
+        double x = static_cast<double>(values[static_cast<size_t>((v / L * K + rows[i]) * L + v % L)]);
+        if (views[m].squares) x *= x;
+        if (views[m].factors.data != nullptr) x *= factors[static_cast<size_t>(v)];
+        expected[2 * m * n + i] += x;
+        expected[(2 * m + 1) * n + i] += x * x;
+        sizes[m * n + i] += std::abs(x);
+      }
+  for (size_t m = 0; m < 2; ++m)
+    for (size_t i = 0; i < n; ++i) {
+      const size_t first = 2 * m * n + i, second = first + n;
+      require(std::abs(total[first] - expected[first]) <= 1e-12 * sizes[m * n + i], "sums of moments");
+      require(std::abs(total[second] - expected[second]) <= 1e-12 * expected[second],
+              "sums of squares of moments");
     }
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const size_t j = rows.size() + i;
-    require(std::abs(total[i] - expected[i]) <= 1e-12 * sizes[i], "sums of moments");
-    require(std::abs(total[j] - expected[j]) <= 1e-12 * expected[j], "sums of squares of moments");
-  }
 }
 
 template <class T>

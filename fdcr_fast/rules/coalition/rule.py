@@ -169,7 +169,7 @@ class CoalitionFDCR(AggregationRule):
     def _cautious(
         self, global_params: Tensor, clients: ClientUpdates, ids: list[Any], groups: ParamGroups
     ) -> Selection:
-        features = features_of(clients, groups)
+        features = features_of(global_params, clients, groups)
         means = self._remember(ids, cautious_views(clients, groups, features))
         views = _standard(means)
         members, score = find_coalition(views)

@@ -38,6 +38,11 @@ class Views:
         return self.similarity.sum(1)
 
     @cached_property
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """The sum of ``A``, and that of ``c``."""
+        return self.rows.sum(), self.concentration.sum()
+
+    @cached_property
     def minority_scores(self) -> Tensor:
         """``J`` of all :func:`minorities`, float64 ``[R]``."""
         return _Sets(minorities(len(self)), self).scores()
@@ -59,7 +64,7 @@ class _Sums:
 def _score(sums: _Sums, views: Views) -> Tensor:
     K = len(views)
     s, r = sums.size, K - sums.size
-    total_a, total_c = views.rows.sum(), views.concentration.sum()
+    total_a, total_c = views.totals
     inside = sums.a / (s * (s - 1)).clamp(min=1)  # of a single client its similarity to nobody: 0, the mean of A
     across = (sums.da - sums.a) / (s * r).clamp(min=1)
     outside = (total_a - 2 * sums.da + sums.a) / (r * (r - 1)).clamp(min=1)
@@ -240,12 +245,13 @@ def _distinct(sets: Tensor) -> list[Tensor]:
 def _improved(members: Tensor, views: Views) -> tuple[Tensor, float]:
     """Add, remove or swap the clients that help most, until none do."""
     sets = _Sets(members[None], views)
+    score = sets.scores()[0].item()
     while True:
-        score = sets.scores()[0].item()
         moved = _moved(sets)
-        if moved.scores()[0] <= score + 1e-9 * abs(score):  # not by rounding alone, or it would never end
+        better = moved.scores()[0].item()
+        if better <= score + 1e-9 * abs(score):  # not by rounding alone, or it would never end
             return sets.members[0], score
-        sets = moved
+        sets, score = moved, better
 
 
 def _moved(sets: _Sets) -> _Sets:

@@ -34,8 +34,7 @@ def model_agreement(global_params: Tensor, clients: ClientUpdates, groups: Param
     """
     known = features_alone(global_params, clients, groups)
     lengths = clients.shard.sum_vector(known, squared_length).sqrt().cpu() * features.length
-    along = dot_products(clients, known, groups.features)
-    return torch.where(lengths > 0, along / lengths, 0.0)
+    return torch.where(lengths > 0, features.along / lengths, 0.0)
 
 
 def median_alignment(global_params: Tensor, clients: ClientUpdates, groups: ParamGroups, features: Features) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fdcr_fast.round import readings
 from fdcr_fast.round.client_updates import ClientUpdates
+from fdcr_fast.round.readings import MomentsView
 from fdcr_fast.round.tiles import Span
 from fdcr_fast.round.tiles_view import TilesView
 from fdcr_fast.round.vectors import sent
@@ -42,15 +43,17 @@ def standard_scores(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Features:
-    """What the valid clients' updates of the features tell by themselves, float64 ``[n]``.
+    """What the valid clients' updates of the features tell by themselves and beside the model, float64 ``[n]``.
 
     Attributes:
         length: ``||D_k||`` over the features.
+        along: ``<D_k, w>`` over the features.
         kurtosis: ``log(mean(D_k^4) / mean(D_k^2)^2)``: how few of them change most, such as those that see a trigger.
         whole: The same of all parameters, the head included, where one class may change most.
     """
 
     length: Tensor
+    along: Tensor
     kurtosis: Tensor
     whole: Tensor
 
@@ -65,35 +68,43 @@ class Features:
         return self.kurtosis - self.kurtosis.median()
 
 
-def features_of(clients: ClientUpdates, groups: ParamGroups) -> Features:
+def features_of(global_params: Tensor, clients: ClientUpdates, groups: ParamGroups) -> Features:
     """One reading of a round: of the features, and of all else."""
     P = clients.num_params
     parts = sorted(groups.features, key=lambda part: part.start)
     bounds = zip([0, *(part.stop for part in parts)], [*(part.start for part in parts), P], strict=True)
     others = [slice(stop, start) for stop, start in bounds if stop < start]
-    inside = readings.moments(clients, ranges=parts, squares=True)
-    outside = readings.moments(clients, ranges=others, squares=True) if others else torch.zeros_like(inside)
+    views = [
+        MomentsView(ranges=parts, squares=True),
+        MomentsView(ranges=others, squares=True),
+        MomentsView(global_params, parts),
+    ]
+    inside, outside, (along, _) = readings.moments(clients, views).cpu()
     squares, kurtosis = _kurtosis(clients, inside, _size(groups.features))
     _, whole = _kurtosis(clients, inside + outside, P)
-    return Features(squares.sqrt(), kurtosis, whole)
+    return Features(squares.sqrt(), clients.of_valid(along), kurtosis, whole)
 
 
 def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
     """The views of one round of valid clients only; see :class:`fdcr_fast.CoalitionFDCR` for the formulas."""
     mean_fisher = _mean_fisher(clients)
-    head = _head_importance(clients, groups, mean_fisher)
-    floor = regularisation * _mean_over_params(clients, mean_fisher)
-    moments = readings.moments(clients, 1 / (mean_fisher + floor), ranges=groups.features, squares=True)
-    _, kurtosis = _kurtosis(clients, moments, _size(groups.features))
-    return Views(
-        standardised(_similarity(clients, mean_fisher)),
-        standard_scores(head) + standard_scores(kurtosis),
-    )
+    mean = _mean_over_params(clients, mean_fisher)
+    views = [
+        MomentsView((mean_fisher + regularisation * mean).reciprocal_(), groups.features, squares=True),
+        MomentsView(mean_fisher, groups.head, squares=True),
+        MomentsView(None, groups.head, squares=True),
+    ]
+    features, (weighted, _), (plain, _) = readings.moments(clients, views).cpu()
+    _, kurtosis = _kurtosis(clients, features, _size(groups.features))
+    head = clients.of_valid(torch.log(weighted / plain))  # how important the parameters are that a client changes
+    concentration = standard_scores(head) + standard_scores(kurtosis)
+    return Views(standardised(_similarity(clients, mean_fisher.div_(mean))), concentration)
 
 
 def cautious_views(clients: ClientUpdates, groups: ParamGroups, features: Features) -> Views:
     """The views of a cautious start: similarity is that of the features alone."""
-    similarity = _similarity(clients, features_alone(_mean_fisher(clients), clients, groups))
+    alone = features_alone(_mean_fisher(clients), clients, groups)
+    similarity = _similarity(clients, alone.div_(_mean_over_params(clients, alone)))
     return Views(standardised(similarity), features.concentration)
 
 
@@ -121,11 +132,11 @@ def features_alone(vector: Tensor, clients: ClientUpdates, groups: ParamGroups) 
     return alone
 
 
-def _similarity(clients: ClientUpdates, mean_fisher: Tensor) -> Tensor:
-    """``A [K', K']`` before standardising."""
+def _similarity(clients: ClientUpdates, relative: Tensor) -> Tensor:
+    """``A [K', K']`` before standardising, from ``Pbar`` over its mean, which is overwritten."""
     # sqrt(F) D with F = sqrt(Pbar), whose scale does not matter, is Pbar^(1/4) D.
     precision = "float32" if readings.may_fit_single(clients) else "float64"
-    metric = (mean_fisher / _mean_over_params(clients, mean_fisher)).sqrt().to(getattr(torch, precision))
+    metric = relative.sqrt_().to(getattr(torch, precision))
     shared = replace(clients, tiles=_SharedFisher(clients.tiles, metric))
     (inner,) = grams(shared, views=[GramView("fisher_update")], precision=precision)
     valid = clients.valid
@@ -156,12 +167,12 @@ class _FishersAlone(TilesView):
 def _mean_fisher(clients: ClientUpdates) -> Tensor:
     """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum; float64, of the parameters here."""
     fishers = replace(clients, tiles=_FishersAlone(clients.tiles))
-    total = clients.of_valid(readings.moments(fishers, squares=False)[0].cpu())
+    total = clients.of_valid(readings.moments(fishers, [MomentsView()])[0, 0].cpu())
     weights = 1 / (len(total) * total)
     # As products of float32 are far from its limits: the scale of a Fisher is a client's to choose.
     single = readings.fits_single(clients) and bool((weights > _LEAST_WEIGHT).all())
     device = clients.tiles.device
-    nothing = torch.zeros(clients.tiles.num_params, dtype=torch.float64, device=device)
+    nothing = torch.zeros(1, dtype=torch.float64, device=device).expand(clients.tiles.num_params)
     on = sent(of_all(clients, weights), device)
     return readings.mean(nothing, fishers.on_device(), on, rescale=False, single=single)
 
@@ -171,17 +182,9 @@ def _mean_over_params(clients: ClientUpdates, vector: Tensor) -> Tensor:
     return clients.shard.sum_vector(vector, torch.sum) / clients.num_params
 
 
-def _head_importance(clients: ClientUpdates, groups: ParamGroups, mean_fisher: Tensor) -> Tensor:
-    """``r_k``: how important the parameters of the head are that a client changes."""
-    weighted, plain = (
-        readings.moments(clients, factors, ranges=groups.head, squares=True)[0] for factors in (mean_fisher, None)
-    )
-    return clients.of_valid(torch.log(weighted / plain).cpu())
-
-
 def _kurtosis(clients: ClientUpdates, moments: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The sum of ``q``, and the logarithm of ``mean(q^2) / mean(q)^2``, from sums ``[2, K]`` over so many."""
-    first, second = moments.cpu()
+    first, second = moments
     return clients.of_valid(first), clients.of_valid(torch.log((second / size) / (first / size) ** 2))
 
 
