@@ -87,7 +87,8 @@ class CoalitionFDCR(AggregationRule):
     against whom there is more than 1.2 of ``max(0, 1 - x_k / h) + max(0, e_k) + 1.5 p_k / (1 + exp((5.6 sqrt(K) - J) /
     2))``, with ``h`` the core's median of ``x``, ``e_k`` the mean of the features' kurtosis above the median client's,
     and ``J`` the largest. Updates are clipped to the round's median norm. An attacker can choose its ``x_k`` by adding
-    a multiple of ``w`` to its update, and must then still not concentrate on few features, nor resemble another.
+    a multiple of ``w`` to its update. No agreement is too much for the rule: several who add a large one are trusted
+    most and get through, see docs/research-coalition.md.
 
     With ``start="bold"`` the set that maximises ``J`` is dropped from the first round on, whether anybody attacks or
     not; one wrong decision in the first rounds then loses the run. ``scores`` holds by how much the best set with a
