@@ -87,10 +87,11 @@ class MeanRule(AggregationRule):
     def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
         """The norms come from the reading for the mean, if that needs none.
 
-        A rule that extends one of these may look at them before it decides.
+        A rule that extends one of these, or decides who is kept all the same, may look at them before it does.
         """
-        known = None
-        if MeanRule in type(self).__bases__ and not self.needs_norms:
+        known, own = None, type(self)
+        decides = own.select is not AggregationRule.select or own.judge is not AggregationRule.judge
+        if MeanRule in own.__bases__ and not (decides or self.needs_norms):
             single = readings.may_fit_single(clients)
             known = foreseen(self, clients, single, lambda: self._read(global_params, clients, single))
         return super()._measured(global_params, clients) if known is None else known

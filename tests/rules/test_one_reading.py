@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fdcr_fast import CRFL, FDCR, RLR, FedAvg, Finetuning, Selection, UpdateStore, ops
 from fdcr_fast.round import readings
 from fdcr_fast.round.tiles import MatrixTiles
+from fdcr_fast.rules.foreseen import MeanRule
 from tests.support.fdcr_rounds import P, attacked
 
 # What they make of the mean may depend on all parameters.
@@ -223,16 +224,20 @@ def test_whoever_is_found_in_the_reading_for_the_mean_is_rejected(make, value, s
     torch.testing.assert_close(result.params, expected.params)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DropsTheLongest(FedAvg):
-    def select(self, clients):
-        return Selection(clients.squared_norm < clients.squared_norm.max())
+@pytest.mark.parametrize("base", [FedAvg, MeanRule])
+def test_a_rule_that_extends_the_mean_may_look_at_norms(base):
+    @dataclass(frozen=True, kw_only=True)
+    class DropsTheLongest(base):
+        def select(self, clients):
+            return Selection(clients.squared_norm < clients.squared_norm.max())
 
-
-def test_a_rule_that_extends_the_mean_may_look_at_norms():
     w, updates, _, n = attacked()
     result = DropsTheLongest().aggregate(w, updates, None, n)
-    assert result.kept.tolist() == [k != updates.norm(dim=1).argmax() for k in range(len(updates))]
+    longest = updates.norm(dim=1).argmax()
+    assert result.kept.tolist() == [k != longest for k in range(len(updates))]
+    expected = w.double() + result.weights @ updates.double()
+    assert result.weights[longest] == 0
+    assert (result.params - expected).norm() < 1e-6 * expected.norm()
     assert FedAvg(clip="median").aggregate(w, updates, None, n).weights.sum() < 1
 
 
