@@ -1,8 +1,4 @@
 // The CPU operators of small networks; see operators.cpp.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -11,12 +7,15 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "tensors.h"
 #include "torch_pool.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using fdcr::dense;
+using fdcr::floats;
+using fdcr::ScalarType;
+using fdcr::Tensor;
 
 // A layer as operators get it: the numbers of NetworkLayer in fdcr_fast/ops/networks.py, in their order.
 struct LayerNumbers {
@@ -32,10 +31,6 @@ void check_vector(const Tensor& x, ScalarType type, const char* name) {
                   " must be a contiguous vector of ", type == ScalarType::Float ? "float32" : "int64",
                   " on the CPU");
 }
-
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 // The tensors behind a NetworkProblem; they live as long as this does.
 struct Network {

@@ -43,6 +43,10 @@ inline Source source(const Tensor& tensor, const char* name) {
 
 inline double* doubles(const Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
 
+inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 inline ScalarType accumulation_type(const Tensor& a, const Tensor& b) {
   return a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double ? ScalarType::Double
                                                                                         : ScalarType::Float;

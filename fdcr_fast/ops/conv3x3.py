@@ -56,7 +56,7 @@ def conv3x3(input: Tensor, weight: Tensor) -> Tensor:
     Returns:
         ``[N, H, W, O]``.
     """
-    return _last(F.conv2d(_second(input), _second(weight), padding=1))
+    return channels_last(F.conv2d(channels_second(input), channels_second(weight), padding=1)).contiguous()
 
 
 def _check_input_grad(output_grad: Tensor, weight: Tensor) -> None:
@@ -79,8 +79,9 @@ def conv3x3_input_grad(output_grad: Tensor, weight: Tensor) -> Tensor:
     Returns:
         ``[N, H, W, I]``.
     """
-    grad, filters = _second(output_grad), _second(weight)
-    return _last(conv2d_input((len(grad), filters.shape[1], *grad.shape[2:]), filters, grad, padding=1))
+    grad, filters = channels_second(output_grad), channels_second(weight)
+    sizes = len(grad), filters.shape[1], *grad.shape[2:]
+    return channels_last(conv2d_input(sizes, filters, grad, padding=1)).contiguous()
 
 
 def _check_weight_grad(output_grad: Tensor, input: Tensor) -> None:
@@ -106,14 +107,16 @@ def conv3x3_weight_grad(output_grad: Tensor, input: Tensor) -> Tensor:
     Returns:
         ``[O, 3, 3, I]``.
     """
-    grad, images = _second(output_grad), _second(input)
-    return _last(conv2d_weight(images, (grad.shape[1], images.shape[1], 3, 3), grad, padding=1))
+    grad, images = channels_second(output_grad), channels_second(input)
+    sizes = grad.shape[1], images.shape[1], 3, 3
+    return channels_last(conv2d_weight(images, sizes, grad, padding=1)).contiguous()
 
 
-def _second(x: Tensor) -> Tensor:
-    """The channels in dimension 1, as PyTorch has them."""
+def channels_second(x: Tensor) -> Tensor:
+    """A view with the channels in dimension 1, as PyTorch has them."""
     return x.permute(0, 3, 1, 2)
 
 
-def _last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
+def channels_last(x: Tensor) -> Tensor:
+    """A view with the channels in the last dimension, as the operators have them."""
+    return x.permute(0, 2, 3, 1)

@@ -128,17 +128,17 @@ def moments(clients: ClientUpdates, views: Sequence[MomentsView]) -> Tensor:
         torch.tensor([[part.start, part.stop] for part in _merged(parts)], dtype=torch.int64).view(-1, 2)
         for parts in ranges
     ]
-    ones = torch.zeros(0, dtype=torch.float64, device=device)
+    ones = zeros(0, device)
     factors = [ones if view.factors is None else view.factors for view in views]
+    squares = [view.squares for view in views]
 
     def read(span: Span, totals: Tensor) -> Tensor:
         own = [vector[span.first : span.first + span.num_params] for vector in factors]
         chosen = [clients.shard.within(parts, span) for parts in bounds]
-        squares = [view.squares for view in views]
         return ops.moments(span.updates, own, clients.valid, chosen, totals, span.num_params, squares)
 
-    zeros = torch.zeros(len(views), 2, len(clients.clients), dtype=torch.float64, device=device)
-    return clients.sum(zeros, read)
+    shape = len(views), 2, len(clients.clients)
+    return clients.sum(zeros(math.prod(shape), device).view(shape), read)
 
 
 def _merged(ranges: Iterable[slice]) -> list[slice]:

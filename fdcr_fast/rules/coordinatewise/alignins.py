@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.columns import Columns, column_sums, whole_updates
+from fdcr_fast.round.columns import Columns, column_sums, squared_length, whole_updates
 from fdcr_fast.rules.base import AggregationRule
 from fdcr_fast.rules.result import Selection
 from fdcr_fast.rules.valid_clients import equal_weights, of_all, valid_ids
@@ -112,7 +112,7 @@ def _alignments(global_params: Tensor, clients: ClientUpdates, top_share: float)
         return torch.cat([along[None], masks.double() @ updates.new_ones(updates.shape[1])])
 
     along, aligned_above, aligned_edge, above, edge = column_sums(clients, terms, 5).cpu()
-    lengths = global_params.double().norm().cpu() * clients.of_valid(clients.squared_norm).sqrt()
+    lengths = squared_length(global_params).sqrt().cpu() * clients.of_valid(clients.squared_norm).sqrt()
     direction = torch.where(lengths > 0, along / lengths, 0.0).clamp_(-1, 1)
     return direction, (aligned_above + aligned_edge * (count - above) / edge) / count
 

@@ -194,7 +194,6 @@ class _OneReading:
         alpha = rule.shares(on, on.valid)
         expected = self._expected(on, alpha, guess)
         while True:
-            params = self.global_params  # memory of those that were not foreseen serves the next ones
             if expected is None:
                 scores = readings.scores(on, alpha, reweight=rule.importance, single=single)
             else:
@@ -220,7 +219,7 @@ class _OneReading:
                 break
             single, expected = False, sent(selection.kept, on.valid.device)
         if not foreseen:
-            params = self.global_params
+            params = self.global_params  # lets go of those that were not foreseen: their memory serves the right ones
             params = readings.mean(self.global_params, on, weights, rescale=rule.rescale, single=single)
         return (selection, own, params), statistics
 

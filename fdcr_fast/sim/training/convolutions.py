@@ -12,7 +12,14 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from fdcr_fast import _native
-from fdcr_fast.ops.conv3x3 import CHANNELS, conv3x3, conv3x3_input_grad, conv3x3_weight_grad
+from fdcr_fast.ops.conv3x3 import (
+    CHANNELS,
+    channels_last,
+    channels_second,
+    conv3x3,
+    conv3x3_input_grad,
+    conv3x3_weight_grad,
+)
 
 # Of fewer, what is done for all products together takes longer than what is saved.
 FEWEST_TILES = 64  # of 2 by 2 pixels, of all samples together
@@ -95,7 +102,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(input, weight)
-        return _first(conv3x3(_last(input), _last(weight)))
+        return channels_second(conv3x3(channels_last(input), channels_last(weight)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -108,14 +115,6 @@ class _Convolution(torch.autograd.Function):
             )
             return found[0], found[1]
         return (
-            _first(conv3x3_input_grad(_last(grad), _last(weight))) if wanted[0] else None,
-            _first(conv3x3_weight_grad(_last(grad), _last(input))) if wanted[1] else None,
+            channels_second(conv3x3_input_grad(channels_last(grad), channels_last(weight))) if wanted[0] else None,
+            channels_second(conv3x3_weight_grad(channels_last(grad), channels_last(input))) if wanted[1] else None,
         )
-
-
-def _last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
-def _first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
