@@ -16,7 +16,7 @@ from torch import Tensor
 from fdcr_fast import ops
 from fdcr_fast.memory import empty
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.shard import WHOLE
+from fdcr_fast.round.shard import WHOLE, Shard
 from fdcr_fast.round.tiles import ClientTiles, MatrixTiles, Span
 from fdcr_fast.round.vectors import arrays, zeros
 
@@ -123,11 +123,7 @@ def moments(clients: ClientUpdates, views: Sequence[MomentsView]) -> Tensor:
         views: ``M`` ways to look at the clients.
     """
     device, everything = clients.tiles.device, [slice(0, clients.num_params)]
-    ranges = [everything if view.ranges is None else view.ranges for view in views]
-    bounds = [
-        torch.tensor([[part.start, part.stop] for part in _merged(parts)], dtype=torch.int64).view(-1, 2)
-        for parts in ranges
-    ]
+    bounds = [_bounds(everything if view.ranges is None else view.ranges) for view in views]
     ones = zeros(0, device)
     factors = [ones if view.factors is None else view.factors for view in views]
     squares = [view.squares for view in views]
@@ -139,6 +135,23 @@ def moments(clients: ClientUpdates, views: Sequence[MomentsView]) -> Tensor:
 
     shape = len(views), 2, len(clients.clients)
     return clients.sum(zeros(math.prod(shape), device).view(shape), read)
+
+
+def squared_length(shard: Shard, vector: Tensor, ranges: Sequence[slice]) -> Tensor:
+    """The sum of squares over ranges of the model's parameters, of which the vector ``[P]`` has those that are here."""
+    ones, bounds, here = zeros(0, vector.device), _bounds(ranges), torch.ones(1, dtype=torch.bool)
+
+    def read(span: Span, total: Tensor) -> Tensor:
+        chosen = [shard.within(bounds, span)]
+        return ops.moments(span.updates, [ones], here, chosen, total, span.num_params, [True])
+
+    whole = Span(0, len(vector), vector.detach()[None, None], None)
+    return shard.sum([whole], zeros(2, vector.device).view(1, 2, 1), read)[0, 0, 0].cpu()
+
+
+def _bounds(ranges: Sequence[slice]) -> Tensor:
+    """Ranges of the model's parameters as the operators take them, int64 ``[R, 2]``."""
+    return torch.tensor([[part.start, part.stop] for part in _merged(ranges)], dtype=torch.int64).view(-1, 2)
 
 
 def _merged(ranges: Iterable[slice]) -> list[slice]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fdcr_fast.round import readings
 from fdcr_fast.round.client_updates import ClientUpdates
-from fdcr_fast.round.columns import dot_products, squared_length
-from fdcr_fast.rules.coalition.views import Features, features_alone
+from fdcr_fast.round.columns import dot_products
+from fdcr_fast.rules.coalition.views import Features
 from fdcr_fast.rules.param_groups import ParamGroups
 
 _CORE = 0.3  # share of the clients that is kept in the first rounds
@@ -32,8 +32,7 @@ def model_agreement(global_params: Tensor, clients: ClientUpdates, groups: Param
     ``z (softmax(z) - y)``, ``z`` the logits and ``y`` the labels, by Euler's theorem for homogeneous functions. The
     head is left out, which follows the client's classes.
     """
-    known = features_alone(global_params, clients, groups)
-    lengths = clients.shard.sum_vector(known, squared_length).sqrt().cpu() * features.length
+    lengths = readings.squared_length(clients.shard, global_params, groups.features).sqrt() * features.length
     return torch.where(lengths > 0, features.along / lengths, 0.0)
 
 

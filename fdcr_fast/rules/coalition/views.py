@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdcr_fast.round import readings
 from fdcr_fast.round.client_updates import ClientUpdates
@@ -20,7 +20,7 @@ from fdcr_fast.rules.param_groups import ParamGroups
 from fdcr_fast.rules.valid_clients import of_all
 
 _NO_DIRECTION = 1e-6  # squared length beside which a cosine is rounding
-_LEAST_WEIGHT = 1e-30  # of a Fisher, in float32
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-30, 1e30  # of a Fisher, in float32
 
 
 def standardised(matrix: Tensor) -> Tensor:
@@ -87,58 +87,51 @@ def features_of(global_params: Tensor, clients: ClientUpdates, groups: ParamGrou
 
 def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
     """The views of one round of valid clients only; see :class:`fdcr_fast.CoalitionFDCR` for the formulas."""
-    mean_fisher = _mean_fisher(clients)
-    mean = _mean_over_params(clients, mean_fisher)
+    fisher = _relative_fisher(clients, torch.float64)
     views = [
-        MomentsView((mean_fisher + regularisation * mean).reciprocal_(), groups.features, squares=True),
-        MomentsView(mean_fisher, groups.head, squares=True),
+        MomentsView((fisher + regularisation).reciprocal_(), groups.features, squares=True),
+        MomentsView(fisher, groups.head, squares=True),
         MomentsView(None, groups.head, squares=True),
     ]
     features, (weighted, _), (plain, _) = readings.moments(clients, views).cpu()
     _, kurtosis = _kurtosis(clients, features, _size(groups.features))
     head = clients.of_valid(torch.log(weighted / plain))  # how important the parameters are that a client changes
     concentration = standard_scores(head) + standard_scores(kurtosis)
-    return Views(standardised(_similarity(clients, mean_fisher.div_(mean))), concentration)
+    return Views(standardised(_similarity(clients, fisher, None)), concentration)
 
 
 def cautious_views(clients: ClientUpdates, groups: ParamGroups, features: Features) -> Views:
     """The views of a cautious start: similarity is that of the features alone."""
-    alone = features_alone(_mean_fisher(clients), clients, groups)
-    similarity = _similarity(clients, alone.div_(_mean_over_params(clients, alone)))
-    return Views(standardised(similarity), features.concentration)
+    fisher = _relative_fisher(clients, getattr(torch, _precision(clients)))
+    return Views(standardised(_similarity(clients, fisher, groups.features)), features.concentration)
 
 
 @dataclass(frozen=True)
 class _SharedFisher(TilesView):
-    """The tiles of a round in which all clients have one Fisher ``[P]``; of rows it takes no memory."""
+    """The tiles of a round in which all clients have one Fisher, in whole tiles; of rows it takes no memory."""
 
     fisher: Tensor
 
     with_fishers = True
 
     def seen(self, span: Span) -> Span:
-        tiles, _, length = span.updates.shape
-        own = self.fisher[span.first : span.first + span.num_params]
-        padded = nn.functional.pad(own, (0, tiles * length - len(own)))
-        return replace(span, fishers=padded.view(tiles, 1, length).expand(span.updates.shape))
+        tiles, clients, length = span.updates.shape
+        own = self.fisher[span.first : span.first + tiles * length]
+        return replace(span, fishers=own.view(tiles, 1, length).expand(tiles, clients, length))
 
 
-def features_alone(vector: Tensor, clients: ClientUpdates, groups: ParamGroups) -> Tensor:
-    """A vector of the parameters that are here with zeros where no features are."""
-    alone, first = torch.zeros_like(vector), clients.shard.first
-    for part in groups.features:
-        here = slice(max(part.start - first, 0), max(part.stop - first, 0))
-        alone[here] = vector[here]
-    return alone
+def _precision(clients: ClientUpdates) -> str:
+    """In what products of the clients' rows are formed."""
+    return "float32" if readings.may_fit_single(clients) else "float64"
 
 
-def _similarity(clients: ClientUpdates, relative: Tensor) -> Tensor:
-    """``A [K', K']`` before standardising, from ``Pbar`` over its mean, which is overwritten."""
+def _similarity(clients: ClientUpdates, fisher: Tensor, ranges: Sequence[slice] | None) -> Tensor:
+    """``A [K', K']`` before standardising over ranges, None for all, from ``Pbar`` at any scale, which is overwritten."""
+    precision = _precision(clients)
     # sqrt(F) D with F = sqrt(Pbar), whose scale does not matter, is Pbar^(1/4) D.
-    precision = "float32" if readings.may_fit_single(clients) else "float64"
-    metric = relative.sqrt_().to(getattr(torch, precision))
+    metric = fisher.sqrt_().to(getattr(torch, precision))
     shared = replace(clients, tiles=_SharedFisher(clients.tiles, metric))
-    (inner,) = grams(shared, views=[GramView("fisher_update")], precision=precision)
+    (inner,) = grams(shared, views=[GramView("fisher_update", ranges)], precision=precision)
     valid = clients.valid
     cosines = _cosines(inner.cpu()[valid][:, valid]).nan_to_num(0.0)
     rows = cosines.mean(0)
@@ -164,22 +157,36 @@ class _FishersAlone(TilesView):
         return replace(span, updates=span.fishers, fishers=None)
 
 
-def _mean_fisher(clients: ClientUpdates) -> Tensor:
-    """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum; float64, of the parameters here."""
+@dataclass(frozen=True)
+class _WholeTiles(_FishersAlone):
+    """The Fishers with what fills up the last tile, as if these were parameters."""
+
+    @property
+    def num_params(self) -> int:
+        """That of all tiles."""
+        return -(-self.tiles.num_params // self.tile) * self.tile
+
+    def seen(self, span: Span) -> Span:
+        fishers = super().seen(span)
+        tiles, _, length = fishers.updates.shape
+        return replace(fishers, num_params=tiles * length)
+
+
+def _relative_fisher(clients: ClientUpdates, dtype: torch.dtype) -> Tensor:
+    """``Pbar``, the mean of the valid clients' Fishers, each divided by its sum, over its mean; the parameters here.
+
+    More numbers, which mean nothing, fill up the last tile.
+    """
     fishers = replace(clients, tiles=_FishersAlone(clients.tiles))
     total = clients.of_valid(readings.moments(fishers, [MomentsView()])[0, 0].cpu())
-    weights = 1 / (len(total) * total)
+    weights = clients.num_params / (len(total) * total)
     # As products of float32 are far from its limits: the scale of a Fisher is a client's to choose.
-    single = readings.fits_single(clients) and bool((weights > _LEAST_WEIGHT).all())
-    device = clients.tiles.device
-    nothing = torch.zeros(1, dtype=torch.float64, device=device).expand(clients.tiles.num_params)
+    usual = bool(((weights > _LEAST_WEIGHT) & (weights < _MOST_WEIGHT)).all())
+    whole, device = _WholeTiles(clients.tiles), clients.tiles.device
+    nothing = torch.zeros(1, dtype=dtype, device=device).expand(whole.num_params)
     on = sent(of_all(clients, weights), device)
-    return readings.mean(nothing, fishers.on_device(), on, rescale=False, single=single)
-
-
-def _mean_over_params(clients: ClientUpdates, vector: Tensor) -> Tensor:
-    """The mean of a vector over all parameters, of which some are here."""
-    return clients.shard.sum_vector(vector, torch.sum) / clients.num_params
+    single = usual and readings.fits_single(clients)
+    return readings.mean(nothing, replace(clients, tiles=whole).on_device(), on, rescale=False, single=single)
 
 
 def _kurtosis(clients: ClientUpdates, moments: Tensor, size: int) -> tuple[Tensor, Tensor]:
