@@ -5,9 +5,16 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Numbers: TypeAlias = NDArray[np.float64]
+Members: TypeAlias = NDArray[np.bool_]
+Indices: TypeAlias = NDArray[np.intp]
 
 _EXACT = 14  # up to so many clients all minorities are compared
 _STARTS = 16  # as many clients as this are grown into sets
@@ -33,92 +40,95 @@ class Views:
         return len(self.concentration)
 
     @cached_property
-    def rows(self) -> Tensor:
-        """Sums of the rows of ``A``."""
-        return self.similarity.sum(1)
+    def arrays(self) -> tuple[Numbers, Numbers]:
+        """``A`` and ``c`` for a search, whose many small steps take NumPy a third of the time."""
+        return self.similarity.numpy(), self.concentration.numpy()
 
     @cached_property
-    def totals(self) -> tuple[Tensor, Tensor]:
+    def rows(self) -> Numbers:
+        """Sums of the rows of ``A``."""
+        return self.similarity.sum(1).numpy()
+
+    @cached_property
+    def totals(self) -> tuple[float, float]:
         """The sum of ``A``, and that of ``c``."""
-        return self.rows.sum(), self.concentration.sum()
+        return float(self.rows.sum()), float(self.arrays[1].sum())
 
     @cached_property
     def minority_scores(self) -> Tensor:
         """``J`` of all :func:`minorities`, float64 ``[R]``."""
-        return _Sets(minorities(len(self)), self).scores()
+        return set_scores(minorities(len(self)), self)
 
 
-@dataclass(frozen=True)
-class _Sums:
+class _Sums(NamedTuple):
     """Sums over sets of clients, from which their score follows; a batch of any shape.
 
     ``a`` is the sum of ``A`` within the set, ``da`` that over its rows, ``c`` that of ``c``.
     """
 
-    size: Tensor
-    a: Tensor
-    da: Tensor
-    c: Tensor
+    size: Numbers
+    a: Numbers
+    da: Numbers
+    c: Numbers
 
 
-def _score(sums: _Sums, views: Views) -> Tensor:
-    K = len(views)
-    s, r = sums.size, K - sums.size
+def _score(sums: _Sums, views: Views) -> Numbers:
+    s, r = sums.size, len(views) - sums.size
     total_a, total_c = views.totals
-    inside = sums.a / (s * (s - 1)).clamp(min=1)  # of a single client its similarity to nobody: 0, the mean of A
-    across = (sums.da - sums.a) / (s * r).clamp(min=1)
-    outside = (total_a - 2 * sums.da + sums.a) / (r * (r - 1)).clamp(min=1)
-    c = sums.c / s.clamp(min=1) - (total_c - sums.c) / r
-    return (s * r).sqrt() * (inside - 2 * across + outside + c)
+    inside = sums.a / np.maximum(s * (s - 1), 1)  # of a single client its similarity to nobody: 0, the mean of A
+    across = (sums.da - sums.a) / np.maximum(s * r, 1)
+    outside = (total_a - 2 * sums.da + sums.a) / np.maximum(r * (r - 1), 1)
+    c = sums.c / np.maximum(s, 1) - (total_c - sums.c) / r
+    score: Numbers = np.sqrt(s * r) * (inside - 2 * across + outside + c)
+    return score
 
 
 class _Sets:
     """A batch of sets ``[R, K]`` and, for every client, its similarity to each of them."""
 
-    def __init__(self, members: Tensor, views: Views, similarity: Tensor | None = None) -> None:
-        inside = members.double()
+    def __init__(self, members: Members, views: Views, similarity: Numbers | None = None) -> None:
+        inside = members.astype(np.float64)
         self.members = members
         self.views = views
-        self.similarity = inside @ views.similarity if similarity is None else similarity
+        self.similarity = (torch.from_numpy(inside) @ views.similarity).numpy() if similarity is None else similarity
         self.sums = _Sums(
             inside.sum(1),
             (inside * self.similarity).sum(1),
-            inside @ views.rows,
-            inside @ views.concentration,
+            (inside * views.rows).sum(1),
+            (inside * views.arrays[1]).sum(1),
         )
 
-    def scores(self) -> Tensor:
+    def scores(self) -> Numbers:
         """``J [R]``."""
         return _score(self.sums, self.views)
 
-    def flipped(self, clients: Tensor) -> _Sets:
-        """Every set with its client of ``clients [R]`` in where it was out, and out where it was in."""
-        sets = torch.arange(len(clients))
-        sign = torch.where(self.members[sets, clients], -1.0, 1.0).double()[:, None]
-        members = self.members.clone()
-        members[sets, clients] ^= True
-        return _Sets(members, self.views, self.similarity + sign * self.views.similarity[clients])
+    def flipped(self, client: int) -> _Sets:
+        """Every set with the client in where it was out, and out where it was in."""
+        members = self.members.copy()
+        members[:, client] ^= True
+        sign = np.where(members[:, client, None], 1.0, -1.0)
+        return _Sets(members, self.views, self.similarity + sign * self.views.arrays[0][client])
 
-    def joined(self, clients: Tensor) -> _Sets:
+    def joined(self, clients: Indices) -> _Sets:
         """Every set with its clients of ``clients [R, n]``, which were out, in."""
-        members = self.members.scatter(1, clients, True)
-        return _Sets(members, self.views, self.similarity + self.views.similarity[clients].sum(1))
+        members = self.members.copy()
+        np.put_along_axis(members, clients, True, 1)
+        return _Sets(members, self.views, self.similarity + self.views.arrays[0][clients].sum(1))
 
-    def changed(self, sign: int) -> Tensor:
+    def changed(self, sign: int) -> Numbers:
         """``J [R, K]`` of every set with one client more, or one less; -inf where there is none such."""
         t = self.sums
         sums = _Sums(
             t.size[:, None] + sign,
             t.a[:, None] + 2 * sign * self.similarity,
             t.da[:, None] + sign * self.views.rows,
-            t.c[:, None] + sign * self.views.concentration,
+            t.c[:, None] + sign * self.views.arrays[1],
         )
-        possible = ~self.members if sign > 0 else self.members
-        return torch.where(possible, _score(sums, self.views), -torch.inf)
+        return np.where(self.members == (sign < 0), _score(sums, self.views), -np.inf)
 
-    def swapped(self, leave: Tensor, join: Tensor) -> Tensor:
+    def swapped(self, leave: Indices, join: Indices) -> Numbers:
         """``J [len(leave), len(join)]`` of the first set without a client that leaves and with one that joins."""
-        t, A, c, a = self.sums, self.views.similarity, self.views.concentration, self.similarity[0]
+        t, (A, c), a = self.sums, self.views.arrays, self.similarity[0]
         out = leave[:, None]
         sums = _Sums(
             t.size[0],
@@ -151,13 +161,13 @@ def find_coalition(views: Views) -> tuple[Tensor, float]:
     if K <= _EXACT:
         score, best = views.minority_scores.max(0)
         return minorities(K)[best], score.item()
-    candidates = [_improved(members, views) for members in _grown(views)]
-    return max(candidates, key=lambda found: found[1])
+    found, largest = max((_improved(members, views) for members in _grown(views)), key=lambda found: found[1])
+    return torch.from_numpy(found), largest
 
 
 def set_scores(members: Tensor, views: Views) -> Tensor:
     """``J`` of sets, float64 ``[R]``, from membership, bool ``[R, K]``."""
-    return _Sets(members, views).scores()
+    return torch.from_numpy(_Sets(members.numpy(), views).scores())
 
 
 def margins(members: Tensor, views: Views) -> Tensor:
@@ -176,9 +186,10 @@ def margins(members: Tensor, views: Views) -> Tensor:
         inside, scores = minorities(K), views.minority_scores[:, None]
         having = torch.where(inside, scores, -torch.inf).amax(0)
         return having - torch.where(inside, -torch.inf, scores).amax(0)
-    coalition = _Sets(members[None], views)
+    coalition = _Sets(members.numpy()[None], views)
     score = coalition.scores()
-    return torch.where(members, score - coalition.changed(-1)[0], coalition.changed(+1)[0] - score)
+    less, more = coalition.changed(-1)[0], coalition.changed(+1)[0]
+    return torch.from_numpy(np.where(members.numpy(), score - less, more - score))
 
 
 def membership(members: Tensor, views: Views) -> Tensor:
@@ -214,57 +225,56 @@ def minorities(K: int) -> Tensor:
     return members
 
 
-def _grown(views: Views) -> list[Tensor]:
+def _largest_of(scores: Numbers, n: int) -> Indices:
+    """Where the ``n`` largest of each row are, the first of those that are equal."""
+    return np.argsort(-scores, axis=-1, kind="stable")[..., :n]
+
+
+def _grown(views: Views) -> list[Members]:
     """The best sets met while single clients are grown to half of all, by the clients that help most."""
     K = len(views)
-    singles = _Sets(torch.eye(K, dtype=torch.bool), views)
-    pairs = singles.changed(+1).amax(1)
-    starts = pairs.topk(min(_STARTS, K)).indices
+    singles = _Sets(np.eye(K, dtype=np.bool_), views)
+    starts = _largest_of(singles.changed(+1).max(1), _STARTS)
     sets = _Sets(singles.members[starts], views)
     best, best_scores = sets.members, sets.scores()
     size = 1
     while size < _largest(K):
         step = min(max(1, size // _STRIDE), _largest(K) - size)
-        sets = sets.joined(sets.changed(+1).topk(step).indices)
+        sets = sets.joined(_largest_of(sets.changed(+1), step))
         size += step
         scores = sets.scores()
         better = scores > best_scores
-        best = torch.where(better[:, None], sets.members, best)
-        best_scores = torch.where(better, scores, best_scores)
-    order = best_scores.argsort(descending=True, stable=True)
-    return _distinct(best[order])[:_POLISHED]
+        best = np.where(better[:, None], sets.members, best)
+        best_scores = np.where(better, scores, best_scores)
+    distinct = {members.tobytes(): members for members in best[_largest_of(best_scores, _STARTS)]}
+    return list(distinct.values())[:_POLISHED]
 
 
-def _distinct(sets: Tensor) -> list[Tensor]:
-    found: dict[bytes, Tensor] = {}
-    for members in sets:
-        found.setdefault(members.numpy().tobytes(), members)
-    return list(found.values())
-
-
-def _improved(members: Tensor, views: Views) -> tuple[Tensor, float]:
+def _improved(members: Members, views: Views) -> tuple[Members, float]:
     """Add, remove or swap the clients that help most, until none do."""
     sets = _Sets(members[None], views)
-    score = sets.scores()[0].item()
+    score = float(sets.scores()[0])
     while True:
         moved = _moved(sets)
-        better = moved.scores()[0].item()
+        better = float(moved.scores()[0])
         if better <= score + 1e-9 * abs(score):  # not by rounding alone, or it would never end
             return sets.members[0], score
         sets, score = moved, better
 
 
 def _moved(sets: _Sets) -> _Sets:
-    members, size = sets.members[0], int(sets.members.sum())
+    members = sets.members[0]
+    size = int(members.sum())
     add, remove = sets.changed(+1)[0], sets.changed(-1)[0]
-    leave = remove.topk(min(_SWAPPED, size)).indices
-    join = add.topk(min(_SWAPPED, len(members) - size)).indices
+    leave = _largest_of(remove, min(_SWAPPED, size))
+    join = _largest_of(add, min(_SWAPPED, len(members) - size))
     swaps = sets.swapped(leave, join)
+    out, into = np.unravel_index(swaps.argmax(), swaps.shape)
     moves = {
-        swaps.max().item(): [leave[swaps.argmax() // len(join)], join[swaps.argmax() % len(join)]],
-        remove.max().item() if size > 1 else -torch.inf: [remove.argmax()],
-        add.max().item() if size < _largest(len(members)) else -torch.inf: [add.argmax()],
+        swaps[out, into]: [leave[out], join[into]],
+        remove.max() if size > 1 else -np.inf: [remove.argmax()],
+        add.max() if size < _largest(len(members)) else -np.inf: [add.argmax()],
     }
     for client in moves[max(moves)]:
-        sets = sets.flipped(client[None])
+        sets = sets.flipped(int(client))
     return sets

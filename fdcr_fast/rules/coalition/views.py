@@ -126,7 +126,7 @@ def _precision(clients: ClientUpdates) -> str:
 
 
 def _similarity(clients: ClientUpdates, fisher: Tensor, ranges: Sequence[slice] | None) -> Tensor:
-    """``A [K', K']`` before standardising over ranges, None for all, from ``Pbar`` at any scale, which is overwritten."""
+    """``A [K', K']`` over ranges, None for all, before standardising, from ``Pbar``, which is overwritten."""
     precision = _precision(clients)
     # sqrt(F) D with F = sqrt(Pbar), whose scale does not matter, is Pbar^(1/4) D.
     metric = fisher.sqrt_().to(getattr(torch, precision))
