@@ -71,18 +71,22 @@ class Features:
 def features_of(global_params: Tensor, clients: ClientUpdates, groups: ParamGroups) -> Features:
     """One reading of a round: of the features, and of all else."""
     P = clients.num_params
-    parts = sorted(groups.features, key=lambda part: part.start)
-    bounds = zip([0, *(part.stop for part in parts)], [*(part.start for part in parts), P], strict=True)
-    others = [slice(stop, start) for stop, start in bounds if stop < start]
     views = [
-        MomentsView(ranges=parts, squares=True),
-        MomentsView(ranges=others, squares=True),
-        MomentsView(global_params, parts),
+        MomentsView(ranges=groups.features, squares=True),
+        MomentsView(ranges=_others(groups.features, P), squares=True),
+        MomentsView(global_params, groups.features),
     ]
     inside, outside, (along, _) = readings.moments(clients, views).cpu()
     squares, kurtosis = _kurtosis(clients, inside, _size(groups.features))
     _, whole = _kurtosis(clients, inside + outside, P)
     return Features(squares.sqrt(), clients.of_valid(along), kurtosis, whole)
+
+
+def _others(ranges: Sequence[slice], num_params: int) -> list[slice]:
+    """All parameters that are not in the ranges."""
+    parts = sorted(ranges, key=lambda part: part.start)
+    bounds = zip([0, *(part.stop for part in parts)], [*(part.start for part in parts), num_params], strict=True)
+    return [slice(stop, start) for stop, start in bounds if stop < start]
 
 
 def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: float) -> Views:
@@ -97,13 +101,15 @@ def round_views(clients: ClientUpdates, groups: ParamGroups, regularisation: flo
     _, kurtosis = _kurtosis(clients, features, _size(groups.features))
     head = clients.of_valid(torch.log(weighted / plain))  # how important the parameters are that a client changes
     concentration = standard_scores(head) + standard_scores(kurtosis)
-    return Views(standardised(_similarity(clients, fisher, None)), concentration)
+    return Views(standardised(_similarity(clients, fisher)), concentration)
 
 
 def cautious_views(clients: ClientUpdates, groups: ParamGroups, features: Features) -> Views:
     """The views of a cautious start: similarity is that of the features alone."""
-    fisher = _relative_fisher(clients, getattr(torch, _precision(clients)))
-    return Views(standardised(_similarity(clients, fisher, groups.features)), features.concentration)
+    fisher, first = _relative_fisher(clients, getattr(torch, _precision(clients))), clients.shard.first
+    for part in _others(groups.features, clients.num_params):
+        fisher[max(part.start - first, 0) : max(part.stop - first, 0)] = 0
+    return Views(standardised(_similarity(clients, fisher)), features.concentration)
 
 
 @dataclass(frozen=True)
@@ -125,13 +131,13 @@ def _precision(clients: ClientUpdates) -> str:
     return "float32" if readings.may_fit_single(clients) else "float64"
 
 
-def _similarity(clients: ClientUpdates, fisher: Tensor, ranges: Sequence[slice] | None) -> Tensor:
-    """``A [K', K']`` over ranges, None for all, before standardising, from ``Pbar``, which is overwritten."""
+def _similarity(clients: ClientUpdates, fisher: Tensor) -> Tensor:
+    """``A [K', K']`` before standardising, from ``Pbar`` at any scale, which is overwritten."""
     precision = _precision(clients)
     # sqrt(F) D with F = sqrt(Pbar), whose scale does not matter, is Pbar^(1/4) D.
     metric = fisher.sqrt_().to(getattr(torch, precision))
     shared = replace(clients, tiles=_SharedFisher(clients.tiles, metric))
-    (inner,) = grams(shared, views=[GramView("fisher_update", ranges)], precision=precision)
+    (inner,) = grams(shared, views=[GramView("fisher_update")], precision=precision)
     valid = clients.valid
     cosines = _cosines(inner.cpu()[valid][:, valid]).nan_to_num(0.0)
     rows = cosines.mean(0)
