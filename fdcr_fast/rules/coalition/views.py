@@ -64,8 +64,11 @@ class Features:
 
     @property
     def excess(self) -> Tensor:
-        """The kurtosis of the features above that of the median client."""
-        return self.kurtosis - self.kurtosis.median()
+        """The kurtosis of the features above that of the median client; 0 of an update that has none, such as zeros."""
+        known = self.kurtosis.isfinite()
+        if not known.any():
+            return torch.zeros_like(self.kurtosis)
+        return torch.where(known, self.kurtosis - self.kurtosis[known].median(), 0.0)
 
 
 def features_of(global_params: Tensor, clients: ClientUpdates, groups: ParamGroups) -> Features:

@@ -28,8 +28,9 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimiz
 class AutogradClassifier(Classifier):
     """Any model, by autograd; images and filters channels last, as convolutions and pooling are faster so on CPU.
 
-    So the parameters of a convolution lie in its part of the model's own vector as ``[O, H, W, I]``. Whatever comes and
-    goes is in the order of ``layout``.
+    So the parameters of a convolution lie in its part of the model's own vector as ``[O, H, W, I]``, unless the model
+    takes it that convolutions return contiguous tensors, as with ``x.view(len(x), -1)``: the first images tell. Whatever
+    comes and goes is in the order of ``layout``.
 
     Args:
         model: See :class:`Classifier`.
@@ -42,14 +43,38 @@ class AutogradClassifier(Classifier):
         self._loss = loss
         self._optimizer = optimizer
         self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        filters = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d)}
-        self._filters = {name for name, value in self._trained.items() if id(value) in filters}
         self._velocity = torch.empty_like(self._params)  # of one client after the other
-        given = self._params.clone()
-        for name in self._filters:
-            out, into, height, width = self._trained[name].shape
-            slot = self._params[self.layout.slices[name]].view(out, height, width, into)
-            self._trained[name].data = slot.permute(0, 3, 1, 2)
+        self._filters: set[str] = set()  # those that lie channels last
+        self._tried = False
+
+    def _settle(self, images: Tensor) -> None:
+        """Choose the layout by the first images."""
+        if self._tried:
+            return
+        self._tried = True
+        filters = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Conv2d)}
+        self._lay({name for name, value in self._trained.items() if id(value) in filters})
+        if not self._takes(images[:1]):
+            self._lay(set())
+
+    @torch.no_grad()
+    def _takes(self, images: Tensor) -> bool:
+        """Whether the model has nothing against images in this layout; in evaluation mode, which changes no buffers."""
+        self.model.eval()
+        try:
+            with_torch_seed(0, lambda: self._output(images))
+        except Exception:  # which comes again where it can be told what failed, if it is not about the layout
+            return False
+        return True
+
+    def _lay(self, filters: set[str]) -> None:
+        """Let these filters lie channels last, and no other parameters."""
+        given = self.params()
+        for name in self._filters | filters:
+            slot, (out, into, *size) = self._params[self.layout.slices[name]], self._trained[name].shape
+            last = slot.view(out, *size, into).permute(0, 3, 1, 2) if name in filters else slot.view(out, into, *size)
+            self._trained[name].data = last
+        self._filters = filters
         self.load(given)
 
     def params(self) -> Tensor:
@@ -67,14 +92,22 @@ class AutogradClassifier(Classifier):
     @torch.no_grad()
     def logits(self, params: Tensor, images: Tensor, buffers: Tensor | None = None) -> Tensor:
         """The output of the model in evaluation mode."""
+        self._settle(images)
         self.load(params)
         self.load_buffers(buffers)
         self.model.eval()
         with fast_convolutions():
-            return torch.cat([output_of(self.model, batch) for batch in images.split(BATCH)])
+            return torch.cat([self._output(batch) for batch in images.split(BATCH)])
+
+    def _output(self, images: Tensor) -> Tensor:
+        """What the model says of images: its output, or the ``logits`` of one that returns more than that."""
+        output = self.model(stored(images) if self._filters else images.contiguous())
+        logits: Tensor = getattr(output, "logits", output)
+        return logits
 
     def grad(self, params: Tensor, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and gradient of the model in training mode."""
+        self._settle(images)
         self.load(params)
         self.model.train()
         loss, grads = self._grads(images[indices], labels[indices])
@@ -83,7 +116,7 @@ class AutogradClassifier(Classifier):
     def _grads(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients, one for each parameter, at the model's own parameters."""
         with fast_convolutions():
-            output = output_of(self.model, images)
+            output = self._output(images)
             loss = F.cross_entropy(output, labels) if self._loss is None else self._loss(output, labels).mean()
         loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained.values()]
@@ -125,6 +158,7 @@ class AutogradClassifier(Classifier):
                     step(list(self.layout.unflatten(grad).values()))
                     self.load(objective.project(self.params()))
 
+        self._settle(images)
         self.load(params)
         self.load_buffers(buffers)
         self.model.train()
@@ -163,9 +197,3 @@ class AutogradClassifier(Classifier):
 def _flat(grads: Sequence[Tensor]) -> Tensor:
     return torch.cat([grad.reshape(-1) for grad in grads])
 
-
-def output_of(model: nn.Module, images: Tensor) -> Tensor:
-    """What a model says of images: its output, or the ``logits`` of one that returns more than that."""
-    output = model(stored(images))
-    logits: Tensor = getattr(output, "logits", output)
-    return logits

@@ -31,7 +31,8 @@ def fast_convolutions() -> AbstractContextManager[object]:
     """A context in which convolutions go through :mod:`fdcr_fast.ops.conv3x3` where their shapes say that it pays.
 
     Models, their modules and whoever calls ``torch.conv2d`` stay as they are, and get what they would have got, but for
-    rounding. The choice follows from the arguments alone; without compiled operators there is none.
+    rounding. The choice follows from the arguments alone, of which one lies channels last, as the output then does;
+    without compiled operators there is none.
     """
     return _FastConvolutions() if _native.loaded else nullcontext()
 
@@ -63,7 +64,11 @@ def _pays(
     """Whether a convolution is one that the operators compute, of a size for which they are faster."""
     if torch.compiler.is_compiling() or not (_is_plain(input) and _is_plain(weight)):
         return False
-    if input.dim() != 4 or weight.shape[2:] != (3, 3) or groups != 1 or not (bias is None or _is_plain(bias)):
+    if input.dim() != 4 or weight.shape[2:] != (3, 3) or groups != 1:
+        return False
+    if bias is not None and not (_is_plain(bias) and bias.shape == weight.shape[:1]):
+        return False
+    if not any(x.is_contiguous(memory_format=torch.channels_last) for x in (input, weight)):
         return False
     if (_pair(stride), _pair(padding), _pair(dilation)) != ((1, 1), (1, 1), (1, 1)):
         return False
@@ -102,7 +107,9 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(input, weight)
-        return channels_second(conv3x3(channels_last(input), channels_last(weight)))
+        output = conv3x3(channels_last(input), channels_last(weight))
+        # A view could not be changed in place, as by ReLU(inplace=True).
+        return output.new_empty(0).set_(channels_second(output))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -169,3 +169,42 @@ def test_buffers_are_those_that_are_given() -> None:
     assert not torch.equal(tested.logits(params, images, given), tested.logits(params, images, buffers))
     fisher = tested.fisher(params, images, labels, torch.arange(6), buffers)
     torch.testing.assert_close(fisher, diagonal_fisher(plain, (images[:6], labels[:6])))
+
+
+class Textbook(nn.Module):
+    """A network that takes it that what a convolution returns is contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 3, padding=1)
+        self.dropout = nn.Dropout()
+        self.out = nn.Linear(32 * 64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dropout(self.conv(x).relu())
+        return self.out(x.view(len(x), -1))
+
+
+@pytest.mark.parametrize("first", ["train", "grad", "logits"])
+def test_models_that_flatten_by_view(first: str) -> None:
+    torch.manual_seed(0)
+    model = Textbook()
+    twin, layout = copy.deepcopy(model), [p.stride() for p in model.parameters()]
+    images, labels = torch.randn(24, 3, 8, 8).to(memory_format=torch.channels_last), torch.randint(4, (24,))
+    tested = classifier_of(model)
+    given = tested.params()
+    if first == "grad":
+        tested.grad(given, images, labels, torch.arange(8))
+    if first == "logits":
+        expected = twin.eval()(images.contiguous())
+        torch.testing.assert_close(tested.logits(given, images), expected)
+    trained = tested.train(given, images, labels, torch.arange(24)[None], SGD(8, 0.05, 0, 0), seed=7)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        optimizer = torch.optim.SGD(twin.train().parameters(), lr=0.05)
+        for batch in torch.arange(24).split(8):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(twin(images[batch].contiguous()), labels[batch]).backward()
+            optimizer.step()
+    torch.testing.assert_close(trained, torch.cat([p.detach().flatten() for p in twin.parameters()]))
+    assert [p.stride() for p in model.parameters()] == layout

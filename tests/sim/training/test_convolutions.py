@@ -36,23 +36,28 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 def operands(*shape: int, outs: int = 32) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    return torch.randn(shape), torch.randn(outs, shape[1], 3, 3) / 9, torch.randn(outs)
+    return last(torch.randn(shape)), last(torch.randn(outs, shape[1], 3, 3) / 9), torch.randn(outs)
+
+
+def last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def close(got: Tensor, expected: Tensor) -> bool:
     return got.shape == expected.shape and bool((got - expected).norm() <= 2e-6 * expected.norm())
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("contiguous", [None, 0, 1])
 @pytest.mark.parametrize("biased", [False, True])
-def test_outputs_and_gradients(taken: list[torch.Size], layout: torch.memory_format, biased: bool) -> None:
-    given = [x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in operands(6, 32, 9, 8)][: 2 + biased]
+def test_outputs_and_gradients(taken: list[torch.Size], contiguous: int | None, biased: bool) -> None:
+    given = [x.contiguous() if i == contiguous else x for i, x in enumerate(operands(6, 32, 9, 8)[: 2 + biased])]
     single, double = ([x.to(dtype).requires_grad_() for x in given] for dtype in (torch.float32, torch.float64))
     with fast_convolutions():
         output = F.conv2d(*single, padding=1)
     expected = F.conv2d(*double, padding=1)
     assert len(taken) == 1
     assert close(output, expected)
+    assert output.stride() == F.conv2d(*single, padding=1).stride()
     grad = torch.randn_like(output)
     found = torch.autograd.grad(output, single, grad)
     assert all(map(close, found, torch.autograd.grad(expected, double, grad.double())))
@@ -65,6 +70,32 @@ def test_only_what_is_wanted_has_a_gradient(taken: list[torch.Size], frozen: int
         F.conv2d(*given, padding=1).square().sum().backward()
     assert len(taken) == 1
     assert [x.grad is None for x in given] == [i == frozen for i in range(2)]
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
+    "ReLU": nn.ReLU(inplace=True),
+    "sum": lambda x: x.add_(1),
+    "part": lambda x: x[:, 0].fill_(0),
+    "resize": lambda x: x.unsqueeze_(0),
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("biased", [False, True])
+def test_outputs_can_be_changed_in_place(taken: list[torch.Size], change: str, biased: bool) -> None:
+    single, double = (
+        [x.to(dtype).requires_grad_() for x in operands(6, 32, 8, 8)[: 2 + biased]]
+        for dtype in (torch.float32, torch.float64)
+    )
+    with fast_convolutions():
+        output = F.conv2d(*single, padding=1)
+    expected = F.conv2d(*double, padding=1)
+    for x in (output, expected):
+        IN_PLACE[change](x)
+        x.square().sum().backward()
+    assert len(taken) == 1
+    assert close(output, expected)
+    assert all(close(x.grad, y.grad) for x, y in zip(single, double, strict=True))  # type: ignore[arg-type]
 
 
 class Marked(Tensor):
@@ -87,6 +118,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "one image": lambda: F.conv2d(X[0], W, padding=1),
     "few tiles": lambda: F.conv2d(X[:3], W, padding=1),
     "small images": lambda: F.conv2d(X.reshape(96, 32, 2, 2), W, padding=1),
+    "contiguous": lambda: F.conv2d(X.contiguous(), W.contiguous(), padding=1),
     "float64": lambda: F.conv2d(X.double(), W.double(), padding=1),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16)(F.conv2d)(X, W, padding=1),
     "vmap": lambda: torch.vmap(lambda w: F.conv2d(X, w, padding=1))(torch.stack([W, W + 1])),
@@ -125,6 +157,12 @@ def test_errors_are_pytorchs() -> None:
     expected = message()
     with fast_convolutions():
         assert message() == expected
+
+
+@pytest.mark.parametrize("shape", [(1,), (32, 1), (1, 32), (33,)])
+def test_no_bias_that_pytorch_refuses(shape: tuple[int, ...]) -> None:
+    with fast_convolutions(), pytest.raises(RuntimeError, match="bias"):
+        F.conv2d(X, W, torch.zeros(shape), padding=1)
 
 
 def test_gradients_of_gradients(taken: list[torch.Size]) -> None:
@@ -204,5 +242,5 @@ def test_training_by_the_simulator(taken: list[torch.Size]) -> None:
     assert (trained - expected).norm() < 1e-5 * expected.norm()
     assert [sorted(vars(module)) for module in model.modules()] == names
     assert pickle.loads(pickle.dumps(model)).state_dict().keys() == twin.state_dict().keys()
-    assert CALLS == [(16, 4), (16, 4), (8, 4)] * 2
+    assert CALLS == [(1, 4)] + [(16, 4), (16, 4), (8, 4)] * 2
     assert torch.equal(tested.logits(trained, images).argmax(1), tested.predict(trained, images))
