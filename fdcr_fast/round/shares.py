@@ -31,7 +31,7 @@ def limited_shares(shares: Tensor, limit: float | None) -> Tensor:
     # With the i largest at the limit, the others are scaled by this. It is never more than c, and c for the right i.
     scale = torch.where(cut < count, (1 - cut * limit) / rest, 0.0).max()
     limited = torch.where(positive, (shares * scale).clamp(max=limit), shares)
-    equal = torch.where(positive, 1 / count, 0.0).to(shares.dtype)
+    equal = positive.to(shares.dtype) / count
     return torch.where(shares.max() > limit, torch.where(count * limit <= 1, equal, limited), shares)
 
 

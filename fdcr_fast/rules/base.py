@@ -21,7 +21,14 @@ from fdcr_fast.round.shares import limited_shares, sample_shares
 from fdcr_fast.round.vectors import sent
 from fdcr_fast.rules.intake import check_global, stored_vectors, warn_of_states
 from fdcr_fast.rules.options import check_types
-from fdcr_fast.rules.result import AggregationResult, Outcome, Selection, check_decision, result_of
+from fdcr_fast.rules.result import (
+    AggregationResult,
+    Outcome,
+    Selection,
+    check_decision,
+    check_weights,
+    result_of,
+)
 from fdcr_fast.rules.server_options import ServerOptions
 from fdcr_fast.store.update_store import UpdateStore
 from fdcr_fast.store.upload import argument, matrix
@@ -248,6 +255,7 @@ class AggregationRule:
             selection, weights, params = self._outcome(global_params, clients)
         else:
             selection, weights, params = nothing_changes(global_params, clients)
+        check_weights(self, weights)
 
         if shard is None:
             warn_of_states(global_params, clients)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -74,7 +75,10 @@ def all_pass(rule: AggregationRule, clients: ClientUpdates) -> bool:
 
 
 class MeanRule(AggregationRule):
-    """A rule that weighs all valid clients by their samples, whatever they sent, and makes something of their mean."""
+    """A rule that weighs all valid clients by their samples, whatever they sent, and makes something of their mean.
+
+    A class that extends it may decide, weigh and combine in its own way: its rounds are then read for norms first.
+    """
 
     def of_mean(self, global_params: Tensor, clients: ClientUpdates, mean: Tensor) -> Tensor:
         """New global parameters from those that the mean gives, which may be written to; here these."""
@@ -85,13 +89,9 @@ class MeanRule(AggregationRule):
         return self.of_mean(global_params, clients, super().combine(global_params, clients, weights))
 
     def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
-        """The norms come from the reading for the mean, if that needs none.
-
-        A rule that extends one of these, or decides who is kept all the same, may look at them before it does.
-        """
-        known, own = None, type(self)
-        decides = own.select is not AggregationRule.select or own.judge is not AggregationRule.judge
-        if MeanRule in own.__bases__ and not (decides or self.needs_norms):
+        """The norms come from the reading for the mean, if that needs none."""
+        known = None
+        if not (self.needs_norms or self.rescale) and _is_plain_mean(type(self)):
             single = readings.may_fit_single(clients)
             known = foreseen(self, clients, single, lambda: self._read(global_params, clients, single))
         return super()._measured(global_params, clients) if known is None else known
@@ -111,3 +111,18 @@ class MeanRule(AggregationRule):
         weights, finite, *statistics = fetch(read)
         require_finite(finite)
         return (self.select(clients), weights, params), statistics
+
+
+@cache
+def _is_plain_mean(rule: type) -> bool:
+    """Whether such rules take the mean of everybody by weights for which no norms are needed.
+
+    One that has its own way to decide or to combine may look at them before, and so may own weights, unless what
+    ``needs_norms`` says is about these: it comes from the same class, or from one that extends it.
+    """
+    if any(getattr(rule, name) is not getattr(MeanRule, name) for name in ("select", "judge", "shares", "combine")):
+        return False
+    weights, needs_norms = (
+        next(i for i, c in enumerate(rule.__mro__) if name in vars(c)) for name in ("weights", "needs_norms")
+    )
+    return needs_norms <= weights

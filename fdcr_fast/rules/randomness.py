@@ -18,6 +18,7 @@ def round_generator(seed: int, purpose: str, global_params: Tensor) -> torch.Gen
     foresee them.
     """
     params = global_params.detach().cpu().contiguous()
+    params = params.as_strided(params.shape, [1])  # one parameter is contiguous at any stride
     digest = hashlib.blake2b(f"{seed}/{purpose}/".encode(), digest_size=8)
     digest.update(params.view(torch.uint8).numpy().data)
     return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1)

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,6 +124,12 @@ def check_decision(rule: object, selection: Selection, clients: int) -> None:
             raise ValueError(f"{name} must return {what} of {clients} clients, it returned {list(value.shape)}")
     if selection.kept.dtype != torch.bool:
         raise TypeError(f"{name} must return kept as True or False, it returned {selection.kept.dtype}")
+
+
+def check_weights(rule: object, weights: Tensor) -> None:
+    """Raise ValueError where the mean would be nothing, or anything."""
+    if not np.isfinite(weights.numpy()).all():
+        raise ValueError(f"{type(rule).__name__} must return finite weights, it returned {weights.tolist()}")
 
 
 def result_of(clients: ClientUpdates, selection: Selection, weights: Tensor, params: Tensor) -> AggregationResult:

@@ -14,6 +14,18 @@ from fdcr_fast.round.shares import limited_shares
 from tests.support.fdcr_rounds import attacked
 
 
+@pytest.fixture
+def low_precision():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_equal_shares_are_right_to_float64(low_precision):
+    shares = limited_shares(torch.full((7,), 1 / 7, dtype=torch.float64), 0.1)
+    torch.testing.assert_close(shares.sum(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-15, atol=0)
+
+
 @given(st.lists(st.just(0.0) | st.floats(1e-100, 1e18), min_size=1, max_size=50), st.floats(0.001, 1))
 @example([1.0, 1e16, 4e16, 3e16], 1 / 3)  # what the three at the limit leave is less than rounding
 def test_limited_shares_fill_up_like_water(counts, limit):

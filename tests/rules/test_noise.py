@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fdcr_fast import CRFL, FLAME, FedAvg
+from fdcr_fast import CRFL, FLAME, DnC, FedAvg
 from fdcr_fast.rules.randomness import distinct
 from tests.support.rival_rounds import problem
 
@@ -28,6 +28,15 @@ def test_noise_has_the_deviation_that_was_asked_for_and_is_new_in_every_round():
     given_.w += 1
     moved = given_.apply(CRFL(param_norm=1e9, noise=0.2)).params - given_.apply(FedAvg()).params
     assert not torch.allclose(moved, noisy - clipped)
+
+
+@pytest.mark.parametrize("rule", [FLAME(noise=0.1), CRFL(noise=0.1), DnC(num_byzantine=1)])
+@pytest.mark.parametrize("size", [1, 3])
+def test_draws_do_not_depend_on_how_parameters_lie(rule, size):
+    w, updates = torch.arange(1.0, size + 1), torch.randn(4, size)
+    strided = torch.zeros(2 * size)[::2].copy_(w)
+    expected, result = (rule.aggregate(params, updates, None, [1] * 4).params for params in (w, strided))
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize(("count", "below"), [(2, 6), (3, 6), (4, 6), (6, 6)])

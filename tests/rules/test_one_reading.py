@@ -241,6 +241,94 @@ def test_a_rule_that_extends_the_mean_may_look_at_norms(base):
     assert FedAvg(clip="median").aggregate(w, updates, None, n).weights.sum() < 1
 
 
+def norms_of(clients):
+    return clients.squared_norm.sqrt()
+
+
+class Combines(MeanRule):
+    def combine(self, global_params, clients, weights):
+        return 7 - super().combine(global_params, clients, weights)
+
+
+class Mixed:
+    def combine(self, global_params, clients, weights):
+        return global_params * 3
+
+
+class MixedIn(Mixed, MeanRule):
+    pass
+
+
+class Rescales(MeanRule):
+    rescale = True
+
+
+class Clips(MeanRule):
+    def weights(self, clients, kept):
+        norms = norms_of(clients)
+        return super().weights(clients, kept) * (norms.median() / norms).clamp(max=1)
+
+
+class SharesByNorm(MeanRule):
+    def shares(self, clients, chosen):
+        return torch.where(chosen, 1 / norms_of(clients), 0.0)
+
+
+class ClipsToo(FedAvg):
+    def weights(self, clients, kept):
+        return super().weights(clients, kept) / norms_of(clients)
+
+
+class SaysSo(Clips):
+    @property
+    def needs_norms(self):
+        return True
+
+
+class Equal(MeanRule):
+    def shares(self, clients, chosen):
+        return chosen / chosen.double().sum()
+
+
+class Halves(MeanRule):
+    def of_mean(self, global_params, clients, mean):
+        return mean.div_(2)
+
+
+EXTENDED = [Combines, MixedIn, Rescales, Clips, SharesByNorm, ClipsToo, SaysSo, Equal, Halves]
+
+
+@pytest.mark.parametrize("rule", EXTENDED)
+def test_whatever_extends_the_mean_is_the_same_from_tensors_and_from_a_store(rule):
+    w, updates, fishers, n = attacked()
+    expected = rule().aggregate(w, stored(updates, fishers, n))
+    result = rule().aggregate(w, updates, fishers, n)
+    assert result.params.isfinite().all()
+    torch.testing.assert_close(result.weights, expected.weights, rtol=1e-12, atol=0)
+    torch.testing.assert_close(result.params, expected.params)
+    assert not torch.allclose(result.params, FedAvg().aggregate(w, updates, None, n).params)
+
+
+def test_what_needs_no_norms_is_read_once(reads):
+    w, updates, _, n = attacked()
+    for rule in (Halves(), *(make() for make in MEAN_RULES)):
+        rule.aggregate(w, updates, None, n)
+        assert [kind for kind, _ in reads] == ["norms_and_mean"]
+        reads.clear()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_must_be_finite(value):
+    class Careless(MeanRule):
+        def weights(self, clients, kept):
+            return super().weights(clients, kept) * value
+
+    w, updates, fishers, n = attacked()
+    for round in ((updates, fishers, n), (stored(updates, fishers, n),)):
+        with pytest.raises(ValueError, match="Careless must return finite weights, it returned"):
+            Careless().aggregate(w, *round)
+
+
 def guess_norms(monkeypatch, square):
     """Make all squared norms seem to be this one."""
     right = readings.sampled_scores

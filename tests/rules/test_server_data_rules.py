@@ -55,3 +55,21 @@ def test_functions_of_the_caller_are_checked():
             given_.apply(FLTrust(server_update=lambda _, bad=bad: bad))
         with pytest.raises(ValueError, match="refine"):
             given_.apply(Finetuning(refine=lambda _, bad=bad: bad))
+    with pytest.raises(ValueError, match=r"refine returned is not finite, as torch\.float32"):
+        problem(1, 4, 10, torch.float32).apply(
+            Finetuning(refine=lambda w: w.new_full((10,), 1e39, dtype=torch.float64))
+        )
+
+
+@pytest.mark.parametrize("size", [1, 100, 1 << 18])
+def test_functions_of_the_caller_share_no_memory_with_what_is_given_and_returned(size):
+    w, updates, own = torch.ones(size), torch.ones(3, size) * 1.5, torch.zeros(size)
+    first = Finetuning(refine=lambda mean: own.add_(mean)).aggregate(w, updates, None, [1] * 3).params
+    own.zero_()
+    assert first.eq(2.5).all()
+    for refine in (lambda _: w, lambda mean: mean[:1].expand(size), lambda mean: mean.zero_().add_(3)):
+        params = Finetuning(refine=refine).aggregate(w, updates, None, [1] * 3).params
+        params.fill_(9)
+        assert w.eq(1).all()
+    FLTrust(server_update=lambda params: params.mul_(2)).aggregate(w, updates)
+    assert w.eq(1).all()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fdcr_fast.round.client_updates import ClientUpdates
 from fdcr_fast.rules.foreseen import MeanRule
-from fdcr_fast.rules.server_data.callables import check_callable, checked_vector
+from fdcr_fast.rules.server_data.callables import check_callable, checked_vector, same_memory
 from fdcr_fast.rules.server_options import ServerOptions
 
 
@@ -21,7 +22,7 @@ class Finetuning(MeanRule):
     2018), after every round. Where no client can be used nothing is refined.
 
     Args:
-        refine: Function from global parameters ``[P]`` to better ones.
+        refine: Function from global parameters ``[P]``, which it may change, to better ones.
         norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
         max_weight_share: Largest share of one client in the mean; by default there is no limit.
     """
@@ -42,4 +43,5 @@ class Finetuning(MeanRule):
 
     def of_mean(self, global_params: Tensor, clients: ClientUpdates, mean: Tensor) -> Tensor:
         """The mean, refined."""
-        return checked_vector(mean, self.refine(mean), "refine").to(mean.dtype)
+        refined = checked_vector(mean, self.refine(mean), "refine")
+        return refined if same_memory(refined, mean) else refined.clone(memory_format=torch.contiguous_format)

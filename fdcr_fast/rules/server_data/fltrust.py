@@ -29,7 +29,8 @@ class FLTrust(AggregationRule):
     ``1 - cos``.
 
     Args:
-        server_update: Function from ``w [P]`` to ``d [P]``, what training on the server's data from ``w`` on changes.
+        server_update: Function from ``w [P]``, a copy, to ``d [P]``, what training on the server's data from ``w`` on
+            changes.
         norm_bound: Largest update norm in units of the median norm, beyond which clients are rejected; by default none.
         max_weight_share: Largest ``T_k / sum T``, with which clients count after their updates were brought to one
             length; by default there is no limit.
@@ -52,7 +53,7 @@ class FLTrust(AggregationRule):
 
     def judge(self, global_params: Tensor, clients: ClientUpdates) -> Selection:
         """Keep whoever points into the server's half space."""
-        own = checked_vector(global_params, self.server_update(global_params), "server_update")
+        own = checked_vector(global_params, self.server_update(global_params.clone()), "server_update")
         size = math.sqrt(squared_length(own).item())
         norms = clients.of_valid(clients.squared_norm).sqrt()
         lengths = norms * size

@@ -28,9 +28,9 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimiz
 class AutogradClassifier(Classifier):
     """Any model, by autograd; images and filters channels last, as convolutions and pooling are faster so on CPU.
 
-    So the parameters of a convolution lie in its part of the model's own vector as ``[O, H, W, I]``, unless the model
-    takes it that convolutions return contiguous tensors, as with ``x.view(len(x), -1)``: the first images tell. Whatever
-    comes and goes is in the order of ``layout``.
+    So the parameters of a convolution lie in its part of the model's own vector as ``[O, H, W, I]``. A model that takes
+    contiguous images alone, such as one that flattens by ``x.view(len(x), -1)``, gets these: the first ones tell.
+    Whatever comes and goes is in the order of ``layout``.
 
     Args:
         model: See :class:`Classifier`.
@@ -196,4 +196,3 @@ class AutogradClassifier(Classifier):
 
 def _flat(grads: Sequence[Tensor]) -> Tensor:
     return torch.cat([grad.reshape(-1) for grad in grads])
-

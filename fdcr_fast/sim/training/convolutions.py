@@ -109,7 +109,8 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
         output = conv3x3(channels_last(input), channels_last(weight))
         # A view could not be changed in place, as by ReLU(inplace=True).
-        return output.new_empty(0).set_(channels_second(output))
+        sizes, strides = channels_second(output).shape, channels_second(output).stride()
+        return output.new_empty(0).set_(output.untyped_storage(), 0, sizes, strides)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -196,6 +196,37 @@ def test_degenerate_uploads():
     assert rule.state.concentration.isfinite().all()
 
 
+def without_kurtosis(D, features):
+    D[9] = 0
+
+
+def the_head_alone(D, features):
+    D[9, features] = 0
+
+
+def far_below_all_numbers(D, features):
+    D[9] = 1e-90
+
+
+@pytest.mark.parametrize("change", [without_kurtosis, the_head_alone, far_below_all_numbers])
+@pytest.mark.parametrize("round", [1, 2, 3])
+def test_an_update_without_angles_switches_nothing_off(change, round):
+    params, features = 500, slice(0, 400)
+    generator = np.random.default_rng(0)
+    rule = CoalitionFDCR(groups=ParamGroups((slice(450, params),), (features,)))
+    w = generator.normal(size=params)
+    for i in range(1, 13):
+        D = 0.01 * generator.normal(size=(10, params)) + 0.002 * w  # clients whom the model explains, but for three
+        D[:3] = 0.001 * generator.normal(size=(3, params)) - 0.002 * w
+        D[:3, :20] += 0.5
+        if i == round:
+            change(D, features)
+        kept = rule.aggregate(w, D, generator.uniform(size=(10, params)), [1] * 10).kept.tolist()
+        if i >= 5:
+            assert kept == [k >= 3 for k in range(10)], i
+    assert rule.with_memory(rule.memory()).state == rule.state
+
+
 @pytest.mark.parametrize(("score", "dropped"), [(3.4, []), (3.6, [0, 1])])
 def test_the_gate_compares_the_score_with_those_of_permuted_views(monkeypatch, score, dropped):
     """Chance scores of mean 2 and standard deviation 1: the gate opens at 3.5."""
