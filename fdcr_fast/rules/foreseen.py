@@ -91,7 +91,8 @@ class MeanRule(AggregationRule):
     def _measured(self, global_params: Tensor, clients: ClientUpdates) -> ClientUpdates:
         """The norms come from the reading for the mean, if that needs none."""
         known = None
-        if not (self.needs_norms or self.rescale) and _is_plain_mean(type(self)):
+        own: type = type(self)
+        if not (self.needs_norms or self.rescale) and _is_plain_mean(own):
             single = readings.may_fit_single(clients)
             known = foreseen(self, clients, single, lambda: self._read(global_params, clients, single))
         return super()._measured(global_params, clients) if known is None else known
