@@ -18,6 +18,7 @@ from fdcr_fast.rules.coalition.search import Views, find_coalition, margins, mem
 from fdcr_fast.rules.coalition.state import CoalitionState
 from fdcr_fast.rules.coalition.trust import (
     attack_likelihood,
+    believed,
     charges,
     core,
     median_alignment,
@@ -82,13 +83,13 @@ class CoalitionFDCR(AggregationRule):
     ``p_k`` of being in a coalition (see :func:`fdcr_fast.rules.coalition.search.membership`) is weighed against what
     speaks for it by itself, over the features: in the first round ``<D_k, m> / ||D_k||``, ``m`` being the median of
     every parameter, and from there ``x_k``, the mean of ``cos(D_k, w)`` over the last rounds
-    (:func:`fdcr_fast.rules.coalition.trust.model_agreement`). For two rounds 30 % of the clients are kept, those of the
-    least score, then 10 % more in each round, and from the fifth round on all; from the third round on without those
-    against whom there is more than 1.2 of ``max(0, 1 - x_k / h) + max(0, e_k) + 1.5 p_k / (1 + exp((5.6 sqrt(K) - J) /
-    2))``, with ``h`` the core's median of ``x``, ``e_k`` the mean of the features' kurtosis above the median client's,
-    and ``J`` the largest. Updates are clipped to the round's median norm. An attacker can choose its ``x_k`` by adding
-    a multiple of ``w`` to its update. No agreement is too much for the rule: several who add a large one are trusted
-    most and get through, see docs/research-coalition.md.
+    (:func:`fdcr_fast.rules.coalition.trust.model_agreement`), as far as it is believed
+    (:func:`fdcr_fast.rules.coalition.trust.believed`): what is more than 0.3 above the median counts twice against the
+    client. For two rounds 30 % of the clients are kept, those of the least score, then 10 % more in each round, and
+    from the fifth round on all; from the third round on without those against whom there is more than 1.2 of
+    ``max(0, 1 - x_k / h) + max(0, e_k) + 1.5 p_k / (1 + exp((5.6 sqrt(K) - J) / 2))``, with ``h`` the core's median of
+    ``x``, ``e_k`` the mean of the features' kurtosis above the median client's, and ``J`` the largest. Updates are
+    clipped to the round's median norm.
 
     With ``start="bold"`` the set that maximises ``J`` is dropped from the first round on, whether anybody attacks or
     not; one wrong decision in the first rounds then loses the run. ``scores`` holds by how much the best set with a
@@ -181,10 +182,11 @@ class CoalitionFDCR(AggregationRule):
             return _selection(clients, ids, ~core(scores, 1), scores, views, members, None)
         seen = model_agreement(global_params, clients, groups, features)
         agreement, excess = self.state.agree(ids, seen, features.excess)
-        scores = odd - standard_scores(agreement)
+        known = believed(agreement)
+        scores = odd - standard_scores(known)
         first = core(scores, self.state.rounds)
         coalition = suspicion * attack_likelihood(score, len(ids))
-        kept = trusted(first, charges(agreement, agreement[first].median(), excess, coalition), self.state.rounds)
+        kept = trusted(first, charges(known, known[first].median(), excess, coalition), self.state.rounds)
         return _selection(clients, ids, ~kept, scores, views, members, agreement)
 
     def _remember(self, ids: list[Any], seen: Views) -> Views:

@@ -19,6 +19,8 @@ _GROWTH = 0.1  # share of the clients by which the core grows in a round
 _OPEN_ROUND = 5  # from which all are kept against whom there is not enough
 _CHANCE = 5.6  # J of the best set of n clients that are none, in units of sqrt(n); nobody's largest on digits
 _TEMPERATURE = 2.0  # of J as the logarithm of a likelihood
+_MOST_SURPLUS = 0.3  # cosine above the median; of digits' honest clients one in a hundred shows more, and none 0.5
+_SURPLUS_WEIGHT = 2.0
 _COALITION_WEIGHT = 1.5
 _ENOUGH = 1.2  # each of the three can be enough alone
 
@@ -47,6 +49,16 @@ def median_alignment(global_params: Tensor, clients: ClientUpdates, groups: Para
     return torch.where(features.length > 0, along / features.length, 0.0)
 
 
+def believed(agreement: Tensor) -> Tensor:
+    """Agreement with the model, float64 ``[n]``, as far as it is believed: ``min(x, m + 0.3) - 2 max(0, x - m - 0.3)``.
+
+    ``m`` is the median. An attacker can have any agreement, by adding a multiple of the model to its update; what no
+    client's data make an update speaks against it.
+    """
+    most = agreement.median() + _MOST_SURPLUS
+    return agreement.clamp(max=most) - _SURPLUS_WEIGHT * (agreement - most).clamp(min=0)
+
+
 def attack_likelihood(score: float, n: int) -> float:
     """How likely the best of all sets of ``n`` clients, whose ``J`` is the score, is more than chance.
 
@@ -62,7 +74,7 @@ def charges(agreement: Tensor, usual: Tensor, excess: Tensor, coalition: Tensor)
     None of the three excuses another: an attacker can choose its agreement, by adding a multiple of the model.
 
     Args:
-        agreement: ``x``, mean agreement with the model, see :func:`model_agreement`, float64 ``[n]``.
+        agreement: ``x``, mean agreement with the model as far as it is believed, see :func:`believed`, float64 ``[n]``.
         usual: The core's median of it; where that is not positive, agreement tells nothing yet.
         excess: ``e``, mean kurtosis of the features above the median client's, float64 ``[n]``.
         coalition: ``p``, how likely each is in a coalition and that is one, float64 ``[n]``.

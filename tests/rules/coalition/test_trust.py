@@ -8,7 +8,7 @@ import torch
 
 from fdcr_fast import CoalitionFDCR, CoalitionState
 from fdcr_fast.rules.coalition.search import Views, find_coalition, margins, membership, minorities, set_scores
-from fdcr_fast.rules.coalition.trust import attack_likelihood, charges, core, trusted
+from fdcr_fast.rules.coalition.trust import attack_likelihood, believed, charges, core, trusted
 from tests.rules.coalition.test_rule import (
     GROUPS,
     P,
@@ -35,6 +35,7 @@ class Reference:
 
     def __init__(self):
         self.round, self.A, self.c, self.x, self.e, self.counts = 0, 0, 0, 0, 0, 0
+        self.beyond = 0  # how often agreement was more than is believed
 
     def step(self, w, D, F, n):
         """The step, who is kept, and the scores."""
@@ -56,6 +57,9 @@ class Reference:
             self.e = 0.5 * self.e + kurtosis(feat) - lower_median(kurtosis(feat))
             self.counts = 0.5 * self.counts + 1
             evidence = self.x / self.counts
+            most = lower_median(evidence) + 0.3
+            self.beyond += (evidence > most).sum()
+            evidence = np.where(evidence > most, 3 * most - 2 * evidence, evidence)
         scores = z(p) - z(evidence) + 0.5 * z(self.c)
         kept = sorted(range(K), key=lambda k: scores[k])
         kept = kept[: max(1, math.floor(K * (0.3 + 0.1 * max(0, self.round - 2)) + 0.5))]
@@ -80,6 +84,7 @@ def test_keeps_whom_the_formulas_keep_round_after_round(form, K):
         D, F, n = uploads(K, seed, range(K // 3))
         w = 3 * generator.normal(size=P) if seed else np.zeros(P)
         D = D + 0.2 * generator.uniform(-0.5, 1, size=(K, 1)) * w
+        D[0] += (seed % 3 == 2) * w
         result = kept_by(rule, D, F, n, form, w=w)
         step, kept, scores = reference.step(w, D, F, n)
         assert result.kept.nonzero().flatten().tolist() == sorted(kept)
@@ -90,6 +95,7 @@ def test_keeps_whom_the_formulas_keep_round_after_round(form, K):
             assert (share.agreement is None) == (seed == 0)
         sizes.add(len(kept))
     assert len(sizes) > (K > 3), "the core grows"
+    assert reference.beyond > 0
 
 
 def test_the_core_grows_until_all_are_kept_against_whom_there_is_nothing():
@@ -135,6 +141,28 @@ def test_who_adds_the_model_to_its_update_is_dropped_all_the_same():
         result = kept_by(rule, D, F, n, "tensors", w=w)
     assert result.explanation[3].agreement > max(result.explanation[k].agreement for k in range(10) if k != 3)
     assert result.dropped_clients == [3]
+
+
+@pytest.mark.parametrize("attackers", [1, 2, 3])
+@pytest.mark.parametrize("factor", [0.5, 1, 4])
+def test_who_agrees_more_than_data_can_make_it_is_never_kept(attackers, factor):
+    generator = np.random.default_rng(attackers)
+    rule, w = CoalitionFDCR(groups=GROUPS), generator.normal(size=P)
+    for i in range(12):
+        D, F, n = uploads(10, generator.integers(1000))
+        D += generator.uniform(0, 0.3, size=(10, 1)) * w
+        D[:attackers] = 0.05 * generator.normal(size=(attackers, P)) + factor * w
+        result = kept_by(rule, D, F, n, "tensors", w=w)
+        if i > 1:
+            assert not result.kept[:attackers].any()
+    assert result.kept[attackers:].sum() > 4
+
+
+def test_agreement_is_believed_as_far_as_that_of_most():
+    agreement = torch.tensor([-0.4, 0.1, 0.2, 0.3, 0.5, 0.6, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(
+        believed(agreement), torch.tensor([-0.4, 0.1, 0.2, 0.3, 0.5, 0.6, -0.2], dtype=torch.float64)
+    )
 
 
 def views(K, seed=0):
