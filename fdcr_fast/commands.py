@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -28,6 +29,8 @@ from fdcr_fast.sim.study.pool import StudyEvent
 from fdcr_fast.sim.study.progress import results_tables, study_progress
 from fdcr_fast.sim.study.record import StudyRecord
 from fdcr_fast.sim.study.results import StudyResults
+
+_RARELY = 20.0  # tables of thousands of runs take seconds: no more than so small a part of a study's time
 
 # The setting of docs/studies/digits.yaml.
 DEMO = Study.model_validate(
@@ -150,23 +153,33 @@ def _execute(
     settings: tuple[str, ...] = (),
     workers: int | None = None,
 ) -> None:
-    """Execute what has no result yet, and write the results of all there is whenever a run has ended."""
+    """Execute what has no result yet, and write the results of all there is, now and then and in the end."""
     runs, runs_folder = record.runs(), out / record.runs_folder
     chosen = pending(select(runs, rows, settings), runs_folder)
     check(chosen)
     record.write(out)
-    results = record.results(out)
+    results, due = record.results(out), 0.0
     results.write(out, record.command)
+
+    def write() -> None:
+        nonlocal results, due
+        began = time.monotonic()
+        results = StudyResults.read(record.study, runs, runs_folder, results)
+        results.write(out, record.command)
+        now = time.monotonic()
+        due = now + _RARELY * (now - began)
+
     with study_progress(Console(stderr=True), chosen) as progress:
 
         def tell(event: StudyEvent) -> None:
-            nonlocal results
             progress(event)
-            if event.ended:
-                results = StudyResults.read(record.study, runs, runs_folder, results)
-                results.write(out, record.command)
+            if event.ended and time.monotonic() >= due:
+                write()
 
-        execute(chosen, runs_folder, workers, tell)
+        try:
+            execute(chosen, runs_folder, workers, tell)
+        finally:
+            write()
     write_figures(results, out)
     console = Console()
     for table in results_tables(results):

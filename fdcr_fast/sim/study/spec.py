@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any
 
 import yaml
@@ -62,12 +63,15 @@ class Run:
     row: str
     config: SimulationConfig
 
+    def __hash__(self) -> int:
+        return hash((self.setting, self.row, self.folder))
+
     @property
     def label(self) -> str:
         """The run's name for people."""
         return ", ".join(filter(None, (self.setting, self.row, f"seed {self.config.seed}")))
 
-    @property
+    @cached_property
     def folder(self) -> str:
         """Name of the run's folder. It follows from what is run, so that studies share the runs they have in common.
 
