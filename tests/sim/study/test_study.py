@@ -545,6 +545,25 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path: Path, monkeypatch: pyt
     assert f"the same command: fdcr-fast study '{file}' --out {tmp_path / 'out'} --seeds 1" in done.output
 
 
+def test_tables_of_many_runs_are_not_written_after_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, write = [], StudyResults.write
+
+    def counted(results: StudyResults, out: Path, command: str) -> None:
+        written.append(len(results.finished))
+        write(results, out, command)
+
+    monkeypatch.setattr(StudyResults, "write", counted)
+    monkeypatch.setattr(commands, "_RARELY", 1e9)
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(TINY))
+    arguments = ["study", str(file), "--out", str(out), "--workers", "1", "--seeds", "2"]
+    done = CliRunner().invoke(cli.cli, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    runs = len(study().rows) * 2
+    assert written == [0, 1, runs]
+    assert (out / "results.csv").read_text().count("digits-") == runs
+
+
 def test_reproducing_without_data_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "execute", lambda *_: pytest.fail("there are no data"))
     done = CliRunner().invoke(cli.cli, ["reproduce", "table2", "--out", str(tmp_path / "out")], catch_exceptions=False)
