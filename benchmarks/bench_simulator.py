@@ -17,10 +17,10 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.simulators.task import TASKS
+from benchmarks.simulators.task import FULL, MIXED, TASKS
 from benchmarks.tables import RESULTS, Report, Tables
 
 HERE = Path(__file__).parent
@@ -37,6 +37,8 @@ takes what it wants. One process alone has its core's share of the clients. Of p
 processes, one runs on each core, with such a share, and their rates are added. {more}"""
 MORE = """\
 FDCR's clients also compute and send a Fisher. Flower and naive FDCR, which are slow, run one timed round per repeat."""
+PRECISIONS = f"""\
+Rows of *{MIXED}* train under autocast in bfloat16 and are compared with ours that do so as well."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Contender:
         packages: Of its own environment; none for a script that runs in this one.
         shares_torch: Whether the environment sees the packages of this one.
         most_rounds: Timed ones, for slow contenders.
+        precision: What it trains in.
     """
 
     script: str
@@ -60,6 +63,7 @@ class Contender:
     packages: tuple[str, ...] = ()
     shares_torch: bool = True
     most_rounds: int = 1000
+    precision: str = FULL
 
     def python(self, environments: Path) -> str:
         """Of its environment, which is made if there is none."""
@@ -82,7 +86,7 @@ class Contender:
         """Its version, and clients per second of every round."""
         command = [python, str(HERE / "simulators" / self.script), str(data)]
         clients //= self.share
-        command += [str(min(rounds, self.most_rounds)), str(self.threads), str(clients)]
+        command += [str(min(rounds, self.most_rounds)), str(self.threads), str(clients), self.precision]
         with ThreadPoolExecutor(self.copies) as pool:
             outputs = list(pool.map(lambda _: run([*command, *self.arguments], timeout), range(self.copies)))
         found = [json.loads(output.strip().splitlines()[-1]) for output in outputs]
@@ -129,12 +133,15 @@ def report_of(name: str) -> Report:
         "simulator" if name == first else f"simulator_{name}",
         f"Simulators: clients per second{'' if name == first else f', {name}'}",
         command if name == first else f"{command} --task {name}",
-        TEXT.format(**{**plain, "model": NAMES[name], "more": MORE if name == first else ""}).rstrip(),
+        TEXT.format(**{**plain, "model": NAMES[name], "more": MORE if name == first else PRECISIONS}).rstrip(),
     )
 
 
 def contenders(cores: int, task: str) -> dict[str, Contender]:
-    """Rules that take Fishers, and what knows one model only, for the first task alone: larger models take minutes."""
+    """Rules that take Fishers, and what knows one model only, for the first task alone: larger models take minutes.
+
+    Those are also trained in mixed precision, by the same loops under autocast.
+    """
 
     def ours(server: str) -> dict[str, Contender]:
         return {
@@ -153,7 +160,9 @@ def contenders(cores: int, task: str) -> dict[str, Contender]:
         f"pfl, {cores} processes": Contender("pfl_research.py", 1, packages=pfl, **on_each_core),
     }
     if task != next(iter(TASKS)):
-        return common
+        takes = "ours.py", "naive.py", "flower.py"
+        mixed = {name: replace(one, precision=MIXED) for name, one in common.items() if one.script in takes}
+        return common | {f"{name}, {MIXED}": one for name, one in mixed.items()}
     return (
         common
         | ours("FDCR")
@@ -202,7 +211,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.npz"
         run(
-            [sys.executable, str(HERE / "simulators" / "ours.py"), str(data), "0", "1", "0", options.task, "1"],
+            [sys.executable, str(HERE / "simulators" / "ours.py"), str(data), "0", "1", "0", FULL, options.task, "1"],
             options.timeout,
         )
         for _ in range(repeats):
@@ -220,7 +229,9 @@ def main() -> None:
     for name in chosen:
         server = "FDCR" if "FDCR" in name else "FedAvg"
         one = "1 process" in name
-        ours = medians.get(f"fdcr_fast, {server}, " + ("1 process" if one or cores == 1 else f"{cores} processes"))
+        suffix = f", {MIXED}" if chosen[name].precision == MIXED else ""
+        processes = "1 process" if one or cores == 1 else f"{cores} processes"
+        ours = medians.get(f"fdcr_fast, {server}, {processes}{suffix}")
         cells = {"simulator": name, "version": versions[name], "clients/s": "", "spread": "", "x": ""}
         if name in medians:
             cells["clients/s"] = _short(medians[name])

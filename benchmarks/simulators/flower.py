@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
 client_app, server_app = ClientApp(), ServerApp()
-path = task.ARGUMENTS[0]  # Ray's processes have arguments of their own
+path, precision = task.ARGUMENTS[0], task.ARGUMENTS[4]  # Ray's processes have arguments of their own
 data = {}
 laps, weights = task.Laps(), []
 
@@ -34,7 +34,9 @@ def train(message, context):
     x, y = data["images"][client], data["labels"][client]
     for batch in torch.randperm(len(y)).split(task.current(path).batch):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        with task.autocast(precision):
+            loss = torch.nn.functional.cross_entropy(model(x[batch]), y[batch])
+        loss.backward()
         optimizer.step()
     content = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": len(y)})}
     return Reply(content=RecordDict(content), reply_to=message)

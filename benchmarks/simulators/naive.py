@@ -19,7 +19,9 @@ def one_round(count):
         optimizer = task.sgd(client)
         for inputs, targets in DataLoader(TensorDataset(x, y), batch, shuffle=True):
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(client(inputs), targets).backward()
+            with task.autocast():
+                loss = torch.nn.functional.cross_entropy(client(inputs), targets)
+            loss.backward()
             optimizer.step()
         states.append(client.state_dict())
     mean = {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}

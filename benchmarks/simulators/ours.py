@@ -1,4 +1,7 @@
-"""This library: ``ours.py DATA ROUNDS THREADS CLIENTS SERVER WORKERS``. With no DATA there yet, SERVER is its task."""
+"""This library: ``ours.py DATA ROUNDS THREADS CLIENTS PRECISION SERVER WORKERS``.
+
+With no DATA there yet, SERVER is its task.
+"""
 
 from pathlib import Path
 
@@ -43,7 +46,7 @@ def of_fashion_mnist(made: task.Task) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main() -> None:
-    path, server, workers = Path(task.ARGUMENTS[0]), task.ARGUMENTS[4], int(task.ARGUMENTS[5])
+    path, server, workers = Path(task.ARGUMENTS[0]), task.ARGUMENTS[5], int(task.ARGUMENTS[6])
     if not path.exists():
         write_data(path, server)
         return
@@ -62,6 +65,7 @@ def main() -> None:
         local_epochs=1,
         batch_size=made.batch,
         lr=made.lr,
+        precision=task.ARGUMENTS[4],
         momentum=task.MOMENTUM,
         weight_decay=task.WEIGHT_DECAY,
         workers=workers,

@@ -1,7 +1,8 @@
 """What every simulator runs: FedAvg of one of these models, one epoch of SGD per client, on data from a file.
 
-A contender is a script ``NAME.py DATA ROUNDS THREADS CLIENTS``, which prints one line of JSON as its last: its version,
-and the seconds of each round after the first, in which a tenth of the clients start whatever has to be started.
+A contender is a script ``NAME.py DATA ROUNDS THREADS CLIENTS PRECISION``, which prints one line of JSON as its last:
+its version, and the seconds of each round after the first, in which a tenth of the clients start whatever has to be
+started.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fdcr_fast.sim.training.models import build_model
 from fdcr_fast.sim.training.text import lstm
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-5
+FULL, MIXED = "32-true", "bf16-mixed"  # names that ours and PyTorch Lightning have
 ARGUMENTS = sys.argv[1:]
 
 
@@ -90,6 +92,11 @@ def model(path: str | None = None) -> nn.Module:
 def sgd(network: nn.Module, path: str | None = None) -> torch.optim.SGD:
     task = current(path or ARGUMENTS[0])
     return torch.optim.SGD(network.parameters(), lr=task.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def autocast(precision: str | None = None) -> torch.autocast:
+    """A context for losses; within it nothing changes where the precision is float32's."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=(precision or ARGUMENTS[4]) == MIXED)
 
 
 class Laps:

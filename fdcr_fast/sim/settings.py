@@ -42,6 +42,7 @@ from fdcr_fast.sim.notation import (
     parse_spans,
     parse_trigger,
 )
+from fdcr_fast.sim.training.precision import FULL, Precision
 
 
 class Settings(BaseModel):
@@ -235,6 +236,11 @@ class Settings(BaseModel):
     )
     optimizer_options: Annotated[dict[str, Any], BeforeValidator(parse_mapping)] = Field(
         default={}, description="Further arguments of that function by name."
+    )
+    precision: Precision = Field(
+        default=FULL,
+        description="What local training computes in: 32-true, or bf16-mixed, bfloat16 by autocast with weights of "
+        "float32, for processors with AMX or AVX512-BF16, or a GPU; Fishers and evaluation stay in float32.",
     )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of local SGD.")
     weight_decay: float = Field(default=1e-5, ge=0, description="Weight decay of local SGD.")

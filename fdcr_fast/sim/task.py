@@ -62,7 +62,7 @@ class Task:
             config.seed,
             config.model_options,
         )
-        architecture = Architecture(build, parts.loss, parts.optimizer)
+        architecture = Architecture(build, parts.loss, parts.optimizer, config.precision)
         return cls(dataset, server_images, server_labels, rows, _poisoning(config, dataset, parts), architecture)
 
     def victims(self) -> tuple[Tensor, Tensor | int]:

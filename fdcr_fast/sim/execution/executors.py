@@ -33,7 +33,7 @@ def executor_of(config: SimulationConfig, population: Population, build: Archite
         return WorkerPool(config, population, build, store)
     if config.stacked:
         check_stackable(build, population.buffers)
-        return Stacked(population, build(), config.device, config.stack)
+        return Stacked(population, build(), config.device, config.stack, build.precision)
     return InProcess(population)
 
 

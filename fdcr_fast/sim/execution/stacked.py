@@ -13,6 +13,7 @@ from fdcr_fast.sim.clients.population import Job, Population
 from fdcr_fast.sim.clients.work import LocalWork
 from fdcr_fast.sim.execution.contract import Executor, Outcome, describe
 from fdcr_fast.sim.execution.in_process import InProcess
+from fdcr_fast.sim.training.precision import FULL, Precision, autocast
 from fdcr_fast.sim.training.stacked_model import StackedModel, usable_device
 
 
@@ -27,16 +28,25 @@ class Stacked:
         model: The architecture; not used by anybody else.
         device: Where to train.
         most: Clients at a time.
+        precision: What they train in.
 
     Raises:
-        ValueError: the device cannot be used here.
+        ValueError: the device cannot be used here, or not in this precision.
     """
 
-    def __init__(self, population: Population, model: nn.Module, device: torch.device | str, most: int) -> None:
+    def __init__(
+        self,
+        population: Population,
+        model: nn.Module,
+        device: torch.device | str,
+        most: int,
+        precision: Precision = FULL,
+    ) -> None:
         self._population = population
         self._one_by_one: Executor = InProcess(population)
         device = usable_device(device)
-        self._model = StackedModel(model.to(device))
+        autocast(precision, device)  # which says whether the device can, before clients fail one by one
+        self._model = StackedModel(model.to(device), precision)
         self._images, self._labels = population.data.images.to(device), population.data.labels.to(device)
         self._most = most
 

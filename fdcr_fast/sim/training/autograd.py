@@ -15,6 +15,7 @@ from fdcr_fast.sim.seeding import with_torch_seed
 from fdcr_fast.sim.training.base import Classifier
 from fdcr_fast.sim.training.convolutions import fast_convolutions
 from fdcr_fast.sim.training.objective import Objective
+from fdcr_fast.sim.training.precision import FULL, Precision, autocast
 from fdcr_fast.sim.training.sgd import SGD
 
 BATCH = 256  # images of one forward pass without gradients
@@ -36,12 +37,20 @@ class AutogradClassifier(Classifier):
         model: See :class:`Classifier`.
         loss: Losses of the samples; None for cross-entropy.
         optimizer: What makes the optimizer of a client; None for SGD as configured.
+        precision: What gradients are computed in; outputs and Fishers are always of float32.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss | None = None, optimizer: OptimizerFactory | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | None = None,
+        optimizer: OptimizerFactory | None = None,
+        precision: Precision = FULL,
+    ) -> None:
         super().__init__(model)
         self._loss = loss
         self._optimizer = optimizer
+        self._precision = precision
         self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self._velocity = torch.empty_like(self._params)  # of one client after the other
         self._filters: set[str] = set()  # those that lie channels last
@@ -116,7 +125,10 @@ class AutogradClassifier(Classifier):
     def _grads(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients, one for each parameter, at the model's own parameters."""
         with fast_convolutions():
-            output = self._output(images)
+            with autocast(self._precision, images.device):
+                output = self._output(images)
+            if self._precision != FULL:
+                output = output.float()  # a loss of bfloat16 would round the sum over classes
             loss = F.cross_entropy(output, labels) if self._loss is None else self._loss(output, labels).mean()
         loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained.values()]

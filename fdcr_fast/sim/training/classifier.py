@@ -14,6 +14,7 @@ from fdcr_fast.sim.training.autograd import AutogradClassifier, Loss, OptimizerF
 from fdcr_fast.sim.training.base import Classifier
 from fdcr_fast.sim.training.network import network_layers
 from fdcr_fast.sim.training.objective import Objective
+from fdcr_fast.sim.training.precision import FULL, Precision
 from fdcr_fast.sim.training.sgd import SGD
 
 
@@ -62,20 +63,27 @@ class NetworkClassifier(Classifier):
         return networks.train_network(params, images, labels, order, self.layers, *sgd)
 
 
-def classifier_of(model: nn.Module, loss: Loss | None = None, optimizer: OptimizerFactory | None = None) -> Classifier:
+def classifier_of(
+    model: nn.Module,
+    loss: Loss | None = None,
+    optimizer: OptimizerFactory | None = None,
+    precision: Precision = FULL,
+) -> Classifier:
     """The fastest classifier for a model: the operators, if these are compiled and it consists of what they know.
 
     Args:
         model: The model.
         loss: Losses of the samples; None for cross-entropy, which the operators know.
         optimizer: What makes the optimizer of a client; None for SGD as configured, which they know.
+        precision: What training computes in; the operators know float32 alone, so others are left to autograd.
 
     Raises:
         ValueError: the model has no parameters to train, or others than float32.
     """
-    layers = network_layers(model) if loss is None and optimizer is None else None
-    if layers is None or not _native.loaded:
-        return AutogradClassifier(model, loss, optimizer)
+    known = loss is None and optimizer is None and precision == FULL and _native.loaded
+    layers = network_layers(model) if known else None
+    if layers is None:
+        return AutogradClassifier(model, loss, optimizer, precision)
     return NetworkClassifier(model, layers)
 
 
@@ -87,11 +95,13 @@ class Architecture:
         build: Makes the module with its initial weights.
         loss: See :func:`classifier_of`.
         optimizer: See :func:`classifier_of`.
+        precision: See :func:`classifier_of`.
     """
 
     build: Callable[[], nn.Module]
     loss: Loss | None = None
     optimizer: OptimizerFactory | None = None
+    precision: Precision = FULL
 
     def __call__(self) -> nn.Module:
         """The module by itself."""
@@ -103,4 +113,4 @@ class Architecture:
         Raises:
             ValueError: see :func:`classifier_of`.
         """
-        return classifier_of(self.build(), self.loss, self.optimizer)
+        return classifier_of(self.build(), self.loss, self.optimizer, self.precision)

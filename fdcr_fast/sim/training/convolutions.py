@@ -1,4 +1,4 @@
-"""Convolutions of 3 by 3 taps by the library's own operators, where these are faster, in whatever calls them."""
+"""Convolutions by the library's own operators, or as one product, where these are faster, in whatever calls them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,24 @@ from fdcr_fast.ops.conv3x3 import (
     conv3x3_input_grad,
     conv3x3_weight_grad,
 )
+from fdcr_fast.sim.training.conv_products import conv_product, owner, pixels_of
 
 # Of fewer, what is done for all products together takes longer than what is saved.
 FEWEST_TILES = 64  # of 2 by 2 pixels, of all samples together
 FEWEST_PIXELS = 3  # of height and width
 FEWEST_CHANNELS = 32  # of inputs and outputs
+# Of more pixels, or fewer filters, PyTorch's convolutions are as fast as one product, or faster.
+MOST_PIXELS = 16  # of an image's output
+FEWEST_FILTERS = 512
 
 
 def fast_convolutions() -> AbstractContextManager[object]:
-    """A context in which convolutions go through :mod:`fdcr_fast.ops.conv3x3` where their shapes say that it pays.
+    """A context in which convolutions go through :mod:`fdcr_fast.ops.conv3x3`, or become products, where that pays.
 
     Models, their modules and whoever calls ``torch.conv2d`` stay as they are, and get what they would have got, but for
-    rounding. The choice follows from the arguments alone, of which one lies channels last, as the output then does;
-    without compiled operators there is none.
+    rounding. The choice follows from the arguments alone: one of images and filters lies channels last, as the output
+    then does, and Winograd's are of float32, as the processor multiplies bfloat16 faster than it transforms. Without
+    compiled operators there is none.
     """
     return _FastConvolutions() if _native.loaded else nullcontext()
 
@@ -47,12 +52,11 @@ class _FastConvolutions(TorchFunctionMode):
     ) -> Any:
         """Call the function or, for some convolutions, what is faster."""
         kwargs = kwargs or {}
-        if func is torch.conv2d and _pays(*args, **kwargs):
-            return _convolved(*args, **kwargs)
-        return func(*args, **kwargs)
+        found = _faster(*args, **kwargs) if func is torch.conv2d else None
+        return func(*args, **kwargs) if found is None else found
 
 
-def _pays(
+def _faster(
     input: Any,
     weight: Any,
     bias: Any = None,
@@ -60,45 +64,61 @@ def _pays(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> bool:
-    """Whether a convolution is one that the operators compute, of a size for which they are faster."""
-    if torch.compiler.is_compiling() or not (_is_plain(input) and _is_plain(weight)):
-        return False
-    if input.dim() != 4 or weight.shape[2:] != (3, 3) or groups != 1:
-        return False
-    if bias is not None and not (_is_plain(bias) and bias.shape == weight.shape[:1]):
-        return False
-    if not any(x.is_contiguous(memory_format=torch.channels_last) for x in (input, weight)):
-        return False
-    if (_pair(stride), _pair(padding), _pair(dilation)) != ((1, 1), (1, 1), (1, 1)):
-        return False
+) -> Tensor | None:
+    """The convolution where an operator or one product computes it faster; None for all others."""
+    dtype = _dtype_of([input, weight] if bias is None else [input, weight, bias])
+    if dtype is None or _is_observed() or input.dim() != 4 or weight.dim() != 4 or isinstance(padding, str):
+        return None
+    if not any(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() for x in (input, weight)):
+        return None
     samples, channels, height, width = input.shape
-    outputs, inputs = weight.shape[:2]
-    tiles = samples * ((height + 1) // 2) * ((width + 1) // 2)
+    outputs, inputs, *kernel = weight.shape
+    if channels != inputs or groups != 1 or _pair(dilation) != (1, 1) or not (bias is None or bias.shape == (outputs,)):
+        return None
+    stride, padding = _pair(stride), _pair(padding)
+    if dtype == torch.float32 and (kernel, stride, padding) == ([3, 3], (1, 1), (1, 1)):
+        tiles = samples * ((height + 1) // 2) * ((width + 1) // 2)
+        if (
+            inputs % CHANNELS == outputs % CHANNELS == 0
+            and min(inputs, outputs) >= FEWEST_CHANNELS
+            and tiles >= FEWEST_TILES
+            and min(height, width) >= FEWEST_PIXELS
+        ):
+            return _with_bias(_Convolution.apply(input, weight), bias)
+    if min(stride) < 1 or min(padding) < 0:
+        return None
+    rows, columns = pixels_of((height, width), kernel, stride, padding)
+    if min(rows, columns, samples, inputs) < 1 or rows * columns > MOST_PIXELS or outputs < FEWEST_FILTERS:
+        return None
+    return _with_bias(conv_product(input.to(dtype), weight.to(dtype), stride, padding), bias)
+
+
+def _dtype_of(given: Sequence[Any]) -> torch.dtype | None:
+    """What PyTorch computes in, of tensors with nothing to them but numbers in memory; None of others."""
+    mixed = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if mixed else torch.float32
+    known = (torch.float32, torch.bfloat16) if mixed else (torch.float32,)
+    plain = all(
+        type(x) in (Tensor, nn.Parameter) and x.dtype in known and x.is_cpu and x.layout == torch.strided for x in given
+    )
+    return dtype if plain and dtype in known else None
+
+
+def _is_observed() -> bool:
+    """Whether something looks at the functions that are called: a compiler, ``torch.func`` or forward mode."""
     return (
-        channels == inputs
-        and inputs % CHANNELS == outputs % CHANNELS == 0
-        and min(inputs, outputs) >= FEWEST_CHANNELS
-        and tiles >= FEWEST_TILES
-        and min(height, width) >= FEWEST_PIXELS
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     )
 
 
-def _is_plain(x: Any) -> bool:
-    """Whether it is a tensor with nothing to it but numbers in memory."""
-    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.is_cpu and x.layout == torch.strided
+def _with_bias(output: Tensor, bias: Tensor | None) -> Tensor:
+    return output if bias is None else output + bias.to(output.dtype).view(-1, 1, 1)
 
 
 def _pair(setting: Any) -> Any:
     return (setting, setting) if isinstance(setting, int) else tuple(setting)
-
-
-def _convolved(input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    output: Tensor = _Convolution.apply(input, weight)
-    return output if bias is None else output + bias.view(-1, 1, 1)
 
 
 class _Convolution(torch.autograd.Function):
@@ -107,10 +127,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(input, weight)
-        output = conv3x3(channels_last(input), channels_last(weight))
-        # A view could not be changed in place, as by ReLU(inplace=True).
-        sizes, strides = channels_second(output).shape, channels_second(output).stride()
-        return output.new_empty(0).set_(output.untyped_storage(), 0, sizes, strides)
+        return owner(channels_second(conv3x3(channels_last(input), channels_last(weight))))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdcr_fast import ParamLayout
+from fdcr_fast.sim.training.precision import FULL, Precision, autocast
 from fdcr_fast.sim.training.sgd import SGD
 
 NO_IMAGES = torch.empty(0, dtype=torch.int64)
@@ -32,19 +33,25 @@ class StackedModel:
 
     Args:
         model: The architecture, on the device where everything lies; without dropout or buffers.
+        precision: What training computes in; Fishers are always of float32.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, precision: Precision = FULL) -> None:
         layout = ParamLayout.from_module(model)
 
-        def loss(params: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-            logits = torch.func.functional_call(model, dict(layout.unflatten(params)), (images,))
-            return F.cross_entropy(logits, labels, reduction="none") @ weights
+        def loss_in(precision: Precision) -> Callable[..., Tensor]:
+            def loss(params: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+                with autocast(precision, images.device):
+                    logits = torch.func.functional_call(model, dict(layout.unflatten(params)), (images,))
+                return F.cross_entropy(logits.float(), labels, reduction="none") @ weights
+
+            return loss
 
         def one(params: Tensor, image: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-            return loss(params, image[None], label[None], weight[None])
+            return full_loss(params, image[None], label[None], weight[None])
 
-        self._grads = torch.func.vmap(torch.func.grad(loss))
+        full_loss = loss_in(FULL)
+        self._grads = torch.func.vmap(torch.func.grad(loss_in(precision)))
         self._single_grads = torch.func.vmap(torch.func.vmap(torch.func.grad(one), (None, 0, 0, 0)))
 
     def train(
