@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fdcr_fast import _native
 from fdcr_fast.sim.training import convolutions
-from fdcr_fast.sim.training.conv_products import conv_product
-from fdcr_fast.sim.training.convolutions import fast_convolutions
+from fdcr_fast.sim.training.convolutions import conv_product, fast_convolutions
 
 SHAPES = [  # of images, filters' taps, stride, padding
     ((2, 5, 4, 4), (3, 3), (1, 1), (1, 1)),
