@@ -28,8 +28,8 @@ Pair = tuple[int, int]
 FEWEST_TILES = 64  # of 2 by 2 pixels, of all samples together
 FEWEST_PIXELS = 3  # of height and width
 FEWEST_CHANNELS = 32  # of inputs and outputs
-# PyTorch's own kernels go through the pixels of one image at a time. Where these are few and filters are many, as at the
-# end of a ResNet, what they do for each filter takes longer than one product of all windows of a batch with the filters.
+# PyTorch's own kernels go through the pixels of one image at a time. Where these are few and filters are many, as at
+# the end of a ResNet, what they do for each filter takes longer than one product of all windows with the filters.
 MOST_PIXELS = 16  # of an image's output
 FEWEST_FILTERS = 512
 
