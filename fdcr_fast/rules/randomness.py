@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,11 +41,12 @@ def distinct(count: int, below: int, generator: torch.Generator) -> Tensor:
     """So many different numbers in ``[0, below)``, ascending, of which each set is equally likely."""
     if 2 * count > below:
         return torch.randperm(below, generator=generator)[:count].sort().values
-    drawn = torch.empty(0, dtype=torch.int64)
+    drawn = np.empty(0, dtype=np.int64)
     while len(drawn) < count:  # those who come again are drawn anew
-        more = torch.randint(below, (count - len(drawn),), generator=generator)
-        drawn = torch.cat([drawn, more]).unique()
-    return drawn
+        more = torch.randint(below, (count - len(drawn),), generator=generator).numpy()
+        drawn = np.sort(np.concatenate([drawn, more]))  # in a tenth of the time of torch.unique
+        drawn = drawn[np.append(True, drawn[1:] != drawn[:-1])]
+    return torch.from_numpy(drawn)
 
 
 def check_deviation(name: str, value: float) -> None:
