@@ -163,7 +163,7 @@ def conv_product(input: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> 
     """The convolution of images ``[N, I, H, W]`` with filters ``[O, I, h, w]`` of one dtype, without groups.
 
     Its gradient at the input sums products that were rounded to the dtype: in bfloat16 its error is 1.4 times that of
-    one rounding, all other errors are at most PyTorch's.
+    one rounding. In float32 the error of its gradient at the filters is up to twice PyTorch's, 3e-7.
     """
     output: Tensor = _Product.apply(input, weight, stride, padding)
     return output
